@@ -1,0 +1,113 @@
+"""Who has arrived, who is missing, and what has broken an epoch: pure judgements on a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from barrier.errors import InvalidName
+from barrier.keys import valid_status
+from barrier.model import EpochRecord, RankView, Snapshot, FailureClass
+
+
+@dataclass(frozen=True, slots=True)
+class RankRule:
+    """Ranks `first` to `last` (both included) must be in one of `statuses`."""
+
+    first: int
+    last: int
+    statuses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse a rule that could never be checked."""
+        if not self.statuses:
+            raise InvalidName(f"ranks {self.first} to {self.last} must be in one of no statuses; name at least one")
+        for status in self.statuses:
+            valid_status(status)
+
+
+Requirement: TypeAlias = tuple[RankRule, ...]
+"""What must hold of every rank, for a gate to open. Rules cover each rank once."""
+
+
+def all_ranks(world_size: int, statuses: str | Iterable[str]) -> Requirement:
+    """Require the same of every rank."""
+    return (RankRule(0, world_size - 1, (statuses,) if isinstance(statuses, str) else tuple(statuses)),)
+
+
+def rank_arrived(view: RankView, epoch: EpochRecord, requirement: Requirement) -> bool:
+    """Whether one rank's live report counts: exactly this epoch, the roster's incarnation, and a required status."""
+    report = view.report
+    if report is None or report.epoch != epoch.id or report.incarnation != epoch.roster[view.rank]:
+        return False
+    return any(rule.first <= view.rank <= rule.last and report.status in rule.statuses for rule in requirement)
+
+
+def missing_ranks(snapshot: Snapshot, requirement: Requirement) -> tuple[int, ...]:
+    """The ranks that have not arrived; all of them where there is no epoch."""
+    epoch = snapshot.epoch
+    if epoch is None or len(snapshot.ranks) != epoch.world_size:
+        return tuple(range(snapshot.world_size))
+    return tuple(view.rank for view in snapshot.ranks if not rank_arrived(view, epoch, requirement))
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """Why an epoch can go on no more.
+
+    Attributes:
+        reason: one sentence.
+        culprit: the rank at fault; ``None`` where the store is.
+        failure: whether trying again may help.
+    """
+
+    reason: str
+    culprit: int | None
+    failure: FailureClass = "transient"
+
+
+def find_break(snapshot: Snapshot, failed_statuses: Iterable[str] = ("Failed",)) -> Break | None:
+    """Look for what breaks the epoch for good; ``None`` where nothing has, or where there is no epoch.
+
+    A rank that merely is silent is not in here: whether a lapsed lease is the rank's fault or the store's needs more than one
+    picture. The most telling break comes first: a failure that was reported, then a restart, then a store that went back.
+    """
+    epoch = snapshot.epoch
+    if epoch is None:
+        return None
+    failed = frozenset(failed_statuses)
+    breaks = [found for view in snapshot.ranks if (found := _break_of(view, epoch, snapshot, failed)) is not None]
+    return min(breaks, key=lambda one: one[0])[1] if breaks else None
+
+
+def _break_of(
+    view: RankView, epoch: EpochRecord, snapshot: Snapshot, failed: frozenset[str]
+) -> tuple[int, Break] | None:
+    report = view.report
+    if report is None:
+        return None
+    who = f"rank {view.rank}" + (f" on {report.node}" if report.node else "")
+    mine = epoch.roster[view.rank]
+    if report.epoch == epoch.id and report.incarnation == mine and report.status in failed:
+        failure: FailureClass = "permanent" if report.permanent else "transient"
+        return 0, Break(f"{who} failed: {report.error or 'it gave no reason'}", view.rank, failure)
+    if report.incarnation > mine:
+        said = f" ({report.error})" if report.error else ""
+        return 1, Break(f"{who} was restarted{said}", view.rank)
+    if report.incarnation < mine:
+        return None  # an earlier life that came back late: it counts as missing, and harms nobody
+    if report.floor > epoch.id.number or (report.epoch is not None and report.epoch.number > epoch.id.number):
+        return 2, Break(f"the store went back: {who} has promised epoch {report.floor} already", None)
+    if report.floor == epoch.id.number and report.epoch != epoch.id:
+        return 2, Break(f"{who} has left this attempt already", view.rank if report.error else None)
+    if report.epoch == epoch.id and report.applied > max(epoch.last_n, _log_n(snapshot)):
+        return 2, Break(
+            f"the store went back: {who} has read log entry {report.applied}, the record knows {epoch.last_n}", None
+        )
+    return None
+
+
+def _log_n(snapshot: Snapshot) -> int:
+    epoch = snapshot.epoch
+    return snapshot.log_end.n if epoch and snapshot.log_end.number == epoch.id.number else 0

@@ -1,0 +1,514 @@
+"""The barrier as a planner uses it: open an epoch, wait for its ranks, dispatch at the instant all have arrived, conclude."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from enum import Enum
+from typing import TypeAlias, TypeVar
+
+from redis.asyncio import Redis
+
+from barrier import scripts
+from barrier.arrivals import Requirement, all_ranks, find_break, missing_ranks
+from barrier.clock import Clock, SystemClock
+from barrier.connect import adopt
+from barrier.errors import InvalidName, InvalidSettings
+from barrier.explain import explain
+from barrier.ids import EpochId, LogId, new_nonce
+from barrier.keys import Keys, valid_step, valid_world_size
+from barrier.model import EpochRecord, Leadership, Snapshot, Verdict
+from barrier.outcomes import (
+    Aborted,
+    Already,
+    CheckOutcome,
+    Concluded,
+    ConcludeOutcome,
+    Dispatched,
+    DispatchOutcome,
+    Fenced,
+    Following,
+    Leading,
+    LeadOutcome,
+    NotReady,
+    Opened,
+    OpenOutcome,
+    Released,
+    ReleaseOutcome,
+    Restored,
+    RestoreOutcome,
+    Superseded,
+    TimedOut,
+    Unknown,
+    WaitOutcome,
+)
+from barrier.settings import Settings
+from barrier.store import Store
+from barrier.wakeups import Hint, Subscription, Wakeups
+
+MAX_PAYLOAD_BYTES = 256 * 1024
+MAX_NOTES_BYTES = 64 * 1024
+
+Statuses: TypeAlias = str | Iterable[str] | Requirement
+_T = TypeVar("_T")
+
+
+class Wake(Enum):
+    """Why a watch came back."""
+
+    COMPLETE = "by the hints, every required rank has arrived"
+    DISTURBED = "something else happened that deserves a look"
+    QUIET = "the time passed"
+
+
+class Barrier:
+    """One group's barrier, from a planner's side.
+
+    Everything here may be repeated: an error means "unknown", and the same call again does no harm. Several calls may run at
+    once. Use it as an async context manager, or call `close`.
+
+    Args:
+        redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``, whose address, user and TLS are then used
+            with timeouts and retries of ours.
+        group: the group's name.
+        world_size: number of ranks; taken from the epoch's record where it is not given.
+        namespace: keeps several clusters on one store apart.
+        settings: the times; those of the store where a store is given.
+        clock: time, for tests.
+        holder: how this planner calls itself; unique per planner. Host name and random digits where not given.
+        wakeups: a reader to share with other groups of this process.
+
+    Raises:
+        InvalidName: namespace, group or world size may not be used.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | Store,
+        group: str,
+        *,
+        world_size: int | None = None,
+        namespace: str = "rankgate",
+        settings: Settings | None = None,
+        clock: Clock | None = None,
+        holder: str | None = None,
+        wakeups: Wakeups | None = None,
+    ) -> None:
+        self.keys = Keys(namespace, group)
+        self.store = adopt(redis, settings=settings)
+        self.settings = self.store.settings
+        self.clock: Clock = clock or SystemClock()
+        self.holder = holder or f"{socket.gethostname()[:60]}-{new_nonce()[:12]}"
+        self.leadership: Leadership | None = None
+        self._owns_store = redis is not self.store
+        self._owns_wakeups = wakeups is None
+        self._wakeups = wakeups or Wakeups(self.store, self.clock)
+        self._kept: Subscription | None = None
+        self._world_size = None if world_size is None else valid_world_size(world_size)
+        self._floor = 0
+        self._term_floor = 0
+        self._current: EpochId | None = None
+        self._seen_n = 0
+        self._steps: dict[str, tuple[int, int]] = {}
+
+    async def __aenter__(self) -> Barrier:
+        """Make sure that the guarantees hold on this store."""
+        await self.store.verify()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop waiting for hints, and close what this barrier opened. Leadership is left to lapse; see `resign`."""
+        if self._kept is not None:
+            await self._kept.close()
+            self._kept = None
+        if self._owns_wakeups:
+            await self._wakeups.close()
+        if self._owns_store:
+            await self.store.close()
+
+    # --- leadership ---------------------------------------------------------------------------------------------------
+
+    async def lead(self) -> LeadOutcome:
+        """Take or renew leadership for one lease. Call it again every heartbeat.
+
+        Raises:
+            StoreError: could not find out; the caller may or may not lead.
+        """
+        await self.store.verify()
+        outcome = await scripts.lead(
+            self.store, self.keys, holder=self.holder, floor=self._term_floor, lease=self.settings.lease
+        )
+        match outcome:
+            case Leading(leadership):
+                self.leadership = leadership
+                self._term_floor = max(self._term_floor, leadership.term)
+            case Following(leader, _):
+                self.leadership = None
+                self._term_floor = max(self._term_floor, leader.term)
+            case None:
+                raise AssertionError("a lease above 0 is never answered with RESIGNED")
+        return outcome
+
+    async def resign(self) -> None:
+        """Give leadership back, so that a standby need not wait for the lease."""
+        self.leadership = None
+        await scripts.lead(self.store, self.keys, holder=self.holder, floor=0, lease=None)
+
+    # --- the verbs ----------------------------------------------------------------------------------------------------
+
+    async def open(
+        self,
+        world_size: int | None = None,
+        *,
+        digest: str = "",
+        notes: str = "",
+        ordinal: int = 0,
+        timeout: float | None = None,  # noqa: ASYNC109  the deadline of the outcome, by the injected clock
+    ) -> OpenOutcome:
+        """Start a new epoch with the ranks that are live now as its roster. Takes leadership first if nobody has it.
+
+        Args:
+            world_size: number of ranks.
+            digest: digest of what is to be brought up, in hexadecimal; ranks configured for another are refused.
+            notes: a text for the planner that comes after this one.
+            ordinal: the highest ordinal that the caller knows of.
+            timeout: seconds to wait for ranks that are not here yet; ``None`` answers `NotReady` at once.
+
+        Raises:
+            StoreError: could not find out. Call again: the epoch may have been opened, and then `Unconcluded` names it.
+        """
+        if world_size is not None:
+            self._world_size = valid_world_size(world_size)
+        if self._world_size is None:
+            raise InvalidName("open needs a world_size the first time: pass world_size=<number of ranks>")
+        if len(notes.encode()) > MAX_NOTES_BYTES:
+            raise InvalidName(f"notes have {len(notes.encode()):,} bytes; at most {MAX_NOTES_BYTES:,} are kept")
+        nonce = new_nonce()
+        deadline = None if timeout is None else self.clock.now() + _positive("timeout", timeout)
+        while True:
+            leadership = await self._authority()
+            if isinstance(leadership, Fenced):
+                return leadership
+            outcome = await scripts.open_epoch(
+                self.store,
+                self.keys,
+                leadership=leadership,
+                nonce=nonce,
+                world_size=self._world_size,
+                floor=self._floor,
+                ordinal=ordinal,
+                digest=digest,
+                notes=notes,
+            )
+            match outcome:
+                case Opened(epoch, _):
+                    self._adopt(epoch, seen_n=1)
+                    return outcome
+                case NotReady() if deadline is not None and self.clock.now() < deadline:
+                    snapshot = await self.inspect()
+                    if all(view.report for view in snapshot.ranks):
+                        continue
+                    seconds = min(self.settings.backstop, deadline - self.clock.now())
+                    await self.watch(snapshot, (), seconds)
+                case _:
+                    return outcome
+
+    async def restore(
+        self, epoch: EpochId, status: str, steps: Iterable[str], *, ordinal: int, digest: str = "", notes: str = ""
+    ) -> RestoreOutcome:
+        """Write a lost record back, if every rank reports exactly this epoch and status, and the same log position."""
+        leadership = await self._authority()
+        if isinstance(leadership, Fenced):
+            return leadership
+        outcome = await scripts.restore(
+            self.store,
+            self.keys,
+            leadership=leadership,
+            epoch=epoch,
+            status=status,
+            steps=[valid_step(step) for step in steps],
+            world_size=await self._size(),
+            ordinal=ordinal,
+            digest=digest,
+            notes=notes,
+        )
+        if isinstance(outcome, Restored):
+            self._adopt(epoch)
+        return outcome
+
+    async def dispatch(
+        self,
+        epoch: EpochId,
+        step: str,
+        payload: str,
+        statuses: Statuses,
+        *,
+        to: tuple[int, int] | None = None,
+        attempt: int = 1,
+        after: str = "",
+        repeatable: bool = False,
+    ) -> DispatchOutcome:
+        """Append a task to the log if, at this instant, every required rank has arrived. Once per step; never waits.
+
+        Args:
+            epoch: the epoch to act in.
+            step: the step's name.
+            payload: the task, as text; at most `MAX_PAYLOAD_BYTES`.
+            statuses: what must hold: one status, several, or a `Requirement`.
+            to: first and last rank that the task is for; all where ``None``.
+            attempt: 2, 3, … for a step that a rank refused and that is asked again.
+            after: a step that must have been dispatched before in this epoch.
+            repeatable: for steps that come any number of times under names of their own.
+
+        Raises:
+            InvalidName: step, status or payload may not be used; nothing was sent.
+            StoreError: unknown. The task may be in the log; call again with the same arguments.
+        """
+        leadership = await self._authority(take=False)
+        if isinstance(leadership, Fenced):
+            return leadership
+        size = await self._size()
+        if len(payload.encode()) > MAX_PAYLOAD_BYTES:
+            raise InvalidName(
+                f"the payload has {len(payload.encode()):,} bytes; at most {MAX_PAYLOAD_BYTES:,} are dispatched"
+            )
+        known_n, known_attempt = self._steps.get(valid_step(step), (0, 0)) if self._current == epoch else (0, 0)
+        outcome = await scripts.dispatch(
+            self.store,
+            self.keys,
+            leadership=leadership,
+            epoch=epoch,
+            step=step,
+            payload=payload,
+            requirement=self._requirement(statuses, size),
+            to=to or (0, size - 1),
+            world_size=size,
+            attempt=attempt,
+            after=after,
+            repeatable=repeatable,
+            seen_n=self._seen_n if self._current == epoch else 0,
+            known_n=known_n if known_attempt == attempt else 0,
+        )
+        match outcome:
+            case Dispatched(entry) | Already(entry):
+                self._adopt(epoch, seen_n=entry.n)
+                if not repeatable:
+                    self._steps[step] = (entry.n, attempt)
+            case _:
+                pass
+        return outcome
+
+    async def conclude(self, epoch: EpochId, verdict: Verdict) -> ConcludeOutcome:
+        """End the epoch for all ranks. The first verdict wins; `Concluded.verdict` is that one."""
+        leadership = await self._authority(take=False)
+        if isinstance(leadership, Fenced):
+            return leadership
+        seen_n = self._seen_n if self._current == epoch else 0
+        return await scripts.conclude(
+            self.store, self.keys, leadership=leadership, epoch=epoch, verdict=verdict, seen_n=seen_n
+        )
+
+    async def inspect(self) -> Snapshot:
+        """One consistent picture of the group; writes nothing.
+
+        Raises:
+            InvalidName: no world size was given, and the store has no record that tells it.
+            StoreError: could not find out.
+        """
+        await self.store.verify()
+        cursor = self._kept.cursor if self._kept is not None else (0, 0)
+        snapshot = await scripts.inspect(self.store, self.keys, world_size=await self._size())
+        self._floor = max(self._floor, snapshot.floor)
+        if snapshot.epoch is not None:
+            self._adopt(snapshot.epoch.id, seen_n=snapshot.applied)
+        if self._kept is not None and cursor > _place(snapshot.signals_end):
+            self._kept.rewind(snapshot.signals_end)
+        return snapshot
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    async def wait(
+        self,
+        epoch: EpochId,
+        statuses: Statuses,
+        *,
+        timeout: float,  # noqa: ASYNC109  the deadline of the outcome, by the injected clock
+        failed_statuses: Iterable[str] = ("Failed",),
+    ) -> WaitOutcome:
+        """Wait until every required rank has arrived, at one instant.
+
+        A rank that failed, was restarted or left breaks the epoch: it is concluded with that rank as the culprit, and the
+        answer is `Aborted`. To dispatch at that instant, use `release`.
+
+        Args:
+            epoch: the epoch to wait in.
+            statuses: what must hold: one status, several, or a `Requirement`.
+            timeout: seconds without any progress (a status, a progress count) after which to give up: slow is not stalled.
+            failed_statuses: statuses that mean that the rank has failed.
+        """
+        requirement = self._requirement(statuses, await self._size())
+
+        async def look() -> CheckOutcome:
+            size = await self._size()
+            return await scripts.check(self.store, self.keys, epoch=epoch, requirement=requirement, world_size=size)
+
+        return await self._gate(epoch, requirement, timeout, failed_statuses, look)
+
+    async def release(
+        self,
+        epoch: EpochId,
+        step: str,
+        payload: str,
+        statuses: Statuses,
+        *,
+        timeout: float,  # noqa: ASYNC109  the deadline of the outcome, by the injected clock
+        to: tuple[int, int] | None = None,
+        after: str = "",
+        failed_statuses: Iterable[str] = ("Failed",),
+    ) -> ReleaseOutcome:
+        """Wait as `wait` does, and dispatch the task at the very instant at which all have arrived."""
+        requirement = self._requirement(statuses, await self._size())
+
+        async def try_to_dispatch() -> CheckOutcome | Fenced:
+            outcome = await self.dispatch(epoch, step, payload, requirement, to=to, after=after)
+            match outcome:
+                case Dispatched(entry) | Already(entry):
+                    return Released(epoch, entry)
+                case _:
+                    return outcome
+
+        return await self._gate(epoch, requirement, timeout, failed_statuses, try_to_dispatch)
+
+    async def watch(
+        self, snapshot: Snapshot, requirement: Requirement, seconds: float, *, any_change: bool = False
+    ) -> Wake:
+        """Wait for hints after a snapshot, until by them every required rank has arrived, or something else happens.
+
+        Where all have arrived already, only something else counts, which then includes a rank that withdraws. With
+        `any_change`, every change of any rank's status counts. Nothing here is the truth: after `Wake.COMPLETE` let `dispatch` judge, after anything else `inspect`.
+        """
+        if self._kept is None:  # keeps the reader going between waits
+            self._kept = self._wakeups.subscribe(self.keys.signals, snapshot.signals_end)
+        place = _place(snapshot.signals_end)
+        missing = set(missing_ranks(snapshot, requirement))
+        complete = not missing
+        deadline = self.clock.now() + seconds
+        async with self._wakeups.subscribe(self.keys.signals, snapshot.signals_end) as subscription:
+            while (left := deadline - self.clock.now()) > 0:
+                for hint in await subscription.next(left, after=place):
+                    place = max(place, hint.id)
+                    if any_change or snapshot.epoch is None or not _count(hint, snapshot.epoch, requirement, missing):
+                        return Wake.DISTURBED
+                if complete and missing:
+                    return Wake.DISTURBED
+                if not complete and not missing:
+                    return Wake.COMPLETE
+        return Wake.QUIET
+
+    async def _gate(
+        self,
+        epoch: EpochId,
+        requirement: Requirement,
+        timeout: float,  # noqa: ASYNC109  the deadline of the outcome, by the injected clock
+        failed_statuses: Iterable[str],
+        attempt: Callable[[], Awaitable[CheckOutcome | _T]],
+    ) -> WaitOutcome | _T:
+        seconds = _positive("timeout", timeout)
+        failed = frozenset(failed_statuses)
+        deadline, progress = self.clock.now() + seconds, None
+        while True:
+            outcome = await attempt()
+            if not isinstance(outcome, NotReady):
+                return outcome
+            snapshot = await self.inspect()
+            current = snapshot.epoch
+            if current is None or current.id != epoch or current.verdict is not None:
+                continue  # the next attempt says which of these it is
+            broken = find_break(snapshot, failed)
+            if broken is not None:
+                verdict = Verdict.aborted(broken.reason, broken.culprit, broken.failure)
+                match await self.conclude(epoch, verdict):
+                    case Concluded(winner, _):
+                        return Aborted(winner)
+                    case Fenced() | Superseded() | Unknown():
+                        return Aborted(verdict)
+            if progress != (progress := _progress(snapshot)):
+                deadline = self.clock.now() + seconds
+            if not missing_ranks(snapshot, requirement):
+                continue  # arrived between the attempt and the picture
+            if self.clock.now() >= deadline:
+                return TimedOut(epoch, missing_ranks(snapshot, requirement), explain(snapshot, requirement))
+            await self.watch(snapshot, requirement, min(self.settings.backstop, deadline - self.clock.now()))
+
+    # --- what this planner knows --------------------------------------------------------------------------------------
+
+    def _adopt(self, epoch: EpochId, *, seen_n: int = 0) -> None:
+        """Remember which epoch is current, and how far its log went: a store that goes back must not make us forget."""
+        if self._current != epoch:
+            self._current, self._seen_n = epoch, 0
+            self._steps.clear()
+        self._seen_n = max(self._seen_n, seen_n)
+        self._floor = max(self._floor, epoch.number)
+
+    async def _authority(self, *, take: bool = True) -> Leadership | Fenced:
+        if self.leadership is None and take:
+            await self.lead()
+        if self.leadership is not None:
+            return self.leadership
+        return Fenced(self._term_floor, "another planner, or nobody: call lead()")
+
+    async def _size(self) -> int:
+        if self._world_size is None:
+            with self.store.errors():
+                found = await self.store.commands.hget(self.keys.epoch, "world_size")
+            if found is None:
+                raise InvalidName(
+                    f"group {self.keys.group} has no epoch that tells its world_size: pass world_size=<number of ranks>"
+                )
+            self._world_size = valid_world_size(int(found))
+        return self._world_size
+
+    def _requirement(self, statuses: Statuses, size: int) -> Requirement:
+        if isinstance(statuses, str):
+            return all_ranks(size, statuses)
+        items = tuple(statuses)
+        if all(isinstance(item, str) for item in items):
+            return all_ranks(size, [item for item in items if isinstance(item, str)])
+        return tuple(item for item in items if not isinstance(item, str))
+
+
+def _count(hint: Hint, epoch: EpochRecord, requirement: Requirement, missing: set[int]) -> bool:
+    """Count one arrival or withdrawal; whether the hint was no more than that."""
+    if hint.kind != "report" or hint.alarm or not 0 <= hint.rank < epoch.world_size:
+        return False
+    if hint.epoch != str(epoch.id) or hint.incarnation != epoch.roster[hint.rank]:
+        return False
+    arrived = any(rule.first <= hint.rank <= rule.last and hint.status in rule.statuses for rule in requirement)
+    if arrived:
+        missing.discard(hint.rank)
+    else:
+        missing.add(hint.rank)
+    return True
+
+
+def _progress(snapshot: Snapshot) -> tuple[object, ...]:
+    """What changes when anything moves."""
+    return tuple(
+        (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress) if view.report else None
+        for view in snapshot.ranks
+    )
+
+
+def _place(text: str) -> tuple[int, int]:
+    entry = LogId.parse(text)
+    return entry.number, entry.n
+
+
+def _positive(what: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise InvalidSettings(f"{what} is {value!r}; it must be a finite number of seconds above 0")
+    return value

@@ -1,0 +1,63 @@
+"""What can go wrong that is not an outcome.
+
+    RankgateError
+    ├── InvalidName           a namespace, group, status or step that may not become part of a key   (also a ValueError)
+    ├── InvalidSettings       numbers that contradict one another                                    (also a ValueError)
+    ├── StoreError            could not find out
+    │   ├── StoreUnavailable  no connection, no answer in time, or the store is loading
+    │   ├── StoreRefused      wrong password, or a right that is missing
+    │   ├── StoreUnsuitable   would lose keys in silence, is a replica, or is too old
+    │   ├── StoreFull         out of memory; nothing was written
+    │   └── StoreCorrupt      a key of the wrong type, or bytes that are not ours
+    ├── RankTaken             another incarnation holds every rank that was asked for
+    └── ClaimLost             another incarnation holds this rank now; this one must not write any more
+
+Expected outcomes (timed out, aborted, superseded…) are values in `barrier.model`. A driver's error is translated once, in
+`barrier.store`, with ``from``.
+"""
+
+from __future__ import annotations
+
+
+class RankgateError(Exception):
+    """The root of every error of ours."""
+
+
+class InvalidName(RankgateError, ValueError):
+    """A name that may not become part of a key."""
+
+
+class InvalidSettings(RankgateError, ValueError):
+    """Numbers that contradict one another, or are out of range."""
+
+
+class StoreError(RankgateError):
+    """The store could not tell: the answer is unknown, which never means released."""
+
+
+class StoreUnavailable(StoreError):
+    """No connection, no answer in time, or a store that is still loading. The command may or may not have been carried out."""
+
+
+class StoreRefused(StoreError):
+    """Wrong password, or a right that the user does not have."""
+
+
+class StoreUnsuitable(StoreError):
+    """A store on which the guarantees would not hold: it evicts keys, is a replica, or is too old."""
+
+
+class StoreFull(StoreError):
+    """The store is out of memory. Nothing was written."""
+
+
+class StoreCorrupt(StoreError):
+    """A key of the wrong type, or bytes that are not ours. Nothing was written."""
+
+
+class RankTaken(RankgateError):
+    """Other incarnations hold the ranks that were asked for."""
+
+
+class ClaimLost(RankgateError):
+    """Another incarnation holds this rank now; this one must not write any more."""

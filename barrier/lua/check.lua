@@ -1,0 +1,27 @@
+-- Have all ranks arrived, at this instant? The question of `dispatch` without its answer: reads only.
+-- KEYS: epoch rank...
+-- ARGV: number nonce rule...
+-- Replies: READY · NOT_READY rank... · ABORTED verdict · SUPERSEDED number nonce · UNKNOWN reason
+
+local number, nonce = unpack(ARGV, 1, 2)
+local FIRST_RANK, FIRST_RULE = 2, 3
+
+local wrong = wrong_type({ { KEYS[1], 'hash' } })
+if wrong then
+  return wrong
+end
+local record = read_record(KEYS[1])
+local refusal = not_current(record, number, nonce)
+if refusal then
+  return refusal
+end
+local world_size = #KEYS - FIRST_RANK + 1
+local roster = tonumber(record.world_size) == world_size and read_roster(KEYS[1], world_size)
+if not roster then
+  return { 'UNKNOWN', 'the record has no roster of ' .. world_size .. ' ranks' }
+end
+local missing = missing_ranks(record, roster, FIRST_RANK, FIRST_RULE)
+if #missing > 0 then
+  return not_ready(missing)
+end
+return { 'READY' }

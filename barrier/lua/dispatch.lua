@@ -1,0 +1,86 @@
+-- The gate: check every rank and append the task, at one instant. Once per step.
+-- KEYS: epoch leader tasks signals events once rank...
+-- ARGV: term holder number nonce step attempt after repeatable to seen_n known_n record_ms once_ms log_cap event_cap payload rule...
+-- Replies: DISPATCHED id · ALREADY id · NOT_READY rank... · ABORTED verdict · SUPERSEDED number nonce · FENCED term holder ·
+--          UNKNOWN reason
+--
+-- after: a step that must have been dispatched before, or empty. attempt: 1, or more for a step that was refused by a rank and
+-- is asked again. repeatable: 1 for steps that come any number of times (generations), which are remembered in their own
+-- short-lived key, across epochs: an id of an earlier epoch in ALREADY means that it will not be done again. seen_n: the highest log position that the caller knows of; known_n: the position that this step had when the
+-- caller dispatched it before, or 0. Rules: see missing_ranks.
+
+local term, holder, number, nonce, step, attempt, after, repeatable, to, seen_n, known_n, record_ms, once_ms, log_cap, event_cap,
+  payload = unpack(ARGV, 1, 16)
+local FIRST_RANK, FIRST_RULE = 7, 17
+
+local wrong = wrong_type({
+  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[5], 'stream' }, { KEYS[6], 'string' },
+})
+if wrong then
+  return wrong
+end
+local refusal = fenced(KEYS[2], term, holder)
+if refusal then
+  return refusal
+end
+local record = read_record(KEYS[1])
+refusal = not_current(record, number, nonce)
+if refusal then
+  return refusal
+end
+local world_size = #KEYS - FIRST_RANK + 1
+if tonumber(record.world_size) ~= world_size then
+  return { 'UNKNOWN', 'the record says world_size ' .. record.world_size .. ', the caller ' .. world_size }
+end
+local roster = read_roster(KEYS[1], world_size)
+if not roster then
+  return { 'UNKNOWN', 'the record has no whole roster' }
+end
+
+local field = 'step:' .. step
+local before
+if repeatable == '1' then
+  before = redis.call('GET', KEYS[6])
+else
+  before = redis.call('HGET', KEYS[1], field)
+end
+if before then
+  local id, attempts = string.match(before, '^(%d+%-%d+):(%d+)$')
+  if not id then
+    return { 'UNKNOWN', 'the record of step ' .. step .. ' is not readable' }
+  end
+  if tonumber(attempts) >= tonumber(attempt) then
+    return { 'ALREADY', id }
+  end
+end
+if after ~= '' and redis.call('HEXISTS', KEYS[1], 'step:' .. after) == 0 then
+  return { 'UNKNOWN', 'step ' .. after .. ' was not dispatched in this epoch' }
+end
+
+local missing, applied = missing_ranks(record, roster, FIRST_RANK, FIRST_RULE)
+if #missing > 0 then
+  return not_ready(missing)
+end
+
+-- Above everything that anybody has read, so that no rank takes a new entry for an old one or waits beyond the log's end.
+local log_number, log_n = log_end(KEYS[3])
+if log_number > tonumber(number) then
+  return { 'UNKNOWN', 'the log has entries of epoch ' .. whole(log_number) }
+end
+local newest = math.max(log_number == tonumber(number) and log_n or 0, applied, tonumber(record.last_n) or 0)
+local n = math.max(newest, tonumber(seen_n)) + 1
+if not before and tonumber(known_n) > newest then
+  n = tonumber(known_n)
+end
+local id = announce(KEYS[3], number, n, log_cap, record_ms, 'kind', 'task', 'nonce', nonce, 'prev', whole(newest),
+  'term', term, 'step', step, 'to', to, 'task', payload)
+local mark = id .. ':' .. attempt
+if repeatable == '1' then
+  redis.call('SET', KEYS[6], mark, 'PX', once_ms)
+  redis.call('HSET', KEYS[1], 'last_n', whole(n))
+else
+  redis.call('HSET', KEYS[1], field, mark, 'last_n', whole(n))
+end
+redis.call('PEXPIRE', KEYS[1], record_ms)
+history(KEYS[5], event_cap, record_ms, number .. '-' .. nonce, 'Dispatched', 'step', step, 'id', id, 'to', to, 'attempt', attempt)
+return { 'DISPATCHED', id }

@@ -1,0 +1,26 @@
+-- One consistent picture of a group: reads only.
+-- KEYS: epoch leader tasks signals rank...
+-- ARGV:
+-- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report and the
+--          milliseconds that its lease has left (-2 where there is no report, -1 where it has no lifetime)
+
+local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' } })
+if wrong then
+  return wrong
+end
+local FIRST_RANK = 5
+local number, n = log_end(KEYS[3])
+local signal = redis.call('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1)
+local reply = {
+  whole(server_ms()),
+  redis.call('HGETALL', KEYS[1]),
+  redis.call('HGETALL', KEYS[2]),
+  whole(number) .. '-' .. whole(n),
+  signal[1] and signal[1][1] or '0-0',
+}
+local reports = read_reports(FIRST_RANK)
+for i = 1, #KEYS - FIRST_RANK + 1 do
+  reply[#reply + 1] = reports[i] or ''
+  reply[#reply + 1] = redis.call('PTTL', KEYS[FIRST_RANK + i - 1])
+end
+return reply

@@ -1,0 +1,195 @@
+-- Shared by every verb: prepended to its text before it is loaded. Reads only, except `announce`.
+
+local ROSTER_CHUNK = 64 -- incarnations in one roster field, so that a rank reads 64 of them and not 4,096
+local INCARNATION_WIDTH = 28
+local SLICE = 2000 -- keys in one MGET; Lua's stack holds 8,000
+
+-- Milliseconds: Lua numbers are doubles, and tostring would shorten microseconds.
+local function server_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+-- The first key that is not what it should be, as an error reply; called before the first write.
+local function wrong_type(expected)
+  for _, pair in ipairs(expected) do
+    local found = redis.call('TYPE', pair[1])['ok']
+    if found ~= 'none' and found ~= pair[2] then
+      return redis.error_reply('RANKGATE_CORRUPT ' .. pair[1] .. ' holds a ' .. found .. ' where a ' .. pair[2] .. ' belongs')
+    end
+  end
+  return nil
+end
+
+-- A planner acts under a (term, holder) that must be the stored one; a missing leadership fences everybody.
+local function fenced(leader_key, term, holder)
+  local leader = redis.call('HMGET', leader_key, 'term', 'holder')
+  if leader[1] ~= term or leader[2] ~= holder then
+    return { 'FENCED', leader[1] or '0', leader[2] or '' }
+  end
+  return nil
+end
+
+-- Why the caller may not act on this epoch, or nil. A stored number below the caller's means that the store went back.
+local function not_current(record, number, nonce)
+  if not record.number or not record.nonce or not record.world_size then
+    return { 'UNKNOWN', 'the store has no epoch record' }
+  end
+  if record.number ~= number or record.nonce ~= nonce then
+    if tonumber(record.number) < tonumber(number) then
+      return { 'UNKNOWN', 'the store went back to epoch ' .. record.number }
+    end
+    return { 'SUPERSEDED', record.number, record.nonce }
+  end
+  if record.verdict then
+    return { 'ABORTED', record.verdict }
+  end
+  return nil
+end
+
+local function read_record(epoch_key)
+  local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n' }
+  local values = redis.call('HMGET', epoch_key, unpack(fields))
+  local record = {}
+  for i, field in ipairs(fields) do
+    record[field] = values[i]
+  end
+  return record
+end
+
+local function read_roster(epoch_key, world_size)
+  local fields = {}
+  for chunk = 0, math.floor((world_size - 1) / ROSTER_CHUNK) do
+    fields[#fields + 1] = 'roster:' .. chunk
+  end
+  local chunks = redis.call('HMGET', epoch_key, unpack(fields))
+  for i = 1, #fields do
+    if not chunks[i] then
+      return nil
+    end
+  end
+  local roster = table.concat(chunks)
+  if #roster ~= world_size * INCARNATION_WIDTH then
+    return nil
+  end
+  return roster
+end
+
+local function write_roster(epoch_key, incarnations)
+  for first = 1, #incarnations, ROSTER_CHUNK do
+    local last = math.min(first + ROSTER_CHUNK - 1, #incarnations)
+    redis.call('HSET', epoch_key, 'roster:' .. math.floor((first - 1) / ROSTER_CHUNK),
+      table.concat(incarnations, '', first, last))
+  end
+end
+
+-- Reports of all ranks, KEYS[first_key] onwards.
+local function read_reports(first_key)
+  local reports = {}
+  for first = first_key, #KEYS, SLICE do
+    local values = redis.call('MGET', unpack(KEYS, first, math.min(first + SLICE - 1, #KEYS)))
+    for i = 1, #values do
+      reports[#reports + 1] = values[i]
+    end
+  end
+  return reports
+end
+
+-- A report's header: 1|<number>-<nonce> or -|<incarnation>|<status>|<applied>|<floor>|<digest>|{...}
+-- Returns epoch, incarnation, status, applied, floor, digest; nil where the bytes are not a report of ours.
+local function parse_report(report)
+  local epoch, incarnation, status, applied, floor, digest =
+    string.match(report, '^1|([^|]+)|(%x+)|(%a%w*)|(%d+)|(%d+)|([^|]+)|')
+  if not epoch or #incarnation ~= INCARNATION_WIDTH then
+    return nil
+  end
+  return epoch, incarnation, status, tonumber(applied), tonumber(floor), digest
+end
+
+-- Which ranks are missing: no live report, or not one of exactly this epoch and incarnation in a wanted status. Compares
+-- prefixes and decodes nothing. Rules are triplets in ARGV from `first_rule`: first rank, last rank, statuses joined by commas.
+-- Also returns the highest log position that a counted report has applied.
+local function missing_ranks(record, roster, first_key, first_rule)
+  local head = '1|' .. record.number .. '-' .. record.nonce .. '|'
+  local reports = read_reports(first_key)
+  local missing, highest, sub = {}, '0', string.sub
+  for rule = first_rule, #ARGV, 3 do
+    local tails = {}
+    for status in string.gmatch(ARGV[rule + 2], '[^,]+') do
+      tails[#tails + 1] = '|' .. status .. '|'
+    end
+    for rank = tonumber(ARGV[rule]), tonumber(ARGV[rule + 1]) do
+      local report = reports[rank + 1]
+      local arrived = false
+      if report then
+        local who = head .. sub(roster, rank * INCARNATION_WIDTH + 1, (rank + 1) * INCARNATION_WIDTH)
+        for i = 1, #tails do
+          local wanted = who .. tails[i]
+          local length = #wanted
+          if sub(report, 1, length) == wanted then
+            arrived = true
+            local applied = sub(report, length + 1, length + 10)
+            if applied > highest then
+              highest = applied
+            end
+            break
+          end
+        end
+      end
+      if not arrived then
+        missing[#missing + 1] = rank
+      end
+    end
+  end
+  return missing, tonumber(highest) or 0
+end
+
+local function not_ready(missing)
+  local reply = { 'NOT_READY' }
+  for i = 1, #missing do
+    reply[i + 1] = tostring(missing[i])
+  end
+  return reply
+end
+
+-- The number and position of the newest entry that the log has ever had, also when it was trimmed to nothing, and its kind.
+local function log_end(tasks_key)
+  local newest = redis.call('XREVRANGE', tasks_key, '+', '-', 'COUNT', 1)
+  local id = newest[1] and newest[1][1]
+  if not id then
+    if redis.call('EXISTS', tasks_key) == 0 then
+      return 0, 0, ''
+    end
+    local info = redis.call('XINFO', 'STREAM', tasks_key)
+    for i = 1, #info - 1, 2 do
+      if info[i] == 'last-generated-id' then
+        id = info[i + 1]
+      end
+    end
+  end
+  local number, n = string.match(id or '', '^(%d+)-(%d+)$')
+  return tonumber(number) or 0, tonumber(n) or 0, newest[1] and newest[1][2][2] or ''
+end
+
+-- Append to the log at an explicit id and keep its lifetime.
+local function announce(tasks_key, number, n, cap, lifetime_ms, ...)
+  local id = whole(tonumber(number)) .. '-' .. whole(n)
+  redis.call('XADD', tasks_key, 'MAXLEN', cap, id, ...)
+  redis.call('PEXPIRE', tasks_key, lifetime_ms)
+  return id
+end
+
+local function hint(signals_key, cap, lifetime_ms, kind)
+  redis.call('XADD', signals_key, 'MAXLEN', '~', cap, '*', 'kind', kind)
+  redis.call('PEXPIRE', signals_key, lifetime_ms)
+end
+
+-- History in the store's own order, so that a checker need not trust anybody's clock.
+local function history(events_key, cap, lifetime_ms, epoch, kind, ...)
+  redis.call('XADD', events_key, 'MAXLEN', '~', cap, '*', 'source', 'planner', 'epoch', epoch, 'kind', kind, ...)
+  redis.call('PEXPIRE', events_key, lifetime_ms)
+end

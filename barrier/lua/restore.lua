@@ -1,0 +1,68 @@
+-- Write a lost record back as it was, if all ranks agree on it, so that a flush does not cost a loaded model.
+-- KEYS: epoch leader tasks signals events rank...
+-- ARGV: term holder number nonce status steps ordinal digest notes record_ms signal_cap event_cap
+-- Replies: RESTORED number nonce ordinal · NOT_READY rank... · SUPERSEDED number nonce · FENCED term holder
+--
+-- Unanimity is the guard: every rank reports exactly this epoch, this status, the same log position, and no higher promise.
+-- NOT_READY names those that do not. steps: the steps that the status proves to have been dispatched, joined by commas.
+
+local term, holder, number, nonce, status, steps, ordinal, digest, notes, record_ms, signal_cap, event_cap = unpack(ARGV)
+local FIRST_RANK = 6
+
+local wrong = wrong_type({
+  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, { KEYS[5], 'stream' },
+})
+if wrong then
+  return wrong
+end
+local refusal = fenced(KEYS[2], term, holder)
+if refusal then
+  return refusal
+end
+local record = redis.call('HMGET', KEYS[1], 'number', 'nonce', 'ordinal')
+if record[1] then
+  if record[1] == number and record[2] == nonce then
+    return { 'RESTORED', number, nonce, record[3] }
+  end
+  return { 'SUPERSEDED', record[1], record[2] or '' }
+end
+
+-- A log that went on, to a verdict or to another epoch, proves that this one is over.
+local log_number, _, log_kind = log_end(KEYS[3])
+if log_number > tonumber(number) or (log_number == tonumber(number) and log_kind == 'verdict') then
+  return { 'SUPERSEDED', whole(log_number), '' }
+end
+
+local reports = read_reports(FIRST_RANK)
+local world_size = #KEYS - FIRST_RANK + 1
+local incarnations, missing, agreed_applied = {}, {}, nil
+for rank = 0, world_size - 1 do
+  local report = reports[rank + 1]
+  local epoch, incarnation, rank_status, applied, floor, rank_digest
+  if report then
+    epoch, incarnation, rank_status, applied, floor, rank_digest = parse_report(report)
+  end
+  agreed_applied = agreed_applied or applied
+  if epoch == number .. '-' .. nonce and rank_status == status and applied == agreed_applied
+    and floor == tonumber(number) and (rank_digest == '-' or rank_digest == digest) then
+    incarnations[rank + 1] = incarnation
+  else
+    missing[#missing + 1] = rank
+  end
+end
+if #missing > 0 then
+  return not_ready(missing)
+end
+
+local attempt = whole(math.max(tonumber(ordinal), 1))
+redis.call('HSET', KEYS[1], 'number', number, 'nonce', nonce, 'term', term, 'world_size', tostring(world_size),
+  'digest', digest, 'ordinal', attempt, 'opened_ms', whole(server_ms()), 'last_n', whole(agreed_applied), 'notes', notes)
+for step in string.gmatch(steps, '[^,]+') do
+  redis.call('HSET', KEYS[1], 'step:' .. step, number .. '-' .. whole(agreed_applied) .. ':1')
+end
+write_roster(KEYS[1], incarnations)
+redis.call('PEXPIRE', KEYS[1], record_ms)
+hint(KEYS[4], signal_cap, record_ms, 'restored')
+history(KEYS[5], event_cap, record_ms, number .. '-' .. nonce, 'Restored', 'status', status,
+  'roster', table.concat(incarnations, ','))
+return { 'RESTORED', number, nonce, attempt }

@@ -1,0 +1,643 @@
+"""The barrier as one rank uses it: claim the rank, report, read the task log, promise.
+
+A rank sends plain commands only, so that its user in the store needs no scripting right: one MULTI a report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from loguru import logger
+from pydantic import ValidationError
+from redis.asyncio import Redis
+
+from barrier.clock import Clock, SystemClock
+from barrier.connect import adopt
+from barrier.errors import ClaimLost, InvalidName, RankTaken, StoreCorrupt, StoreError
+from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
+from barrier.keys import Keys, valid_status, valid_world_size
+from barrier.model import Verdict
+from barrier.report import MAX_OUTCOMES, Report, TaskOutcome
+from barrier.settings import Settings
+from barrier.store import Store
+
+_ROSTER_CHUNK = 64  # as in lua/prelude.lua
+_BATCH = 100
+_UNSAID_EVENTS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class EpochAnnounced:
+    """A new epoch is current. Tear down, then `Member.promise` it."""
+
+    epoch: EpochId
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """A task from the log.
+
+    Attributes:
+        epoch: the epoch it was dispatched in. The reader judges it: act on exactly the promised one.
+        id: its place in the log.
+        previous: the position of the entry before it.
+        missed: whether that one never came: the log was cut or lost, and this rank has not done what others may have done.
+        step: the step.
+        first: the first rank that it is for.
+        last: the last rank that it is for.
+        term: the dispatching planner's term.
+        payload: the task, as it was dispatched.
+    """
+
+    epoch: EpochId
+    id: LogId
+    previous: int
+    step: str
+    first: int
+    last: int
+    term: int
+    payload: bytes
+    missed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictAnnounced:
+    """An epoch has ended. If it is the promised one: tear down and `Member.retire`."""
+
+    epoch: EpochId
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """An entry that is not ours; told so that the reader can count it."""
+
+    id: str
+    reason: str
+
+
+LogEntry: TypeAlias = EpochAnnounced | TaskEntry | VerdictAnnounced | Garbage
+
+
+@dataclass(frozen=True, slots=True)
+class Promised:
+    """This rank may act in this epoch, and in no other."""
+
+    epoch: EpochId
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotPromised:
+    """The epoch is over, superseded, lower than a promise before, or its roster has another incarnation of this rank."""
+
+    reason: str
+
+
+PromiseOutcome: TypeAlias = Promised | NotPromised
+
+Event: TypeAlias = Mapping[str, str]
+"""One line of history: a flat mapping of short texts."""
+
+
+class Member:
+    """One rank of a group, in one life of its process.
+
+    Args:
+        redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``; see `barrier.Barrier`.
+        group: the group's name.
+        rank: the rank, or ``None`` to claim any free one below `world_size`.
+        world_size: number of ranks, where this rank was configured with one.
+        digest: digest of the spec that this rank was configured for; empty where it was given none.
+        namespace: keeps several clusters on one store apart.
+        settings: the times; those of the store where a store is given.
+        node: name of the machine, for people; the host name where not given.
+        address: ``host:port`` at which this rank could coordinate a collective.
+        clock: time, for tests.
+        incarnation: this life's name, for tests.
+
+    Raises:
+        InvalidName: a name, the rank or the world size may not be used.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | Store,
+        group: str,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        digest: str = "",
+        namespace: str = "rankgate",
+        settings: Settings | None = None,
+        node: str | None = None,
+        address: str = "",
+        clock: Clock | None = None,
+        incarnation: str | None = None,
+    ) -> None:
+        self.keys = Keys(namespace, group)
+        self.world_size = None if world_size is None else valid_world_size(world_size)
+        if rank is None and world_size is None:
+            raise InvalidName(
+                "neither rank nor world_size is given: say which rank this is, or how many there are to choose from"
+            )
+        if rank is not None and not 0 <= rank < (world_size or 16_384):
+            raise InvalidName(f"rank is {rank}; it must be from 0 to {(world_size or 16_384) - 1}")
+        self.store = adopt(redis, settings=settings)
+        self.settings = self.store.settings
+        self.clock: Clock = clock or SystemClock()
+        self.incarnation = incarnation or new_incarnation(time.time_ns() // 1_000_000)
+        self.promised: EpochId | None = None
+        self._owns_store = redis is not self.store
+        self._wanted_rank = rank
+        self._rank: int | None = None
+        self._report = Report(
+            rank=0,
+            incarnation=self.incarnation,
+            status="Idle",
+            digest=digest,
+            node=socket.gethostname() if node is None else node,
+            address=address,
+            pid=os.getpid(),
+            world_size=world_size,
+            lease_ms=round(self.settings.lease * 1000),
+        )
+        self._status_since = self.clock.now()
+        self._writing = asyncio.Lock()
+        self._renewed_at = float("-inf")
+        self._said: tuple[str, EpochId | None] | None = None
+        self._alarm = False
+        self._unsaid: deque[Event] = deque(maxlen=_UNSAID_EVENTS)
+        self._event_seq = 0
+        self._dropped_claim: ClaimLost | None = None
+        self._cursor = LogId(0, 0)
+        self._announced: EpochId | None = None
+        self._entries: asyncio.Queue[LogEntry | BaseException] = asyncio.Queue(maxsize=1_000)
+
+    @property
+    def rank(self) -> int:
+        """The claimed rank; raises `RankTaken` before `claim`."""
+        if self._rank is None:
+            raise RankTaken("no rank is claimed yet: await claim() first")
+        return self._rank
+
+    @property
+    def report_now(self) -> Report:
+        """What this rank last said, or is about to say."""
+        return self._report
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the lease was surely renewed recently enough for this rank to accept tasks."""
+        return self.clock.now() - self._renewed_at < self.settings.distrust_after
+
+    # --- claiming -----------------------------------------------------------------------------------------------------
+
+    async def claim(self, *, timeout: float | None = None) -> int:  # noqa: ASYNC109  by the injected clock
+        """Become the one incarnation that holds the rank, or any free one; then say hello with a first report.
+
+        Args:
+            timeout: seconds to wait for a rank that another incarnation holds (a predecessor's claim lapses within one
+                lease); ``None`` waits for two leases.
+
+        Raises:
+            RankTaken: another incarnation keeps holding it.
+            StoreError: could not find out.
+        """
+        await self.store.verify()
+        deadline = self.clock.now() + (2 * self.settings.lease if timeout is None else timeout)
+        wanted = range(self.world_size or 0) if self._wanted_rank is None else (self._wanted_rank,)
+        while True:
+            soonest = self.settings.lease
+            holders: list[str] = []
+            for rank in wanted:
+                left, holder = await self._try_claim(rank)
+                if left is None:
+                    await self._begin(rank)
+                    return rank
+                soonest = min(soonest, left)
+                holders.append(f"rank {rank}: {holder}")
+            if self.clock.now() >= deadline:
+                raise RankTaken(
+                    f"group {self.keys.group}: held by other processes ({'; '.join(holders[:4])}"
+                    f"{'; …' if len(holders) > 4 else ''}). Stop one, or start fewer runners than ranks"
+                )
+            await self.clock.sleep(min(soonest, max(deadline - self.clock.now(), 0)) + 0.001)
+
+    async def _try_claim(self, rank: int) -> tuple[float | None, str]:
+        """Seconds that another's claim has left and its name, or ``None`` if the claim is ours now."""
+        key = self.keys.claim(rank)
+        lease_ms = round(self.settings.lease * 1000)
+        with self.store.errors():
+            async with self.store.commands.pipeline(transaction=True) as pipe:
+                pipe.set(key, self.incarnation, px=lease_ms, nx=True)
+                pipe.get(key)
+                pipe.pttl(key)
+                _, holder, left = await pipe.execute()
+        if holder == self.incarnation.encode():
+            return None, ""
+        return max(left, 1) / 1000, (holder or b"nobody").decode("utf-8", "replace")
+
+    async def _begin(self, rank: int) -> None:
+        """Refuse keys of the wrong type before anything of ours is written, and take the log's end as the place to read from."""
+        expected = {
+            self.keys.rank(rank): "string",
+            self.keys.epoch: "hash",
+            self.keys.tasks: "stream",
+            self.keys.signals: "stream",
+            self.keys.events: "stream",
+        }
+        with self.store.errors():
+            async with self.store.commands.pipeline(transaction=True) as pipe:
+                for key in expected:
+                    pipe.type(key)
+                found = [kind.decode() for kind in await pipe.execute()]
+        for (key, kind), actual in zip(expected.items(), found, strict=True):
+            if actual not in ("none", kind):
+                await self._drop_claim(rank, hint=False)
+                raise StoreCorrupt(
+                    f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
+                )
+        self._rank = rank
+        self._report = replace(self._report, rank=rank)
+        with self.store.errors():
+            newest = await self.store.commands.xrevrange(self.keys.tasks, count=1)
+        if newest:
+            self._cursor = LogId.parse(newest[0][0].decode())
+        await self._write()
+
+    async def leave(self) -> None:
+        """Give the rank back: the report and the claim go, so that nobody has to wait for the lease. Safe to call twice."""
+        if self._rank is None or self._dropped_claim is not None:
+            return
+        async with self._writing:
+            rank, self._rank = self._rank, None
+            await self._drop_claim(rank)
+
+    async def _drop_claim(self, rank: int, *, hint: bool = True) -> None:
+        """Delete claim and report, if they are still ours. A watch makes that one step; no script is needed."""
+        claim, report = self.keys.claim(rank), self.keys.rank(rank)
+        with self.store.errors():
+            async with self.store.commands.pipeline(transaction=True) as pipe:
+                await pipe.watch(claim)
+                if await pipe.get(claim) != self.incarnation.encode():
+                    return
+                pipe.multi()
+                pipe.delete(claim)
+                pipe.delete(report)
+                if hint:
+                    self._add_hint(pipe, alarm=True)
+                await pipe.execute()
+
+    # --- reporting ----------------------------------------------------------------------------------------------------
+
+    async def report(
+        self,
+        status: str | None = None,
+        *,
+        progress: tuple[int, int] | None = None,
+        error: str = "",
+        permanent: bool = False,
+        outcome: TaskOutcome | None = None,
+        events: Sequence[Event] = (),
+    ) -> None:
+        """Say the whole state, in one round trip; a changed status wakes the planner.
+
+        Args:
+            status: the new status; ``None`` leaves it.
+            progress: (done, total) of the work in progress.
+            error: what failed.
+            permanent: whether that failure is of the kind that trying again cannot mend.
+            outcome: what became of a task; replaces an earlier one of the same task.
+            events: history, appended in the same step, in this order.
+
+        Raises:
+            ClaimLost: another incarnation holds the rank; nothing was written if that was known before.
+            StoreError: unknown. The next heartbeat says it again, whole.
+        """
+        before = self._report
+        if status is not None and status != before.status:
+            self._status_since = self.clock.now()
+        outcomes = before.outcomes
+        if outcome is not None:
+            outcomes = (*(one for one in outcomes if one.task_id != outcome.task_id), outcome)[-MAX_OUTCOMES:]
+        self._report = replace(
+            before,
+            status=before.status if status is None else valid_status(status),
+            progress=progress,
+            error=error,
+            permanent=permanent,
+            outcomes=outcomes,
+        )
+        self._alarm = self._alarm or bool(error) or (outcome is not None and outcome.result in ("rejected", "failed"))
+        for event in events:
+            self._event_seq += 1
+            self._unsaid.append({"seq": str(self._event_seq), "epoch": str(self._report.epoch or "-"), **event})
+        await self._write()
+
+    def note_progress(self, done: int, total: int) -> None:
+        """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip."""
+        self._report = replace(self._report, progress=(done, total))
+
+    def _add_hint(self, pipe: Any, *, alarm: bool) -> None:  # noqa: ANN401  a redis-py pipeline
+        report = self._report
+        fields = {
+            "kind": "report",
+            "rank": report.rank,
+            "epoch": str(report.epoch or "-"),
+            "inc": report.incarnation,
+            "status": report.status,
+        }
+        if alarm:
+            fields["alarm"] = "1"
+        pipe.xadd(self.keys.signals, fields, maxlen=self.settings.signal_entries, approximate=True)
+        pipe.pexpire(self.keys.signals, round(self.settings.record_lifetime * 1000))
+
+    async def _write(self) -> None:
+        """Send the report in one MULTI, and look at what it brings back: the claim, the epoch and the log's end.
+
+        Hint and history that could not be sent go with the next report. A reply that was lost after the commit makes them
+        come twice; events carry their number, so that a reader can tell.
+        """
+        async with self._writing:
+            rank = self.rank
+            if self._dropped_claim is not None:
+                raise self._dropped_claim
+            if self._renewed_at > float("-inf") and self.clock.now() - self._renewed_at > self.settings.reread_after:
+                await self._read_before_writing(rank)
+            sent_at, read_to = self.clock.now(), self._cursor
+            self._report = replace(
+                self._report, seq=self._report.seq + 1, status_ms=max(0, round((sent_at - self._status_since) * 1000))
+            )
+            lease_ms = round(self.settings.lease * 1000)
+            claim, events, alarm = self.keys.claim(rank), list(self._unsaid), self._alarm
+            saying = (self._report.status, self._report.epoch)
+            with self.store.errors():
+                async with self.store.commands.pipeline(transaction=True) as pipe:
+                    pipe.set(claim, self.incarnation, px=lease_ms, nx=True)  # heals a flushed claim
+                    pipe.get(claim)
+                    pipe.pexpire(claim, lease_ms)
+                    pipe.set(self.keys.rank(rank), self._report.encode(), px=lease_ms)
+                    pipe.hmget(self.keys.epoch, "number", "nonce", "verdict")
+                    pipe.xrevrange(self.keys.tasks, count=1)
+                    for event in events:
+                        pipe.xadd(
+                            self.keys.events,
+                            {"source": "rank", "rank": rank, "inc": self.incarnation, **event},
+                            maxlen=self.settings.event_entries,
+                            approximate=True,
+                        )
+                    if events:
+                        pipe.pexpire(self.keys.events, round(self.settings.record_lifetime * 1000))
+                    if alarm or saying != self._said:
+                        self._add_hint(pipe, alarm=alarm)
+                    replies = await pipe.execute()
+            self._check_claim(replies[1])
+            self._renewed_at = sent_at
+            self._said = saying
+            self._alarm = self._alarm and not alarm
+            for _ in range(min(len(events), len(self._unsaid))):
+                self._unsaid.popleft()
+            self._notice(replies[4], replies[5], read_to)
+
+    async def _read_before_writing(self, rank: int) -> None:
+        """After a gap (a stopped process, a lost network) this rank may have been replaced: then it must not write."""
+        with self.store.errors():
+            holder = await self.store.commands.get(self.keys.claim(rank))
+        if holder is not None:
+            self._check_claim(holder)
+
+    def _check_claim(self, holder: bytes | None) -> None:
+        if holder == self.incarnation.encode():
+            return
+        other = (holder or b"nobody").decode("utf-8", "replace")
+        self._dropped_claim = ClaimLost(
+            f"group {self.keys.group}, rank {self.rank}: process {other} holds this rank now; this one ({self.incarnation}) "
+            "was silent for longer than its lease. Stop one of the two"
+        )
+        raise self._dropped_claim
+
+    def _notice(self, record: list[bytes | None], newest: list[tuple[bytes, Any]], read_to: LogId) -> None:
+        """Learn of epochs and verdicts from the record as well: the log may have been lost, or have gone back."""
+        end = LogId.parse(newest[0][0].decode()) if newest else LogId(0, 0)
+        if end < read_to and read_to == self._cursor:
+            self._cursor = end  # never wait beyond the end of a log that went back; what comes twice is recognised
+        number, nonce, verdict = record
+        if number is None or nonce is None:
+            return
+        try:
+            epoch = EpochId.parse(f"{number.decode()}-{nonce.decode()}")
+        except (InvalidName, UnicodeDecodeError):
+            return
+        if verdict is not None and epoch == self.promised:
+            self._offer(VerdictAnnounced(epoch, _decode_verdict(verdict)))
+        elif verdict is None and epoch.number > self._report.floor and epoch != self._announced:
+            self._announced = epoch
+            self._offer(EpochAnnounced(epoch))
+
+    def _offer(self, entry: LogEntry) -> None:
+        """Hand an entry to the reader, unless it is too far behind: the next heartbeat says it again."""
+        try:
+            self._entries.put_nowait(entry)
+        except asyncio.QueueFull:
+            self._announced = None
+
+    @asynccontextmanager
+    async def heartbeat(self) -> AsyncIterator[None]:
+        """Rewrite the whole report every `Settings.heartbeat` seconds while inside.
+
+        A store that does not answer is tried again with backoff and never raises here; `ClaimLost` ends `tasks`.
+        """
+        beating = asyncio.create_task(self._beat(), name=f"rankgate heartbeat of rank {self._rank}")
+        try:
+            yield
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        failures = 0
+        while True:
+            pause = self.settings.heartbeat
+            if failures:
+                # Come back sooner than a heartbeat, but not all ranks at the same instant.
+                pause = min(pause, self.settings.command_seconds) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
+            await self.clock.sleep(pause)
+            try:
+                await self._write()
+            except StoreError as error:
+                if not failures:
+                    logger.warning("rank {}: heartbeat failed: {}", self._rank, error)
+                failures += 1
+            except ClaimLost as error:
+                await self._entries.put(error)
+                return
+            else:
+                if failures:
+                    logger.info("rank {}: heartbeat is back after {} failures", self._rank, failures)
+                failures = 0
+
+    # --- the task log -------------------------------------------------------------------------------------------------
+
+    async def tasks(self) -> AsyncIterator[LogEntry]:
+        """Everything that is announced to this group, in the log's order, from the moment of `claim` on.
+
+        Tasks of any epoch come out: the reader judges them. Before a task comes out, a lease that may have lapsed is renewed
+        and the epoch is read again.
+
+        Raises:
+            ClaimLost: another incarnation holds the rank now.
+        """
+        reading = asyncio.create_task(self._follow(), name=f"rankgate task log of rank {self._rank}")
+        try:
+            while True:
+                entry = await self._entries.get()
+                if isinstance(entry, BaseException):
+                    raise entry
+                if isinstance(entry, TaskEntry):
+                    await self._make_sure()
+                    if entry.epoch == self.promised:
+                        if entry.id.n <= self._report.applied:
+                            continue  # a log that went back says it again
+                        entry = replace(entry, missed=entry.previous > self._report.applied)
+                        self._report = replace(self._report, applied=entry.id.n)
+                yield entry
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _make_sure(self) -> None:
+        """Renew and re-read until the lease is trusted again; only then may a task be judged."""
+        while not self.trusted:
+            try:
+                await self._write()
+            except StoreError:
+                await self.clock.sleep(self.settings.command_seconds)
+
+    async def _follow(self) -> None:
+        reader = self.store.reader()
+        pause = 0.0
+        try:
+            while True:
+                try:
+                    with self.store.errors():
+                        reply = await reader.xread(
+                            {self.keys.tasks: str(self._cursor)},
+                            count=_BATCH,
+                            block=round(self.settings.reader_block * 1000),
+                        )
+                    pause = 0.0
+                except StoreError as error:
+                    if not pause:
+                        logger.warning("rank {}: the task log is not readable: {}", self._rank, error)
+                    pause = min(max(pause * 2, 0.05), self.settings.command_seconds)
+                    await self.clock.sleep(pause)
+                    continue
+                for _, entries in reply or []:
+                    for entry_id, fields in entries:
+                        self._cursor = LogId.parse(entry_id.decode())
+                        await self._entries.put(decode_entry(self._cursor, fields or {}))
+        finally:
+            await reader.aclose()
+
+    # --- promises -----------------------------------------------------------------------------------------------------
+
+    async def promise(self, epoch: EpochId) -> PromiseOutcome:
+        """Give this rank's word to act in exactly this epoch. Tear down first; `retire` from the one before first.
+
+        The epoch's record is read anew: it must be this one, without a verdict, above every promise before, and its roster
+        must name this incarnation.
+
+        Raises:
+            StoreError: unknown; nothing is promised.
+        """
+        if self.promised is not None:
+            return NotPromised(f"still in epoch {self.promised}: retire from it first")
+        chunk, offset = divmod(self.rank, _ROSTER_CHUNK)
+        with self.store.errors():
+            found = await self.store.commands.hmget(
+                self.keys.epoch, "number", "nonce", "verdict", "world_size", f"roster:{chunk}", "last_n"
+            )
+        number, nonce, verdict, world_size, roster, _ = (
+            None if one is None else one.decode("utf-8", "replace") for one in found
+        )
+        if number is None or f"{number}-{nonce}" != str(epoch):
+            return NotPromised(f"epoch {epoch.number} is not current any more")
+        if verdict is not None:
+            return NotPromised(f"epoch {epoch.number} is concluded")
+        if epoch.number <= self._report.floor:
+            return NotPromised(f"epoch {epoch.number} is not above {self._report.floor}, which was promised before")
+        mine = (roster or "")[offset * INCARNATION_WIDTH : (offset + 1) * INCARNATION_WIDTH]
+        if mine != self.incarnation or world_size is None:
+            return NotPromised(
+                f"the roster of epoch {epoch.number} names {mine or 'nobody'} for rank {self.rank}, not this process"
+            )
+        self.promised = epoch
+        self._report = replace(self._report, epoch=epoch, floor=epoch.number, applied=1)
+        return Promised(epoch, int(world_size))
+
+    def retire(self) -> None:
+        """Spend the promise for good; its number stays as a floor. Tear down first. Safe to call twice."""
+        self.promised = None
+        self._report = replace(self._report, epoch=None, applied=0)
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    async def write_output(self, task_id: str, chunks: Iterable[bytes]) -> None:
+        """Append pieces of one task's answer to its stream, in one round trip."""
+        key = self.keys.out(task_id)
+        with self.store.errors():
+            async with self.store.commands.pipeline(transaction=True) as pipe:
+                for chunk in chunks:
+                    pipe.xadd(key, {"chunk": chunk}, maxlen=self.settings.event_entries, approximate=True)
+                pipe.pexpire(key, round(self.settings.output_lifetime * 1000))
+                await pipe.execute()
+
+    async def close(self) -> None:
+        """Close what this member opened. Does not give the rank back; see `leave`."""
+        if self._owns_store:
+            await self.store.close()
+
+
+def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:
+    """Read one entry of the log; what is not ours comes out as `Garbage`."""
+    try:
+        kind = fields[b"kind"]
+        epoch = EpochId.parse(f"{entry_id.number}-{fields[b'nonce'].decode()}")
+        match kind:
+            case b"opened":
+                return EpochAnnounced(epoch)
+            case b"verdict":
+                return VerdictAnnounced(epoch, _decode_verdict(fields[b"verdict"]))
+            case b"task":
+                first, last = fields[b"to"].split(b"-")
+                return TaskEntry(
+                    epoch=epoch,
+                    id=entry_id,
+                    previous=int(fields[b"prev"]),
+                    step=fields[b"step"].decode(),
+                    first=int(first),
+                    last=int(last),
+                    term=int(fields[b"term"]),
+                    payload=fields[b"task"],
+                )
+            case _:
+                return Garbage(str(entry_id), "unknown kind")
+    except (KeyError, ValueError, InvalidName) as error:
+        return Garbage(str(entry_id), f"not an entry of ours ({type(error).__name__})")
+
+
+def _decode_verdict(raw: bytes) -> Verdict:
+    try:
+        return Verdict.model_validate_json(raw)
+    except ValidationError:
+        return Verdict.aborted("the stored verdict could not be read")

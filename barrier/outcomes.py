@@ -1,0 +1,144 @@
+"""How a call to the barrier can end: values to be matched, not exceptions to be forgotten.
+
+Match them with ``assert_never`` in the last branch, and pyright names the case that was left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from barrier.ids import EpochId, LogId
+from barrier.model import Leadership, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """This planner leads, under this authority."""
+
+    leadership: Leadership
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """Somebody else leads, for at least so many milliseconds."""
+
+    leader: Leadership
+    left_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A new epoch, or the same one again where the call was repeated."""
+
+    epoch: EpochId
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The lost record stands again as it was."""
+
+    epoch: EpochId
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disagree:
+    """Ranks that were configured for another spec, with their digests, and the one that was asked for."""
+
+    wanted: str
+    found: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unconcluded:
+    """An epoch without a verdict is in the way: conclude it first."""
+
+    epoch: EpochId
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """The task is in the log, at this id."""
+
+    id: LogId
+
+
+@dataclass(frozen=True, slots=True)
+class Already:
+    """The step was dispatched before, at this id; nothing was appended."""
+
+    id: LogId
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady:
+    """These ranks have not arrived; nothing was written."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """The verdict is latched: this one, or an earlier one that won."""
+
+    verdict: Verdict
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """All ranks had arrived at one instant; `id` is the task that was dispatched at that instant, if one was asked for."""
+
+    epoch: EpochId
+    id: LogId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """The deadline passed; the explanation names every missing rank."""
+
+    epoch: EpochId
+    missing: tuple[int, ...]
+    explanation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The epoch has a verdict (also where that is ``Stopped``)."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """Another epoch is current; ``None`` where only the log proves it."""
+
+    by: EpochId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """A later planner leads (or the store forgot the leadership: term 0). `lead` again before acting."""
+
+    term: int
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The store's state is missing or went back. Never a release: re-arm with a higher epoch, or restore."""
+
+    reason: str
+
+
+LeadOutcome: TypeAlias = Leading | Following
+OpenOutcome: TypeAlias = Opened | NotReady | Disagree | Unconcluded | Fenced
+RestoreOutcome: TypeAlias = Restored | NotReady | Superseded | Fenced
+DispatchOutcome: TypeAlias = Dispatched | Already | NotReady | Aborted | Superseded | Fenced | Unknown
+CheckOutcome: TypeAlias = Released | NotReady | Aborted | Superseded | Unknown
+ConcludeOutcome: TypeAlias = Concluded | Superseded | Fenced | Unknown
+WaitOutcome: TypeAlias = Released | TimedOut | Aborted | Superseded | Unknown
+ReleaseOutcome: TypeAlias = Released | TimedOut | Aborted | Superseded | Fenced | Unknown

@@ -1,0 +1,206 @@
+"""What a rank says of itself, and how that is written.
+
+A report is laid out so that a script can check it by comparing a prefix::
+
+    1|<epoch number>-<nonce>|<incarnation>|<status>|<applied>|<floor>|<digest>|{"rank":0,…}
+
+``-`` stands for "no epoch" and "no digest"; applied has 10 digits, floor 16. See DESIGN section 4.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from barrier.errors import InvalidName
+from barrier.ids import EpochId
+from barrier.keys import shown, valid_status
+
+SCHEMA = "1"
+MAX_REPORT_BYTES = 16 * 1024
+MAX_OUTCOMES = 8
+"""How many of its last tasks' outcomes a report carries."""
+
+_ShortText = Annotated[str, Field(max_length=2_000)]
+
+
+class TaskOutcome(BaseModel):
+    """What became of one task at one rank; reports carry the last few, so that the planner learns from state.
+
+    Attributes:
+        task_id: the task's id.
+        step: the step it belongs to.
+        n: its position in the log.
+        result: ``running``, ``done``, ``cancelled``, ``rejected`` or ``failed``.
+        code: for a rejection its code (``NotYet``, ``Stale``, ``Invalid``); otherwise empty.
+        detail: one sentence for a person; never a prompt.
+        retryable: whether the same task may succeed later in the same epoch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    task_id: str = Field(max_length=128)
+    step: str = Field(max_length=96)
+    n: int = Field(ge=0)
+    result: Literal["running", "done", "cancelled", "rejected", "failed"]
+    code: str = Field(default="", max_length=64)
+    detail: _ShortText = ""
+    retryable: bool = False
+
+
+class _ReportBody(BaseModel):
+    """The part of a report that only people and planners read. Unknown fields are those of a later version."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rank: int = Field(ge=0)
+    seq: int = Field(default=0, ge=0)
+    node: str = Field(default="", max_length=255)
+    address: str = Field(default="", max_length=300)
+    pid: int = 0
+    world_size: int | None = None
+    lease_ms: int = Field(default=0, ge=0)
+    status_ms: int = Field(default=0, ge=0)
+    progress: tuple[int, int] | None = None
+    error: _ShortText = ""
+    permanent: bool = False
+    outcomes: tuple[TaskOutcome, ...] = Field(default=(), max_length=MAX_OUTCOMES)
+
+
+class UndecodableReport(ValueError):
+    """Bytes in a rank's key that are not a report of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A rank's whole current state, as it says it.
+
+    Attributes:
+        rank: whose it is.
+        incarnation: which life of the rank's process.
+        epoch: the epoch that the rank has promised and not retired from; ``None`` where it is in none.
+        status: a status name.
+        applied: the highest log position of `epoch` that the rank has taken from the log.
+        floor: the highest epoch number that the rank has ever promised; kept when a promise is spent.
+        digest: digest of the spec that the rank was configured for; empty where it was given none.
+        seq: rises with every report of this incarnation.
+        node: the machine, for people.
+        address: ``host:port`` at which this rank could coordinate a collective; empty where it cannot.
+        pid: process id, for people.
+        world_size: the world size that the rank was configured for; ``None`` where it was given none.
+        lease_ms: lifetime that the report was written with, in milliseconds.
+        status_ms: how long the rank has been in this status, in milliseconds, by its own clock.
+        progress: (done, total) of the work in progress.
+        error: what failed, where something did.
+        permanent: whether that failure is of the kind that trying again cannot mend.
+        outcomes: the last few tasks and what became of them, oldest first.
+    """
+
+    rank: int
+    incarnation: str
+    status: str
+    epoch: EpochId | None = None
+    applied: int = 0
+    floor: int = 0
+    digest: str = ""
+    seq: int = 0
+    node: str = ""
+    address: str = ""
+    pid: int = 0
+    world_size: int | None = None
+    lease_ms: int = 0
+    status_ms: int = 0
+    progress: tuple[int, int] | None = None
+    error: str = ""
+    permanent: bool = False
+    outcomes: tuple[TaskOutcome, ...] = ()
+
+    @property
+    def header(self) -> str:
+        """What scripts compare."""
+        return (
+            f"{SCHEMA}|{self.epoch or '-'}|{self.incarnation}|{valid_status(self.status)}"
+            f"|{self.applied:010d}|{self.floor:016d}|{self.digest or '-'}|"
+        )
+
+    def encode(self) -> bytes:
+        """Write the report: header, then JSON. Texts are cut to what a report may hold, so that every reader takes it."""
+        outcomes = self.outcomes[-MAX_OUTCOMES:]
+        raw = self._encode_with(outcomes)
+        if len(raw) > MAX_REPORT_BYTES:  # of an outcome, the planner needs the code more than the sentence
+            outcomes = tuple(one.model_copy(update={"detail": one.detail[:200]}) for one in outcomes)
+            raw = self._encode_with(outcomes)
+        while len(raw) > MAX_REPORT_BYTES and outcomes:
+            outcomes = outcomes[1:]
+            raw = self._encode_with(outcomes)
+        return raw
+
+    def _encode_with(self, outcomes: tuple[TaskOutcome, ...]) -> bytes:
+        body = _ReportBody(
+            rank=self.rank,
+            seq=self.seq,
+            node=self.node[:255],
+            address=self.address[:300],
+            pid=self.pid,
+            world_size=self.world_size,
+            lease_ms=self.lease_ms,
+            status_ms=self.status_ms,
+            progress=self.progress,
+            error=self.error[:2_000],
+            permanent=self.permanent,
+            outcomes=outcomes,
+        )
+        return self.header.encode() + body.model_dump_json(exclude_defaults=True).encode()
+
+    @classmethod
+    def decode(cls, raw: bytes, rank: int) -> Report:
+        """Read a report found in the key of a rank.
+
+        Raises:
+            UndecodableReport: the bytes are too many, of another schema, malformed, or another rank's.
+        """
+        if len(raw) > MAX_REPORT_BYTES:
+            raise UndecodableReport(f"rank {rank}: {len(raw):,} bytes; at most {MAX_REPORT_BYTES:,} are read")
+        try:
+            schema, epoch, incarnation, status, applied, floor, digest, text = raw.decode().split("|", 7)
+        except (UnicodeDecodeError, ValueError):
+            raise UndecodableReport(f"rank {rank}: not a report") from None
+        if schema != SCHEMA:
+            raise UndecodableReport(f"rank {rank}: schema {shown(schema)}; this version reads {SCHEMA}")
+        if not re.fullmatch(r"[0-9a-f]{28}", incarnation) or not re.fullmatch(
+            r"[0-9]{10}\|[0-9]{16}", f"{applied}|{floor}"
+        ):
+            raise UndecodableReport(f"rank {rank}: malformed header")
+        if not re.fullmatch(r"-|[0-9a-f]{1,64}", digest):
+            raise UndecodableReport(f"rank {rank}: malformed digest")
+        try:
+            body = _ReportBody.model_validate_json(text)
+            status = valid_status(status)
+            epoch_id = None if epoch == "-" else EpochId.parse(epoch)
+        except (ValidationError, InvalidName):
+            raise UndecodableReport(f"rank {rank}: malformed report") from None
+        if body.rank != rank:
+            raise UndecodableReport(f"rank {rank}: the report says rank {body.rank}")
+        return cls(
+            rank=rank,
+            incarnation=incarnation,
+            status=status,
+            epoch=epoch_id,
+            applied=int(applied),
+            floor=int(floor),
+            digest="" if digest == "-" else digest,
+            seq=body.seq,
+            node=body.node,
+            address=body.address,
+            pid=body.pid,
+            world_size=body.world_size,
+            lease_ms=body.lease_ms,
+            status_ms=body.status_ms,
+            progress=body.progress,
+            error=body.error,
+            permanent=body.permanent,
+            outcomes=body.outcomes,
+        )

@@ -1,0 +1,420 @@
+"""The planner's verbs: one typed coroutine per script. The only module that knows KEYS and ARGV.
+
+Arguments are passed by name and put in the order of the script's own header, so a header that lies breaks at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from pydantic import ValidationError
+from redis.exceptions import NoScriptError
+
+from barrier.errors import InvalidName, StoreCorrupt
+from barrier.keys import Keys
+from barrier.arrivals import Requirement
+from barrier.ids import INCARNATION_WIDTH, EpochId, LogId
+from barrier.model import EpochRecord, Leadership, RankView, Snapshot, StepRecord, Verdict
+from barrier.outcomes import (
+    Aborted,
+    Already,
+    CheckOutcome,
+    Concluded,
+    ConcludeOutcome,
+    Disagree,
+    Dispatched,
+    DispatchOutcome,
+    Fenced,
+    Following,
+    Leading,
+    LeadOutcome,
+    NotReady,
+    Opened,
+    OpenOutcome,
+    Released,
+    Restored,
+    RestoreOutcome,
+    Superseded,
+    Unconcluded,
+    Unknown,
+)
+from barrier.report import MAX_REPORT_BYTES, Report, UndecodableReport
+from barrier.settings import Settings
+from barrier.store import Store
+
+VERBS = ("lead", "open", "restore", "dispatch", "check", "conclude", "inspect")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One `.lua` file with the shared prelude before it, and the argument names that its header declares."""
+
+    name: str
+    text: str
+    sha: str
+    keys: tuple[str, ...]
+    args: tuple[str, ...]
+    replies: tuple[str, ...]
+
+
+@cache
+def script(name: str) -> Script:
+    """Load one verb from the package."""
+    folder = files("barrier") / "lua"
+    body = (folder / f"{name}.lua").read_text("utf-8")
+    text = (folder / "prelude.lua").read_text("utf-8") + "\n" + body
+    return Script(
+        name=name,
+        text=text,
+        sha=hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(),
+        keys=tuple(_header(body, "KEYS").split()),
+        args=tuple(_header(body, "ARGV").split()),
+        replies=tuple(re.findall(r"[A-Z_]{4,}", _header(body, "Replies"))),
+    )
+
+
+def _header(body: str, field: str) -> str:
+    """The text of one header field, with its continuation lines."""
+    lines = iter(body.splitlines())
+    for line in lines:
+        if line.startswith(f"-- {field}:"):
+            text = line.partition(":")[2]
+            for more in lines:
+                if not more.startswith("--   "):
+                    break
+                text += " " + more[2:].strip()
+            return text
+    raise LookupError(f"the script has no {field} header")
+
+
+async def _run(
+    store: Store, name: str, keys: Mapping[str, str | Sequence[str]], args: Mapping[str, str | int | Sequence[str]]
+) -> list[Any]:
+    """Run one verb: EVALSHA, and EVAL with the whole text where the server does not know it (it may have been flushed)."""
+    loaded = script(name)
+    ordered_keys = _ordered(loaded.keys, keys)
+    ordered_args = _ordered(loaded.args, args)
+    with store.errors():
+        try:
+            return await store.commands.evalsha(loaded.sha, len(ordered_keys), *ordered_keys, *ordered_args)
+        except NoScriptError:
+            return await store.commands.eval(loaded.text, len(ordered_keys), *ordered_keys, *ordered_args)
+
+
+def _ordered(names: tuple[str, ...], values: Mapping[str, Any]) -> list[str]:
+    """Put named values into the header's order; a name that ends in ``...`` takes a list and stands last."""
+    if len(names) != len(values):
+        raise LookupError(f"the header declares {names}, the call gives {tuple(values)}")
+    ordered: list[str] = []
+    for name in names:
+        if name.endswith("..."):
+            ordered.extend(values[name.removesuffix("...")])
+        else:
+            ordered.append(str(values[name]))
+    return ordered
+
+
+def _words(reply: Sequence[Any]) -> list[str]:
+    return [part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part) for part in reply]
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _rules(requirement: Requirement) -> list[str]:
+    return [part for rule in requirement for part in (str(rule.first), str(rule.last), ",".join(rule.statuses))]
+
+
+def _not_understood(name: str, words: Sequence[str]) -> StoreCorrupt:
+    return StoreCorrupt(f"verb {name} answered {words[:3]}, which this version does not understand")
+
+
+async def lead(store: Store, keys: Keys, *, holder: str, floor: int, lease: float | None) -> LeadOutcome | None:
+    """Take or renew leadership for `lease` seconds; ``None`` gives it back (and answers ``None``)."""
+    args = {
+        "holder": holder,
+        "lease_ms": 0 if lease is None else _milliseconds(lease),
+        "floor": floor,
+        "record_ms": _milliseconds(store.settings.record_lifetime),
+    }
+    words = _words(await _run(store, "lead", {"leader": keys.leader}, args))
+    match words:
+        case ["LEADER", term]:
+            return Leading(Leadership(int(term), holder))
+        case ["FOLLOWER", other, term, left]:
+            return Following(Leadership(int(term), other), int(left))
+        case ["RESIGNED"]:
+            return None
+        case _:
+            raise _not_understood("lead", words)
+
+
+async def open_epoch(
+    store: Store,
+    keys: Keys,
+    *,
+    leadership: Leadership,
+    nonce: str,
+    world_size: int,
+    floor: int,
+    ordinal: int,
+    digest: str,
+    notes: str,
+) -> OpenOutcome:
+    """Start a new epoch if every rank has a live report; repeating it with one nonce is harmless."""
+    args = _under(leadership) | _caps(store.settings, "log", "signal", "event")
+    args |= {"nonce": nonce, "floor": floor, "ordinal": ordinal, "digest": digest or "-", "notes": notes}
+    words = _words(await _run(store, "open", _named(keys) | {"rank": keys.ranks(world_size)}, args))
+    match words:
+        case ["OPENED", number, same_nonce, attempt]:
+            return Opened(EpochId(int(number), same_nonce), int(attempt))
+        case ["NOT_READY", *ranks]:
+            return NotReady(_integers(ranks))
+        case ["DISAGREE", *pairs]:
+            return Disagree(digest, {int(rank): found for rank, found in zip(pairs[::2], pairs[1::2], strict=True)})
+        case ["UNCONCLUDED", number, other]:
+            return Unconcluded(EpochId(int(number), other))
+        case ["FENCED", term, holder]:
+            return Fenced(int(term), holder)
+        case _:
+            raise _not_understood("open", words)
+
+
+async def restore(
+    store: Store,
+    keys: Keys,
+    *,
+    leadership: Leadership,
+    epoch: EpochId,
+    status: str,
+    steps: Sequence[str],
+    world_size: int,
+    ordinal: int,
+    digest: str,
+    notes: str,
+) -> RestoreOutcome:
+    """Write a lost record back, if all ranks agree on epoch, status and log position."""
+    args = _under(leadership) | _caps(store.settings, "signal", "event") | _naming(epoch)
+    args |= {"status": status, "steps": ",".join(steps), "ordinal": ordinal, "digest": digest or "-", "notes": notes}
+    words = _words(await _run(store, "restore", _named(keys) | {"rank": keys.ranks(world_size)}, args))
+    match words:
+        case ["RESTORED", number, nonce, attempt]:
+            return Restored(EpochId(int(number), nonce), int(attempt))
+        case ["NOT_READY", *ranks]:
+            return NotReady(_integers(ranks))
+        case _:
+            return _refusal("restore", words, Superseded, Fenced)
+
+
+async def dispatch(
+    store: Store,
+    keys: Keys,
+    *,
+    leadership: Leadership,
+    epoch: EpochId,
+    step: str,
+    payload: str,
+    requirement: Requirement,
+    to: tuple[int, int],
+    world_size: int,
+    attempt: int = 1,
+    after: str = "",
+    repeatable: bool = False,
+    seen_n: int = 0,
+    known_n: int = 0,
+) -> DispatchOutcome:
+    """Check every rank and append the task, at one instant, once per step."""
+    args = _under(leadership) | _caps(store.settings, "log", "event") | _naming(epoch)
+    args |= {
+        "step": step,
+        "attempt": attempt,
+        "after": after,
+        "repeatable": int(repeatable),
+        "to": f"{to[0]}-{to[1]}",
+        "seen_n": seen_n,
+        "known_n": known_n,
+        "once_ms": _milliseconds(store.settings.output_lifetime),
+        "payload": payload,
+        "rule": _rules(requirement),
+    }
+    named = _named(keys) | {"once": keys.once(step), "rank": keys.ranks(world_size)}
+    words = _words(await _run(store, "dispatch", named, args))
+    match words:
+        case ["DISPATCHED", entry]:
+            return Dispatched(LogId.parse(entry))
+        case ["ALREADY", entry]:
+            return Already(LogId.parse(entry))
+        case ["NOT_READY", *ranks]:
+            return NotReady(_integers(ranks))
+        case _:
+            return _refusal("dispatch", words, Aborted, Superseded, Fenced, Unknown)
+
+
+async def check(store: Store, keys: Keys, *, epoch: EpochId, requirement: Requirement, world_size: int) -> CheckOutcome:
+    """Whether all ranks have arrived at this instant; writes nothing."""
+    args = _naming(epoch) | {"rule": _rules(requirement)}
+    words = _words(await _run(store, "check", {"epoch": keys.epoch, "rank": keys.ranks(world_size)}, args))
+    match words:
+        case ["READY"]:
+            return Released(epoch)
+        case ["NOT_READY", *ranks]:
+            return NotReady(_integers(ranks))
+        case _:
+            return _refusal("check", words, Aborted, Superseded, Unknown)
+
+
+async def conclude(
+    store: Store, keys: Keys, *, leadership: Leadership, epoch: EpochId, verdict: Verdict, seen_n: int
+) -> ConcludeOutcome:
+    """Latch the verdict; the first one wins."""
+    args = _under(leadership) | _caps(store.settings, "log", "signal", "event") | _naming(epoch)
+    args |= {"verdict": verdict.model_dump_json(), "seen_n": seen_n}
+    words = _words(await _run(store, "conclude", _named(keys), args))
+    match words:
+        case ["CONCLUDED"]:
+            return Concluded(verdict, first=True)
+        case ["ALREADY", text]:
+            return Concluded(_verdict(text), first=False)
+        case _:
+            return _refusal("conclude", words, Superseded, Fenced, Unknown)
+
+
+async def inspect(store: Store, keys: Keys, *, world_size: int) -> Snapshot:
+    """Read one consistent picture."""
+    named = {"epoch": keys.epoch, "leader": keys.leader, "tasks": keys.tasks, "signals": keys.signals}
+    reply = await _run(store, "inspect", named | {"rank": keys.ranks(world_size)}, {})
+    now_ms = int(reply[0])
+    leader = _fields(reply[2])
+    views = [_view(rank, raw, int(left)) for rank, (raw, left) in enumerate(zip(reply[5::2], reply[6::2], strict=True))]
+    epoch, unreadable = _record(_fields(reply[1]), world_size)
+    number, n = _words([reply[3]])[0].split("-")
+    return Snapshot(
+        group=keys.group,
+        world_size=world_size,
+        now_ms=now_ms,
+        epoch=epoch,
+        ranks=tuple(views),
+        leader=Leadership(int(leader["term"]), leader["holder"]) if "term" in leader else None,
+        leader_left_ms=max(0, int(leader.get("until_ms", "0")) - now_ms),
+        log_end=LogId(int(number), int(n)),
+        signals_end=_words([reply[4]])[0],
+        unreadable=unreadable,
+    )
+
+
+def _under(leadership: Leadership) -> dict[str, Any]:
+    return {"term": leadership.term, "holder": leadership.holder}
+
+
+def _naming(epoch: EpochId) -> dict[str, Any]:
+    return {"number": epoch.number, "nonce": epoch.nonce}
+
+
+def _caps(settings: Settings, *streams: str) -> dict[str, Any]:
+    caps = {f"{stream}_cap": getattr(settings, f"{stream}_entries") for stream in streams}
+    return caps | {"record_ms": _milliseconds(settings.record_lifetime)}
+
+
+def _named(keys: Keys) -> dict[str, Any]:
+    return {
+        "epoch": keys.epoch,
+        "leader": keys.leader,
+        "tasks": keys.tasks,
+        "signals": keys.signals,
+        "events": keys.events,
+    }
+
+
+def _integers(words: Sequence[str]) -> tuple[int, ...]:
+    return tuple(int(word) for word in words)
+
+
+def _verdict(text: str) -> Verdict:
+    try:
+        return Verdict.model_validate_json(text)
+    except ValidationError:
+        return Verdict.aborted("the stored verdict could not be read")
+
+
+def _refusal(name: str, words: Sequence[str], *allowed: type) -> Any:  # noqa: ANN401  the caller names the types
+    refusal: Aborted | Superseded | Fenced | Unknown
+    match words:
+        case ["ABORTED", text]:
+            refusal = Aborted(_verdict(text))
+        case ["SUPERSEDED", number, ""]:
+            refusal = Superseded(None)
+        case ["SUPERSEDED", number, nonce]:
+            refusal = Superseded(EpochId(int(number), nonce))
+        case ["FENCED", term, holder]:
+            refusal = Fenced(int(term), holder)
+        case ["UNKNOWN", reason]:
+            refusal = Unknown(reason)
+        case _:
+            raise _not_understood(name, words)
+    if not isinstance(refusal, allowed):
+        raise _not_understood(name, words)
+    return refusal
+
+
+def _fields(flat: Any) -> dict[str, str]:  # noqa: ANN401  RESP2 gives a list, RESP3 may give a map
+    if isinstance(flat, Mapping):
+        return {_words([key])[0]: _words([value])[0] for key, value in flat.items()}
+    words = _words(flat)
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _view(rank: int, raw: bytes, left_ms: int) -> RankView:
+    if not raw:
+        return RankView(rank)
+    try:
+        return RankView(rank, Report.decode(raw[: MAX_REPORT_BYTES + 1], rank), max(left_ms, 0))
+    except UndecodableReport as error:
+        return RankView(rank, None, 0, str(error))
+
+
+def _record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord | None, str]:
+    """Read the record, or say why it cannot be read: it then counts as missing (fail closed)."""
+    if not fields:
+        return None, ""
+    try:
+        chunks = sorted(
+            (int(name.partition(":")[2]), value) for name, value in fields.items() if name.startswith("roster:")
+        )
+        joined = "".join(value for _, value in chunks)
+        roster = tuple(joined[i : i + INCARNATION_WIDTH] for i in range(0, len(joined), INCARNATION_WIDTH))
+        recorded_size = int(fields["world_size"])
+        if recorded_size != world_size or len(roster) != recorded_size:
+            return None, f"it is for {recorded_size} ranks with a roster of {len(roster)}, {world_size} were asked for"
+        steps = {
+            name.removeprefix("step:"): _step_record(value)
+            for name, value in fields.items()
+            if name.startswith("step:")
+        }
+        record = EpochRecord(
+            id=EpochId.parse(f"{fields['number']}-{fields['nonce']}"),
+            ordinal=int(fields["ordinal"]),
+            term=int(fields["term"]),
+            world_size=recorded_size,
+            roster=roster,
+            steps=steps,
+            last_n=int(fields["last_n"]),
+            digest="" if fields["digest"] == "-" else fields["digest"],
+            notes=fields["notes"],
+            opened_ms=int(fields["opened_ms"]),
+            verdict=Verdict.model_validate_json(fields["verdict"]) if "verdict" in fields else None,
+        )
+    except (KeyError, ValueError, TypeError, ValidationError, InvalidName) as error:
+        return None, f"it is damaged ({type(error).__name__})"
+    return record, ""
+
+
+def _step_record(text: str) -> StepRecord:
+    entry, _, attempt = text.partition(":")
+    return StepRecord(LogId.parse(entry).n, int(attempt))

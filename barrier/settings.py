@@ -1,0 +1,87 @@
+"""Every time and size the barrier knows, in one frozen object, with the relations that must hold between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from barrier.errors import InvalidSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Times in seconds, sizes in entries. An explicit argument beats the default; the environment is read in CLIs only.
+
+    Attributes:
+        lease: lifetime of a report: a rank that is silent for so long counts as gone. Must exceed the longest pause that is
+            still healthy (garbage collection, a busy machine, a failover of the store). At least 0.05.
+        heartbeat: how often a rank rewrites its whole report. At most a third of `lease`, so that two may be lost.
+        command_timeout: the longest that one command may take; ``None`` means a fifth of `lease`. Kept well below the lease,
+            or a slow store would cost leases before anybody could say so. Must exceed a round trip.
+        reader_block: how long one blocking read lasts before it is asked anew; its socket waits `reader_margin` longer.
+        reader_margin: see `reader_block`.
+        backstop: the slowest tick of a waiter, in case that a wake-up was lost.
+        record_lifetime: lifetime of the epoch record, the leadership and the log, renewed by every write to them. It must
+            exceed the longest time that an instance may be without any planner.
+        output_lifetime: lifetime of one generation's chunks after the last of them.
+        log_entries: cap of the task log.
+        signal_entries: cap of the wake-up hints.
+        event_entries: cap of the history.
+    """
+
+    lease: float = 6.0
+    heartbeat: float = 2.0
+    command_timeout: float | None = None
+    reader_block: float = 5.0
+    reader_margin: float = 2.0
+    backstop: float = 5.0
+    record_lifetime: float = 86_400.0
+    output_lifetime: float = 600.0
+    log_entries: int = 1_000
+    signal_entries: int = 10_000
+    event_entries: int = 10_000
+
+    def __post_init__(self) -> None:
+        """Check every number and every relation between them; raise `InvalidSettings` with both values."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name == "command_timeout":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise InvalidSettings(f"{field.name} is {value!r}; it must be a finite number above 0")
+            if field.name.endswith("_entries") and not isinstance(value, int):
+                raise InvalidSettings(f"{field.name} is {value!r}; it counts entries and must be a whole number")
+        if self.lease < 0.05:
+            raise InvalidSettings(f"lease is {self.lease:g} s; below 0.05 s no network keeps it up")
+        if self.heartbeat * 3 > self.lease:
+            raise InvalidSettings(
+                f"heartbeat is {self.heartbeat:g} s and lease is {self.lease:g} s; the heartbeat must be at most a third of the "
+                f"lease, so that two may be lost: set heartbeat to {self.lease / 3:g} or less, or lease to "
+                f"{self.heartbeat * 3:g} or more"
+            )
+        if self.command_timeout is not None and self.command_timeout * 2 > self.lease:
+            raise InvalidSettings(
+                f"command_timeout is {self.command_timeout:g} s and lease is {self.lease:g} s; it must be at most half the "
+                f"lease: set it to {self.lease / 2:g} or less"
+            )
+        if self.record_lifetime < self.lease:
+            raise InvalidSettings(
+                f"record_lifetime is {self.record_lifetime:g} s and lease is {self.lease:g} s; a record must outlive a lease"
+            )
+
+    @property
+    def command_seconds(self) -> float:
+        """The socket timeout of one command, in seconds."""
+        return self.lease / 5 if self.command_timeout is None else self.command_timeout
+
+    @property
+    def distrust_after(self) -> float:
+        """Seconds without an acknowledged renewal after which a rank accepts no task until it has re-read the epoch.
+
+        The lease less a margin of one command, because the renewal's lifetime counts from when the server ran it.
+        """
+        return self.lease - self.command_seconds
+
+    @property
+    def reread_after(self) -> float:
+        """Seconds since the last renewal after which a rank reads before it writes: it may have been replaced meanwhile."""
+        return self.lease / 2

@@ -1,0 +1,225 @@
+"""Wake-up hints: one connection waits for every group of a process.
+
+A hint is never the truth: it may be lost, doubled or early. Whoever waits takes `Snapshot.signals_end` from the picture that it
+looked at, waits from there, and has a slow backstop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loguru import logger
+
+from barrier.clock import Clock
+from barrier.errors import StoreError
+from barrier.store import Store
+
+_BATCH = 2_000
+_BUFFERED = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Something may have changed.
+
+    Attributes:
+        id: its place in the stream, comparable with other hints of the group.
+        kind: ``report`` (a rank's status changed), ``opened``, ``restored``, ``verdict``, ``request``, or ``lost`` where the
+            connection broke and hints may be missing.
+        rank: for a report, whose.
+        epoch: for a report, ``<number>-<nonce>``, or ``-``.
+        incarnation: for a report, whose life.
+        status: for a report, the status name.
+        alarm: for a report, whether it carries a failure or a rejection.
+    """
+
+    id: tuple[int, int]
+    kind: str
+    rank: int = -1
+    epoch: str = "-"
+    incarnation: str = ""
+    status: str = ""
+    alarm: bool = False
+
+
+def parse_id(text: str) -> tuple[int, int]:
+    """A stream id as a comparable pair."""
+    milliseconds, _, sequence = text.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
+    """Read a hint; what cannot be read becomes a plain reason to look again."""
+    place = parse_id(entry_id.decode())
+    try:
+        return Hint(
+            id=place,
+            kind=fields[b"kind"].decode(),
+            rank=int(fields.get(b"rank", b"-1")),
+            epoch=fields.get(b"epoch", b"-").decode(),
+            incarnation=fields.get(b"inc", b"").decode(),
+            status=fields.get(b"status", b"").decode(),
+            alarm=b"alarm" in fields,
+        )
+    except (KeyError, ValueError):
+        return Hint(id=place, kind="lost")
+
+
+class Subscription:
+    """The hints of one stream, in order, since it was subscribed to."""
+
+    def __init__(self, wakeups: Wakeups, key: str, clock: Clock) -> None:
+        self._wakeups = wakeups
+        self._key = key
+        self._clock = clock
+        self._hints: deque[Hint] = deque(maxlen=_BUFFERED)
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> Subscription:
+        """Subscribed already; leaving closes."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """How far the stream was read."""
+        return self._wakeups.cursor(self._key)
+
+    def push(self, hint: Hint) -> None:
+        """Add a hint and wake the waiter."""
+        self._hints.append(hint)
+        self._arrived.set()
+
+    def rewind(self, to: str) -> None:
+        """Read again from an earlier place: the stream went back, so what is behind the cursor was never seen."""
+        self._wakeups.rewind(self._key, parse_id(to))
+
+    async def next(self, seconds: float, *, after: tuple[int, int] = (0, 0)) -> list[Hint]:
+        """Return all hints past `after` that have come, waiting up to so many seconds for the first; empty when none came.
+
+        ``lost`` hints are always returned.
+        """
+        deadline = self._clock.now() + seconds
+        while True:
+            found = [hint for hint in self._hints if hint.id > after or hint.kind == "lost"]
+            self._hints.clear()
+            self._arrived.clear()
+            left = deadline - self._clock.now()
+            if found or left <= 0:
+                return found
+            try:
+                await self._clock.wait_for(self._arrived.wait(), left)
+            except TimeoutError:
+                return []
+
+    async def close(self) -> None:
+        """Stop reading this stream."""
+        await self._wakeups.unsubscribe(self._key, self)
+
+
+class Wakeups:
+    """The reader of all hint streams of one store."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._cursors: dict[str, tuple[int, int]] = {}
+        self._recent: dict[str, deque[Hint]] = {}
+        self._subscriptions: dict[str, set[Subscription]] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    def cursor(self, key: str) -> tuple[int, int]:
+        """How far a stream was read."""
+        return self._cursors.get(key, (0, 0))
+
+    def subscribe(self, key: str, start: str) -> Subscription:
+        """Wait for the hints of a stream that come after the id `start` (never ``$``: take it from the picture looked at).
+
+        Where the stream is being read already, hints past `start` that others were given before are given again.
+        """
+        subscription = Subscription(self, key, self._clock)
+        known = self._subscriptions.setdefault(key, set())
+        known.add(subscription)
+        if len(known) == 1:
+            self._recent[key] = deque(maxlen=_BUFFERED)
+            self.rewind(key, parse_id(start))
+        for hint in self._recent[key]:
+            if hint.id > parse_id(start):
+                subscription.push(hint)
+        return subscription
+
+    def rewind(self, key: str, to: tuple[int, int]) -> None:
+        """Set a stream's cursor and ask anew."""
+        self._cursors[key] = to
+        self._restart()
+
+    async def unsubscribe(self, key: str, subscription: Subscription) -> None:
+        """Forget a subscription; the last one ends the reading."""
+        known = self._subscriptions.get(key, set())
+        known.discard(subscription)
+        if known:
+            return
+        self._subscriptions.pop(key, None)
+        self._cursors.pop(key, None)
+        self._recent.pop(key, None)
+        if self._subscriptions:
+            return  # the stream drops out of the next read
+        await self.close()
+
+    async def close(self) -> None:
+        """End the reading."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    def _restart(self) -> None:
+        """A blocked read does not learn of a new stream: end it (this costs the connection) and begin another."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._reading = asyncio.create_task(self._read(), name="rankgate wake-ups")
+
+    async def _read(self) -> None:
+        reader = self._store.reader()
+        pause = 0.0
+        try:
+            while True:
+                streams = {key: f"{at[0]}-{at[1]}" for key, at in self._cursors.items()}
+                try:
+                    with self._store.errors():
+                        reply = await reader.xread(
+                            streams, count=_BATCH, block=round(self._store.settings.reader_block * 1000)
+                        )
+                    pause = 0.0
+                    self._hand_out(reply)
+                except StoreError as error:
+                    if not pause:
+                        logger.warning("wake-ups interrupted: {}", error)
+                    # Whoever waits looks for itself meanwhile.
+                    for key in list(self._subscriptions):
+                        self._push(key, Hint(self.cursor(key), "lost"))
+                    pause = min(max(pause * 2, 0.05), self._store.settings.lease / 5)
+                    await self._clock.sleep(pause)
+        finally:
+            await reader.aclose()
+
+    def _hand_out(self, reply: Any) -> None:  # noqa: ANN401  the driver's shape: [[key, [(id, fields)]]]
+        for raw_key, entries in reply or []:
+            key = raw_key.decode()
+            for entry_id, fields in entries:
+                hint = decode_hint(entry_id, fields or {})
+                if key in self._cursors:
+                    self._cursors[key] = hint.id
+                    self._recent[key].append(hint)
+                self._push(key, hint)
+
+    def _push(self, key: str, hint: Hint) -> None:
+        for subscription in self._subscriptions.get(key, ()):
+            subscription.push(hint)

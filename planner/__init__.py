@@ -1,0 +1,25 @@
+"""The planner: brings instances of several ranks up, keeps them up, and says which rank is at fault where it cannot.
+
+As a library::
+
+    async with Planner(redis) as planner:
+        instance = await planner.launch(InstanceSpec(name="demo", world_size=4))
+        async for piece in instance.generate("Once upon a time"):
+            print(piece, end="")
+        await instance.stop()
+"""
+
+from planner.planner import GenerationFailed, Instance, InstanceFailed, Planner, explain_instance
+from planner.spec import InstanceSpec, Policy
+from runner.messages import ModelSpec
+
+__all__ = [
+    "GenerationFailed",
+    "Instance",
+    "InstanceFailed",
+    "InstanceSpec",
+    "ModelSpec",
+    "Planner",
+    "Policy",
+    "explain_instance",
+]

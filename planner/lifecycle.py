@@ -1,0 +1,147 @@
+"""The whole life of an attempt as one table: what must hold, what is dispatched then, and to which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from barrier import RankRule, Report, Requirement, Snapshot, all_ranks
+from barrier.ids import EpochId
+from planner.spec import InstanceSpec
+from runner.messages import (
+    ConnectToGroup,
+    LoadModel,
+    StartWarmup,
+    StatusName,
+    Task,
+    TextGeneration,
+    derive_task_id,
+)
+
+StepName: TypeAlias = Literal["connect", "load", "warm up followers", "warm up leader"]
+
+SERVING: tuple[StatusName, ...] = ("Ready", "Running")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One row of the table.
+
+    Attributes:
+        name: the step.
+        waits_for: what must hold of every rank, given the world size.
+        dispatches: the kind of task that goes out.
+        to: first and last rank that it goes to, given the world size.
+        stall: which of `Policy`'s times says how long nothing may move before the ranks that are missing are at fault.
+    """
+
+    name: StepName
+    waits_for: Callable[[int], Requirement]
+    dispatches: type[ConnectToGroup] | type[LoadModel] | type[StartWarmup]
+    to: Callable[[int], tuple[int, int]]
+    stall: Literal["connect_stall", "load_stall", "warmup_stall"]
+
+
+def _everyone(world_size: int) -> tuple[int, int]:
+    return 0, world_size - 1
+
+
+def _followers(world_size: int) -> tuple[int, int]:
+    return 1, world_size - 1
+
+
+def _leader(_: int) -> tuple[int, int]:
+    return 0, 0
+
+
+def _followers_warm(world_size: int) -> Requirement:
+    leader = RankRule(0, 0, ("Loaded",))
+    return (leader,) if world_size == 1 else (leader, RankRule(1, world_size - 1, ("WarmingUp", "Ready")))
+
+
+TABLE: tuple[Step, ...] = (
+    Step("connect", lambda n: all_ranks(n, "Idle"), ConnectToGroup, _everyone, "connect_stall"),
+    Step("load", lambda n: all_ranks(n, "Connected"), LoadModel, _everyone, "connect_stall"),
+    Step("warm up followers", lambda n: all_ranks(n, "Loaded"), StartWarmup, _followers, "load_stall"),
+    Step("warm up leader", _followers_warm, StartWarmup, _leader, "warmup_stall"),
+)
+"""DESIGN section 6. What follows, serving, waits for all ranks Ready or Running and has no end."""
+
+ALONE: tuple[Step, ...] = (
+    Step("load", lambda n: all_ranks(n, "Idle"), LoadModel, _everyone, "connect_stall"),
+    Step("warm up leader", _followers_warm, StartWarmup, _leader, "load_stall"),
+)
+"""The same for a single rank, which has nobody to connect to and no followers."""
+
+_PROVES: dict[str, StepName] = {
+    "Connecting": "connect",
+    "Connected": "connect",
+    "Loading": "load",
+    "Loaded": "load",
+    "WarmingUp": "warm up leader",
+    "Ready": "warm up leader",
+    "Running": "warm up leader",
+}
+"""The last step that a status proves to have been dispatched to rank 0; to the others the one before, where that is warm-up."""
+
+
+def steps_for(world_size: int) -> tuple[Step, ...]:
+    """The table's rows for so many ranks."""
+    return ALONE if world_size == 1 else TABLE
+
+
+def next_step(dispatched: object, world_size: int) -> Step | None:
+    """The first row that was not dispatched yet; ``None`` when all were. `dispatched` is a container of step names."""
+    return next((step for step in steps_for(world_size) if step.name not in dispatched), None)  # type: ignore[operator]
+
+
+def predecessor(step: Step, world_size: int) -> str:
+    """The row before; empty for the first one."""
+    rows = steps_for(world_size)
+    place = rows.index(step)
+    return rows[place - 1].name if place else ""
+
+
+def proven_steps(status: str, rank: int, world_size: int) -> tuple[str, ...]:
+    """The rows that must have been dispatched for a rank to be in this status."""
+    last = _PROVES.get(status)
+    names = [step.name for step in steps_for(world_size)]
+    if last == "warm up leader" and rank > 0:
+        last = "warm up followers"
+    if last is None or last not in names:
+        return ()
+    return tuple(names[: names.index(last) + 1])
+
+
+def serving_requirement(world_size: int) -> Requirement:
+    """What must hold for text to be generated."""
+    return all_ranks(world_size, SERVING)
+
+
+def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, snapshot: Snapshot) -> Task:
+    """The task of a row, for this epoch; its id is derived, so that asking again gives the same one."""
+    task_id = derive_task_id(spec.name, str(epoch), step.name)
+    reports: list[Report | None] = [view.report for view in snapshot.ranks]
+    if step.dispatches is ConnectToGroup:
+        first = reports[0]
+        return ConnectToGroup(
+            task_id=task_id,
+            instance=spec.name,
+            epoch=str(epoch),
+            term=term,
+            coordinator=(first.address or first.node) if first else "",
+            rank_order=tuple(report.node if report else "" for report in reports),
+        )
+    if step.dispatches is LoadModel:
+        return LoadModel(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, model=spec.model)
+    return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)
+
+
+def generation_task(
+    request_id: str, prompt: str, max_tokens: int, spec: InstanceSpec, epoch: EpochId, term: int
+) -> TextGeneration:
+    """The task of one generation; its id is the request's, under which the client waits."""
+    return TextGeneration(
+        task_id=request_id, instance=spec.name, epoch=str(epoch), term=term, prompt=prompt, max_tokens=max_tokens
+    )

@@ -1,0 +1,312 @@
+"""The shell around `decide`: looks, asks, does, for one instance. All I/O of a planner is here and in `planner.requests`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, assert_never
+
+from loguru import logger
+
+from barrier import (
+    Barrier,
+    Clock,
+    Fenced,
+    Following,
+    Leading,
+    NotReady,
+    Requirement,
+    Snapshot,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    Unconcluded,
+    Verdict,
+    Wake,
+    missing_ranks,
+)
+from planner.decide import (
+    Action,
+    Conclude,
+    Finished,
+    GiveUp,
+    OpenEpoch,
+    PassGate,
+    RestoreEpoch,
+    Serve,
+    View,
+    Wait,
+    decide,
+    is_serving,
+)
+from planner.lifecycle import serving_requirement, task_for
+from planner.recovery import Memory, encode_notes, forgive, hold, observe
+from planner.registry import InstanceRecord, Registry
+from planner.requests import RequestQueue
+from planner.spec import Policy
+from runner.messages import encode
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a loop last saw and what it is about to do; for tables, clients and tests.
+
+    Attributes:
+        snapshot: the last picture; ``None`` before the first.
+        reason: why it does what it does, in one sentence.
+        leading: whether this planner leads the instance.
+        serving: whether all ranks serve.
+        failure: why the instance was given up; empty while it was not.
+        error: the error that ended the loop, if one did.
+        stopped: whether the instance was stopped as asked.
+    """
+
+    snapshot: Snapshot | None = None
+    reason: str = "not looked yet"
+    leading: bool = False
+    serving: bool = False
+    failure: str = ""
+    error: StoreError | None = None
+    stopped: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether the loop has come to an end."""
+        return bool(self.failure) or self.stopped or self.error is not None
+
+
+class InstanceLoop:
+    """Plans one instance until it is stopped or given up, or follows while another planner leads.
+
+    Args:
+        barrier: the instance's barrier.
+        record: the desired state.
+        registry: where to say that the instance was given up.
+        policy: how patiently to plan.
+        requests: what clients ask for.
+        rng: for jitter; seed it in tests.
+    """
+
+    def __init__(
+        self,
+        barrier: Barrier,
+        record: InstanceRecord,
+        registry: Registry,
+        policy: Policy,
+        requests: RequestQueue,
+        rng: random.Random,
+    ) -> None:
+        self._barrier = barrier
+        self._record = record
+        self._registry = registry
+        self._policy = policy
+        self._requests = requests
+        self._rng = rng
+        self._clock: Clock = barrier.clock
+        self._settings = barrier.settings
+        self._memory = Memory.fresh(self._clock.now(), record.launched_ms)
+        self._lead_at = float("-inf")
+        self._poked = asyncio.Event()
+        self._changed = asyncio.Event()
+        self.state = State()
+
+    def stop(self) -> None:
+        """Ask for a stop; `run` ends once the attempt is concluded."""
+        self._memory = replace(self._memory, stopping=True)
+        self._poked.set()
+
+    def poke(self) -> None:
+        """Look again now."""
+        self._poked.set()
+
+    async def until(self, predicate: Callable[[State], bool]) -> State:
+        """Wait until the state satisfies a predicate; returns that state."""
+        while not predicate(self.state):
+            await self._changed.wait()
+        return self.state
+
+    async def run(self) -> State:
+        """Plan until the end; returns the last state. Never raises a store's error: an outage is waited out."""
+        pause = 0.0
+        while not self.state.over:
+            try:
+                await self._tick()
+                pause = 0.0
+            except (StoreUnavailable, StoreFull) as error:
+                if not pause:
+                    logger.warning("instance {}: {}", self._record.spec.name, error)
+                self._memory = hold(self._memory, str(error), self._clock.now(), self._settings)
+                self._lead_at = float("-inf")
+                self._publish(replace(self.state, reason=f"the store does not answer: {error}"))
+                pause = min(max(pause * 2, 0.02), self._settings.command_seconds)
+                await self._clock.sleep(pause * self._rng.uniform(0.5, 1.0))
+            except StoreError as error:  # waiting does not mend a wrong type or a missing right
+                self._publish(replace(self.state, reason=str(error), error=error))
+        return self.state
+
+    async def _tick(self) -> None:
+        self._poked.clear()
+        following = await self._lead_if_due()
+        snapshot = await self._barrier.inspect()
+        now = self._clock.now()
+        serving = is_serving(snapshot)
+        self._memory = observe(
+            self._memory, snapshot, self._policy, self._settings, now, serving=serving, jitter=self._rng.random()
+        )
+        action = decide(View(self._record.spec, self._policy, self._settings, snapshot, self._memory), now)
+        leading = following is None
+        reason = (
+            action.reason if leading else f"following {following.leader.holder}: {action.reason}" if following else ""
+        )
+        self._publish(replace(self.state, snapshot=snapshot, reason=reason, leading=leading, serving=serving))
+        if following is not None:
+            await self._follow(following, snapshot)
+        else:
+            await self._carry_out(action, snapshot)
+
+    # --- leadership ---------------------------------------------------------------------------------------------------
+
+    async def _lead_if_due(self) -> Following | None:
+        if self._barrier.leadership is not None and self._clock.now() < self._lead_at:
+            return None
+        self._lead_at = self._clock.now() + self._settings.lease / 2
+        match await self._barrier.lead():
+            case Leading():
+                return None
+            case Following() as following:
+                return following
+            case other:
+                assert_never(other)
+
+    async def _follow(self, following: Following, snapshot: Snapshot) -> None:
+        """Stand by: the leader's lease may lapse at any time, or it may finish the work."""
+        record = await self._registry.get(self._record.spec.name)
+        current = record if record is not None and record.launched_ms == self._record.launched_ms else None
+        if current is not None and current.failure:
+            self._publish(replace(self.state, failure=current.failure, reason=current.failure))
+            return
+        ended = snapshot.epoch is None or snapshot.epoch.verdict is not None
+        if self._memory.stopping and ended:
+            self._publish(replace(self.state, stopped=True))
+            return
+        seconds = min(following.left_ms / 1000 + 0.001, self._settings.heartbeat)
+        await self._until_poked(self._clock.sleep(seconds))
+
+    # --- acting -------------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, action: Action, snapshot: Snapshot) -> None:
+        match action:
+            case Wait(until, _, requirement):
+                await self._watch(snapshot, requirement, until)
+            case OpenEpoch():
+                await self._open()
+            case RestoreEpoch():
+                await self._restore(action, snapshot)
+            case PassGate():
+                await self._pass_gate(action, snapshot)
+            case Serve(until, _):
+                await self._serve(snapshot, until)
+            case Conclude(epoch, verdict, _):
+                await self._barrier.conclude(epoch, verdict)
+                await self._requests.fail_in_hand(f"the attempt ended: {verdict.reason}; ask again")
+            case GiveUp(_, reason):
+                await self._registry.give_up(self._record, reason)
+                await self._requests.fail_all(reason)
+                self._publish(replace(self.state, failure=reason))
+            case Finished():
+                await self._registry.forget(self._record)
+                await self._requests.fail_all(f"instance {self._record.spec.name} was stopped")
+                self._publish(replace(self.state, stopped=True))
+            case _:
+                assert_never(action)
+
+    async def _open(self) -> None:
+        spec = self._record.spec
+        outcome = await self._barrier.open(spec.world_size, digest=spec.digest, notes=encode_notes(self._memory))
+        match outcome:
+            case Unconcluded(epoch):
+                await self._barrier.conclude(epoch, Verdict.aborted("left over from another spec or world size"))
+            case Fenced():
+                self._lead_at = float("-inf")
+            case _:
+                pass  # the next picture tells
+
+    async def _restore(self, action: RestoreEpoch, snapshot: Snapshot) -> None:
+        spec = self._record.spec
+        outcome = await self._barrier.restore(
+            action.epoch, action.status, action.steps, ordinal=1, digest=spec.digest, notes=encode_notes(self._memory)
+        )
+        match outcome:
+            case Fenced():
+                self._lead_at = float("-inf")
+            case NotReady() as not_ready:
+                logger.info("instance {}: not restored, ranks {} differ", spec.name, not_ready.ranks)
+                await self._watch(snapshot, (), self._clock.now() + self._settings.heartbeat)
+            case _:
+                pass
+
+    async def _pass_gate(self, action: PassGate, snapshot: Snapshot) -> None:
+        """Wait for the last arrival and dispatch at once; only the script's own check counts."""
+        epoch, leadership = snapshot.epoch, self._barrier.leadership
+        if epoch is None or leadership is None:
+            return
+        task = encode(task_for(action.step, self._record.spec, epoch.id, leadership.term, snapshot)).decode()
+        if missing_ranks(snapshot, action.requirement):
+            wake = await self._watch(snapshot, action.requirement, action.until)
+            if wake is not Wake.COMPLETE:
+                return
+        outcome = await self._barrier.dispatch(
+            epoch.id,
+            action.step.name,
+            task,
+            action.requirement,
+            to=action.step.to(epoch.world_size),
+            attempt=action.attempt,
+            after=action.after,
+        )
+        if isinstance(outcome, Fenced):
+            self._lead_at = float("-inf")
+
+    async def _serve(self, snapshot: Snapshot, until: float) -> None:
+        completed, waiting = await self._requests.hand_out(
+            self._barrier, self._record.spec, snapshot, self._policy.generations
+        )
+        if completed:
+            self._memory = forgive(self._memory)
+        await self._watch(snapshot, serving_requirement(snapshot.world_size), until, any_change=waiting > 0)
+
+    # --- waiting ------------------------------------------------------------------------------------------------------
+
+    async def _watch(
+        self, snapshot: Snapshot, requirement: Requirement, until: float, *, any_change: bool = False
+    ) -> Wake:
+        """Wait for hints, but look again when a lease could lapse, leadership must be renewed, or the backstop ticks."""
+        now = self._clock.now()
+        due = [until, self._lead_at, now + self._settings.backstop]
+        left = [view.lease_left_ms / 1000 for view in snapshot.ranks if view.report is not None]
+        if left:
+            due.append(now + min(left) + 0.001)
+        seconds = max(min(due) - now, 0.001)
+        watching = self._barrier.watch(snapshot, requirement, seconds, any_change=any_change)
+        return await self._until_poked(watching) or Wake.DISTURBED
+
+    async def _until_poked(self, doing: Coroutine[Any, Any, Wake | None]) -> Wake | None:
+        """Do it, unless somebody pokes first."""
+        working = asyncio.create_task(doing)
+        poked = asyncio.create_task(self._poked.wait())
+        try:
+            await asyncio.wait({working, poked}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            for task in (working, poked):
+                task.cancel()
+            await asyncio.gather(working, poked, return_exceptions=True)
+
+    def _publish(self, state: State) -> None:
+        if state.reason != self.state.reason and state.reason:
+            logger.info("{}", state.reason)
+        self.state = state
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

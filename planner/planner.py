@@ -1,0 +1,298 @@
+"""The planner as a library: launch instances, generate text, stop them; or serve all that the store's desired state names."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from loguru import logger
+from redis.asyncio import Redis
+
+from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, adopt, explain
+from barrier.errors import RankgateError
+from barrier.keys import Keys
+from barrier.store import Store
+from barrier.wakeups import Wakeups
+from planner.lifecycle import next_step, serving_requirement
+from planner.loop import InstanceLoop, State
+from planner.registry import InstanceRecord, Registry
+from planner.requests import GenerationFailed, RequestQueue
+from planner.spec import InstanceSpec, Policy
+
+
+class InstanceFailed(RankgateError):
+    """The instance was given up, or did not come up in time. The sentence names the rank at fault, its status and the reason."""
+
+
+@dataclass(slots=True)
+class _Planned:
+    loop: InstanceLoop
+    barrier: Barrier
+    requests: RequestQueue
+    record: InstanceRecord
+    task: asyncio.Task[State]
+
+
+class Instance:
+    """A launched instance. Get it from `Planner.launch`."""
+
+    def __init__(self, planned: _Planned, planner: Planner) -> None:
+        self._planned = planned
+        self._planner = planner
+
+    @property
+    def name(self) -> str:
+        """The instance's name."""
+        return self.spec.name
+
+    @property
+    def spec(self) -> InstanceSpec:
+        """What was launched."""
+        return self._planned.record.spec
+
+    @property
+    def state(self) -> State:
+        """What the planner last saw, and why it does what it does."""
+        return self._planned.loop.state
+
+    async def ready(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  by the injected clock
+        """Wait until all ranks serve.
+
+        Args:
+            timeout: seconds to wait; ``None`` waits for the planner's own verdict, which comes after a bounded time.
+
+        Raises:
+            InstanceFailed: given up, stopped, or not up in time; with the whole explanation.
+            StoreError: the store is not fit or not ours to use.
+        """
+        waiting = self._planned.loop.until(lambda state: state.serving or state.over)
+        try:
+            state = await (waiting if timeout is None else self._planner.clock.wait_for(waiting, timeout))
+        except TimeoutError:
+            raise InstanceFailed(f"{self.name} was not ready within {timeout:g} s: {self.state.reason}") from None
+        if state.error is not None:
+            raise state.error
+        if state.failure:
+            raise InstanceFailed(state.failure)
+        if state.stopped:
+            raise InstanceFailed(f"{self.name} was stopped before it was ready")
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 64,
+        timeout: float = 120.0,  # noqa: ASYNC109  by the injected clock
+    ) -> AsyncIterator[str]:
+        """Generate text and yield it piece by piece; leaving the loop early (and closing the iterator) cancels it.
+
+        Raises:
+            GenerationFailed: refused, failed or not complete in time.
+            InvalidName: prompt or max_tokens out of range.
+        """
+        async with aclosing(self._planned.requests.generate(prompt, max_tokens=max_tokens, seconds=timeout)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def stop(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109  by the injected clock
+        """Stop the instance: every rank tears down, the runners stay. Returns once no rank is in the attempt any more.
+
+        Raises:
+            InstanceFailed: the ranks did not let go in time; the sentence says which.
+            StoreError: the store could not be reached.
+        """
+        await self._planner.stop_instance(self._planned, timeout)
+
+    async def inspect(self) -> Snapshot:
+        """A fresh picture."""
+        return await self._planned.barrier.inspect()
+
+    async def explain(self) -> str:
+        """One sentence on what the instance waits for now."""
+        return explain_instance(await self.inspect())
+
+
+def explain_instance(snapshot: Snapshot) -> str:
+    """Say what an instance waits for, by the lifecycle's next step."""
+    size = snapshot.world_size
+    step = next_step(snapshot.epoch.steps if snapshot.epoch else (), size)
+    return explain(snapshot, step.waits_for(size) if step else serving_requirement(size))
+
+
+class Planner:
+    """Brings instances up and keeps them up. Use it as an async context manager.
+
+    Args:
+        redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``.
+        namespace: keeps several clusters on one store apart.
+        policy: how patiently to plan.
+        settings: the times; those of the store where a store is given.
+        clock: time, for tests.
+        rng: for jitter; seed it in tests.
+        holder: how this planner calls itself; unique per planner.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | Store,
+        *,
+        namespace: str = "rankgate",
+        policy: Policy | None = None,
+        settings: Settings | None = None,
+        clock: Clock | None = None,
+        rng: random.Random | None = None,
+        holder: str | None = None,
+    ) -> None:
+        self.namespace = namespace
+        self.policy = policy or Policy()
+        self.clock: Clock = clock or SystemClock()
+        self._store = adopt(redis, settings=settings)
+        self._owns_store = redis is not self._store
+        self._registry = Registry(self._store, namespace)
+        self._wakeups = Wakeups(self._store, self.clock)
+        self._rng = rng or random.Random()  # noqa: S311  jitter is no secret
+        self._holder = holder
+        self._planned: dict[str, _Planned] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._adopting = False
+
+    async def __aenter__(self) -> Planner:
+        """Make sure that the guarantees hold on this store, and begin to follow the desired state."""
+        await self._store.verify()
+        start = await self._registry.changes_end()
+        self._watching = asyncio.create_task(self._watch_desired(start), name="rankgate desired state")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop planning and give leadership back; instances that are up stay up, for the next planner."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        for planned in list(self._planned.values()):
+            await self._part_with(planned)
+        await self._wakeups.close()
+        if self._owns_store:
+            await self._store.close()
+
+    async def launch(
+        self,
+        spec: InstanceSpec,
+        *,
+        wait: bool = True,
+        timeout: float | None = None,  # noqa: ASYNC109  by the injected clock
+    ) -> Instance:
+        """Bring an instance up, or join it where it is up already with the same spec.
+
+        Args:
+            spec: what to bring up.
+            wait: whether to return only once all ranks serve.
+            timeout: see `Instance.ready`.
+
+        Raises:
+            InstanceFailed: see `Instance.ready`.
+            StoreError: the store could not be reached, or is not fit.
+        """
+        record = await self._registry.launch(spec)
+        instance = Instance(await self._plan(record), self)
+        if wait:
+            await instance.ready(timeout)
+        return instance
+
+    async def run(self) -> None:
+        """Plan every instance that the desired state names, until cancelled. Several planners may do so: one leads each."""
+        self._adopting = True
+        while True:
+            await self._follow_desired()
+            await self.clock.sleep(self._store.settings.backstop)
+
+    @property
+    def instances(self) -> dict[str, State]:
+        """What this planner last saw of each instance that it plans."""
+        return {name: planned.loop.state for name, planned in self._planned.items()}
+
+    async def stop_instance(self, planned: _Planned, seconds: float) -> None:
+        """See `Instance.stop`."""
+        await self._registry.stop(planned.record)
+        planned.loop.stop()
+        name = planned.record.spec.name
+        deadline = self.clock.now() + seconds
+        try:
+            await self.clock.wait_for(planned.loop.until(lambda state: state.over), seconds)
+        except TimeoutError:
+            raise InstanceFailed(f"{name} did not stop within {seconds:g} s: {planned.loop.state.reason}") from None
+        while True:
+            snapshot = await planned.barrier.inspect()
+            epoch = snapshot.epoch
+            busy = [v.rank for v in snapshot.ranks if v.report and epoch and v.report.epoch == epoch.id]
+            if not busy:
+                break
+            if self.clock.now() >= deadline:
+                ranks = ", ".join(f"rank {rank}" for rank in busy)
+                raise InstanceFailed(f"{name}: {ranks} did not tear down within {seconds:g} s")
+            left = min(deadline - self.clock.now(), self._store.settings.heartbeat)
+            await planned.barrier.watch(snapshot, (), left, any_change=True)
+        await self._part_with(planned)
+
+    # --- the desired state --------------------------------------------------------------------------------------------
+
+    async def _watch_desired(self, start: str) -> None:
+        async with self._wakeups.subscribe(self._registry.keys.changes, start) as changes:
+            while True:
+                await changes.next(self._store.settings.record_lifetime)
+                await self._follow_desired()
+
+    async def _follow_desired(self) -> None:
+        try:
+            wanted = await self._registry.all()
+        except StoreError as error:
+            logger.warning("the desired state is not readable now: {}", error)
+            return
+        for name, planned in list(self._planned.items()):
+            record = wanted.get(name)
+            if record is None or record.desired == "down":
+                planned.loop.stop()
+            elif record.launched_ms != planned.record.launched_ms and planned.loop.state.over:
+                await self._part_with(planned)
+            if self._adopting and planned.loop.state.over:
+                await self._part_with(planned)
+        for name, record in wanted.items():
+            if self._adopting and name not in self._planned and not record.failure:
+                planned = await self._plan(record)
+                if record.desired == "down":
+                    planned.loop.stop()
+
+    async def _plan(self, record: InstanceRecord) -> _Planned:
+        name = record.spec.name
+        known = self._planned.get(name)
+        if known is not None:
+            if known.record.launched_ms == record.launched_ms and not known.loop.state.over:
+                return known
+            await self._part_with(known)
+        barrier = Barrier(
+            self._store,
+            name,
+            world_size=record.spec.world_size,
+            namespace=self.namespace,
+            clock=self.clock,
+            holder=self._holder,
+            wakeups=self._wakeups,
+        )
+        requests = RequestQueue(self._store, Keys(self.namespace, name), self.clock)
+        loop = InstanceLoop(barrier, record, self._registry, self.policy, requests, self._rng)
+        task = asyncio.create_task(loop.run(), name=f"rankgate plan {name}")
+        planned = self._planned[name] = _Planned(loop, barrier, requests, record, task)
+        return planned
+
+    async def _part_with(self, planned: _Planned) -> None:
+        """Stop planning one instance, and let a standby lead it at once."""
+        self._planned.pop(planned.record.spec.name, None)
+        planned.task.cancel()
+        await asyncio.gather(planned.task, return_exceptions=True)
+        try:
+            await planned.barrier.resign()
+        except StoreError as error:
+            logger.warning("leadership of {} was not given back, it will lapse: {}", planned.record.spec.name, error)
+        await planned.barrier.close()

@@ -1,0 +1,179 @@
+"""What a planner remembers between two pictures: progress, lapses, who is to blame and how often. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from barrier import EpochId, EpochRecord, Settings, Snapshot, Verdict
+from planner.spec import Policy
+
+UNATTRIBUTED = -1
+"""Whom a failure is charged to that no rank is to blame for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one planner knows of one instance beyond the current picture. All times by the planner's own clock, in seconds.
+
+    Attributes:
+        since: when this planner began to look after the instance.
+        progress_at: when anything last moved.
+        signature: what is compared to see whether anything moved.
+        live: the ranks that had a live report in the last picture.
+        hold_until: decide nothing before: the store, not the ranks, may be at fault.
+        hold_reason: why.
+        epoch_lost_at: when the epoch's record was found to be gone; ``None`` while it is there or never was.
+        missing_since: since when not all ranks were here while no attempt was under way; ``None`` while all are.
+        accounted: the epoch whose verdict has been charged.
+        charges: failed attempts in a row, by the rank that caused them.
+        last_failure: the verdict charged last.
+        backoff_until: open no epoch before.
+        ready_since: since when all ranks have been serving; ``None`` while they are not.
+        stopping: a stop was asked for.
+        launched_ms: when the instance was launched, by the store's clock: verdicts of attempts before do not count.
+    """
+
+    since: float
+    progress_at: float
+    signature: object = None
+    live: frozenset[int] = frozenset()
+    hold_until: float = float("-inf")
+    hold_reason: str = ""
+    epoch_lost_at: float | None = None
+    missing_since: float | None = None
+    accounted: EpochId | None = None
+    charges: Mapping[int, int] = field(default_factory=dict[int, int])
+    last_failure: Verdict | None = None
+    backoff_until: float = float("-inf")
+    ready_since: float | None = None
+    stopping: bool = False
+    launched_ms: int = 0
+
+    @classmethod
+    def fresh(cls, now: float, launched_ms: int = 0) -> Memory:
+        """The memory of a planner that begins now."""
+        return cls(since=now, progress_at=now, launched_ms=launched_ms)
+
+
+def observe(
+    memory: Memory, snapshot: Snapshot, policy: Policy, settings: Settings, now: float, *, serving: bool, jitter: float
+) -> Memory:
+    """Take a new picture into account.
+
+    Args:
+        memory: what was known before.
+        snapshot: the new picture.
+        policy: how patiently to plan.
+        settings: for the length of a lease.
+        now: the planner's clock.
+        serving: whether in this picture all ranks serve.
+        jitter: a random number from 0 to 1, for the pause before the next attempt.
+    """
+    memory = _notice_store_faults(memory, snapshot, settings, now)
+    signature = (
+        snapshot.epoch and (snapshot.epoch.id, len(snapshot.epoch.steps), snapshot.epoch.verdict),
+        _moves(snapshot),
+    )
+    if signature != memory.signature:
+        memory = replace(memory, signature=signature, progress_at=now)
+    here = frozenset(view.rank for view in snapshot.ranks if view.report is not None)
+    everyone = len(here) == snapshot.world_size
+    memory = replace(
+        memory,
+        live=here,
+        missing_since=None if everyone else memory.missing_since if memory.missing_since is not None else now,
+        ready_since=None if not serving else memory.ready_since if memory.ready_since is not None else now,
+    )
+    if memory.ready_since is not None and now - memory.ready_since >= policy.stable_after:
+        memory = forgive(memory)
+    return _account(memory, snapshot, policy, now, jitter)
+
+
+def forgive(memory: Memory) -> Memory:
+    """Forget failures after a success."""
+    return replace(memory, charges={}, last_failure=None) if memory.charges else memory
+
+
+def hold(memory: Memory, reason: str, now: float, settings: Settings) -> Memory:
+    """Decide nothing for one lease: ranks that are well will have renewed by then."""
+    return replace(memory, hold_until=now + settings.lease, hold_reason=reason)
+
+
+def is_history(memory: Memory, epoch: EpochRecord) -> bool:
+    """Whether an epoch ended before the instance was launched: then it says nothing about this launch."""
+    return epoch.verdict is not None and epoch.opened_ms < memory.launched_ms
+
+
+def exhausted(memory: Memory, policy: Policy) -> bool:
+    """Whether the budget of the rank that failed last, or of failures without a culprit, is spent."""
+    return any(count > policy.max_failures for count in memory.charges.values())
+
+
+def backoff_seconds(failures: int, policy: Policy, jitter: float) -> float:
+    """Exponential backoff with full jitter: anything from 0 to the doubled base, up to the cap.
+
+    Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    return jitter * min(policy.backoff_cap, policy.backoff_base * 2.0 ** min(max(failures - 1, 0), 60))
+
+
+def encode_notes(memory: Memory) -> str:
+    """What the next planner must know, kept in the epoch's record: who has failed how often."""
+    return json.dumps({"charges": {str(rank): count for rank, count in memory.charges.items()}})
+
+
+def decode_notes(notes: str) -> dict[int, int]:
+    """Read `encode_notes`; anything else means that nobody has failed."""
+    try:
+        charges = json.loads(notes)["charges"]
+        return {int(rank): int(count) for rank, count in charges.items() if int(count) > 0}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _moves(snapshot: Snapshot) -> tuple[object, ...]:
+    return tuple(
+        (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress) if view.report else None
+        for view in snapshot.ranks
+    )
+
+
+def _notice_store_faults(memory: Memory, snapshot: Snapshot, settings: Settings, now: float) -> Memory:
+    """When most leases lapse in one tick, or the record vanishes, the fault is the store's and not the ranks'."""
+    lapsed = [rank for rank in memory.live if snapshot.ranks[rank].report is None] if memory.live else []
+    if len(lapsed) >= 2 and len(lapsed) * 2 > snapshot.world_size and memory.hold_until <= now:
+        memory = hold(
+            memory,
+            f"{len(lapsed)} of {snapshot.world_size} leases lapsed at once: the store may be at fault",
+            now,
+            settings,
+        )
+    if snapshot.epoch is not None:
+        return replace(memory, epoch_lost_at=None) if memory.epoch_lost_at is not None else memory
+    bound = any(view.report and view.report.epoch for view in snapshot.ranks)
+    if bound and memory.epoch_lost_at is None:
+        return replace(memory, epoch_lost_at=now)
+    return memory
+
+
+def _account(memory: Memory, snapshot: Snapshot, policy: Policy, now: float, jitter: float) -> Memory:
+    """Charge a verdict once, to its culprit. A planner that takes over begins with what its predecessor noted."""
+    epoch = snapshot.epoch
+    if epoch is None or is_history(memory, epoch):
+        return memory
+    if memory.accounted is None and not memory.charges:
+        memory = replace(memory, charges=decode_notes(epoch.notes))
+    if epoch.verdict is None or memory.accounted == epoch.id:
+        return memory if memory.accounted is not None else replace(memory, accounted=EpochId(0, ""))
+    memory = replace(memory, accounted=epoch.id, last_failure=epoch.verdict)
+    if epoch.verdict.kind == "Stopped":
+        return replace(memory, charges={}, last_failure=None)
+    culprit = UNATTRIBUTED if epoch.verdict.culprit is None else epoch.verdict.culprit
+    count = memory.charges.get(culprit, 0) + 1
+    return replace(
+        memory,
+        charges={**memory.charges, culprit: count},
+        backoff_until=now + backoff_seconds(count, policy, jitter),
+    )

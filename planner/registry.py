@@ -1,0 +1,120 @@
+"""The desired state: which instances shall be up. It lives in the store, so that any planner can take over."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from barrier.keys import Keys, NamespaceKeys
+from barrier.store import Store
+from planner.spec import InstanceSpec
+
+MAX_CHANGES = 1_000
+
+
+class InstanceRecord(BaseModel):
+    """One instance's desired state.
+
+    Attributes:
+        spec: what shall be up.
+        desired: whether it shall.
+        launched_ms: when it was launched, by the store's clock, in milliseconds: which launch this is.
+        failure: why it was given up; empty while it was not.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    spec: InstanceSpec
+    desired: Literal["up", "down"] = "up"
+    launched_ms: int = 0
+    failure: str = ""
+
+
+class Registry:
+    """Reads and writes desired state. Every write wakes the planners."""
+
+    def __init__(self, store: Store, namespace: str) -> None:
+        self._store = store
+        self._namespace = namespace
+        self.keys = NamespaceKeys(namespace)
+        self._lifetime_ms = round(store.settings.record_lifetime * 1000)
+
+    async def launch(self, spec: InstanceSpec) -> InstanceRecord:
+        """Ask for an instance to be up. An instance that is up with the same spec stays as it is.
+
+        Raises:
+            StoreError: unknown; ask again.
+        """
+        current = await self.get(spec.name)
+        if current is not None and current.desired == "up" and not current.failure and current.spec == spec:
+            return current
+        with self._store.errors():
+            seconds, microseconds = await self._store.commands.time()
+        record = InstanceRecord(spec=spec, launched_ms=seconds * 1000 + microseconds // 1000)
+        await self._write(record)
+        return record
+
+    async def stop(self, record: InstanceRecord) -> None:
+        """Ask for an instance to be down."""
+        await self._write(record.model_copy(update={"desired": "down"}))
+
+    async def give_up(self, record: InstanceRecord, failure: str) -> None:
+        """Say why an instance was given up, unless it was launched anew meanwhile."""
+        current = await self.get(record.spec.name)
+        if current is not None and current.launched_ms == record.launched_ms:
+            await self._write(current.model_copy(update={"failure": failure}))
+
+    async def forget(self, record: InstanceRecord) -> None:
+        """Forget an instance that is down, unless it was launched anew meanwhile."""
+        current = await self.get(record.spec.name)
+        if current is None or current.launched_ms != record.launched_ms or current.desired == "up":
+            return
+        with self._store.errors():
+            await self._store.commands.hdel(self.keys.instances, record.spec.name)
+
+    async def get(self, name: str) -> InstanceRecord | None:
+        """One instance's desired state."""
+        with self._store.errors():
+            raw = await self._store.commands.hget(self.keys.instances, name)
+        return None if raw is None else _decode(name, raw)
+
+    async def all(self) -> dict[str, InstanceRecord]:
+        """Every instance's desired state; keeps it alive in the store."""
+        with self._store.errors():
+            async with self._store.commands.pipeline(transaction=True) as pipe:
+                pipe.hgetall(self.keys.instances)
+                pipe.pexpire(self.keys.instances, self._lifetime_ms)
+                found, _ = await pipe.execute()
+        records = {raw_name.decode(): _decode(raw_name.decode(), raw) for raw_name, raw in found.items()}
+        return {name: record for name, record in records.items() if record is not None}
+
+    async def changes_end(self) -> str:
+        """Where to wait for changes from."""
+        with self._store.errors():
+            newest = await self._store.commands.xrevrange(self.keys.changes, count=1)
+        return newest[0][0].decode() if newest else "0-0"
+
+    async def _write(self, record: InstanceRecord) -> None:
+        signals = Keys(self._namespace, record.spec.name).signals
+        with self._store.errors():
+            async with self._store.commands.pipeline(transaction=True) as pipe:
+                pipe.hset(self.keys.instances, record.spec.name, record.model_dump_json())
+                pipe.pexpire(self.keys.instances, self._lifetime_ms)
+                pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
+                pipe.pexpire(self.keys.changes, self._lifetime_ms)
+                await pipe.execute()
+            # The group lies in a slot of its own, so its hint is a command of its own.
+            await self._store.commands.xadd(
+                signals, {"kind": "desired"}, maxlen=self._store.settings.signal_entries, approximate=True
+            )
+            await self._store.commands.pexpire(signals, self._lifetime_ms)
+
+
+def _decode(name: str, raw: bytes) -> InstanceRecord | None:
+    try:
+        return InstanceRecord.model_validate_json(raw)
+    except ValidationError:
+        logger.error("the desired state of instance {!r} is not readable and is ignored", name[:63])
+        return None

@@ -1,0 +1,260 @@
+"""Generations: clients ask through a stream, whichever planner leads hands out, and the answer comes on a stream of its own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from loguru import logger
+
+from barrier import Barrier, Clock, Snapshot, StoreError
+from barrier.errors import InvalidName, RankgateError
+from barrier.keys import Keys
+from barrier.outcomes import Already, Dispatched
+from barrier.store import Store
+from planner.lifecycle import SERVING, generation_task
+from planner.spec import InstanceSpec
+from runner.messages import MAX_PROMPT_CHARS, CancelTask, Chunk, MalformedMessage, decode_chunk, encode
+
+MAX_WAITING = 1_000
+"""How many requests may wait for an instance; the oldest are dropped beyond that."""
+
+_BATCH = 64
+
+
+class GenerationFailed(RankgateError):
+    """The text could not be completed; the sentence says why, and whether to ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One entry of the request stream."""
+
+    entry: str
+    id: str
+    cancels: str
+    prompt: str
+    max_tokens: int
+    until_ms: int
+
+
+class RequestQueue:
+    """Both ends of one instance's requests.
+
+    Args:
+        store: where.
+        keys: the instance's keys.
+        clock: time, for the client's deadline.
+    """
+
+    def __init__(self, store: Store, keys: Keys, clock: Clock) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._in_hand: dict[str, Request] = {}
+
+    # --- the client's end ---------------------------------------------------------------------------------------------
+
+    async def generate(self, prompt: str, *, max_tokens: int, seconds: float) -> AsyncIterator[str]:
+        """Ask, and yield the answer piece by piece. Leaving early cancels the generation.
+
+        Raises:
+            InvalidName: the prompt is too long, or `max_tokens` out of range; nothing was sent.
+            GenerationFailed: refused, failed, or not complete in time.
+            StoreError: the store cannot be reached.
+        """
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise InvalidName(f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT_CHARS:,} are accepted")
+        if not 1 <= max_tokens <= 100_000:
+            raise InvalidName(f"max_tokens is {max_tokens}; it must be from 1 to 100,000")
+        request_id = f"gen.{secrets.token_hex(12)}"
+        deadline = self._clock.now() + seconds
+        entry = await self._ask(request_id, prompt=prompt, max_tokens=max_tokens, seconds=seconds)
+        finished = False
+        try:
+            async for chunk in self._follow(request_id, deadline, seconds):
+                finished = chunk.finish is not None
+                if chunk.finish == "error":
+                    raise GenerationFailed(chunk.error or "the runner gave no reason")
+                if chunk.finish == "cancelled":
+                    raise GenerationFailed("the generation was cancelled")
+                if chunk.text:
+                    yield chunk.text
+                if finished:
+                    return
+        finally:
+            if not finished:
+                await self._ask(f"cancel.{secrets.token_hex(12)}", cancels=request_id, seconds=seconds)
+            with self._store.errors():
+                await self._store.commands.xdel(self._keys.requests, entry)
+
+    async def _ask(
+        self, request_id: str, *, prompt: str = "", max_tokens: int = 1, cancels: str = "", seconds: float
+    ) -> bytes:
+        lifetime_ms = round(self._store.settings.record_lifetime * 1000)
+        with self._store.errors():
+            server_seconds, microseconds = await self._store.commands.time()
+            until_ms = server_seconds * 1000 + microseconds // 1000 + round(seconds * 1000)
+            fields = {
+                "id": request_id,
+                "cancels": cancels,
+                "prompt": prompt,
+                "max_tokens": max_tokens,
+                "until_ms": until_ms,
+            }
+            async with self._store.commands.pipeline(transaction=True) as pipe:
+                pipe.xadd(self._keys.requests, fields, maxlen=MAX_WAITING, approximate=False)
+                pipe.pexpire(self._keys.requests, lifetime_ms)
+                pipe.xadd(
+                    self._keys.signals,
+                    {"kind": "request"},
+                    maxlen=self._store.settings.signal_entries,
+                    approximate=True,
+                )
+                pipe.pexpire(self._keys.signals, lifetime_ms)
+                replies = await pipe.execute()
+        return replies[0]
+
+    async def _follow(self, request_id: str, deadline: float, seconds: float) -> AsyncIterator[Chunk]:
+        key, place = self._keys.out(request_id), "0-0"
+        reader = self._store.reader()
+        try:
+            while (left := deadline - self._clock.now()) > 0:
+                block = min(left, self._store.settings.reader_block)
+                try:
+                    with self._store.errors():
+                        reply = await self._clock.wait_for(
+                            reader.xread({key: place}, count=_BATCH, block=max(1, round(block * 1000))), left + 0.001
+                        )
+                except TimeoutError:
+                    break
+                for _, entries in reply or []:
+                    for entry_id, fields in entries:
+                        place = entry_id.decode()
+                        try:
+                            yield decode_chunk(fields.get(b"chunk", b""))
+                        except MalformedMessage as error:
+                            raise GenerationFailed(f"the answer is not readable: {error}") from None
+        finally:
+            await reader.aclose()
+        raise GenerationFailed(f"the text was not complete within {seconds:g} s; ask again, or allow more time")
+
+    # --- the planner's end --------------------------------------------------------------------------------------------
+
+    async def hand_out(self, barrier: Barrier, spec: InstanceSpec, snapshot: Snapshot, limit: int) -> tuple[int, int]:
+        """Dispatch what waits, as far as the limit allows.
+
+        Returns:
+            How many generations were seen complete, and how many requests still wait for a place.
+        """
+        epoch = snapshot.epoch
+        if epoch is None or barrier.leadership is None:
+            return 0, 0
+        completed = await self._drop_completed(snapshot)
+        waiting = 0
+        for request in await self._pending(snapshot.now_ms):
+            if request.id in self._in_hand:
+                continue
+            if not request.cancels and len(self._in_hand) >= limit:
+                waiting += 1
+                continue
+            term = barrier.leadership.term
+            if request.cancels:
+                task_id = f"{request.id}.task"
+                payload = encode(
+                    CancelTask(
+                        task_id=task_id, instance=spec.name, epoch=str(epoch.id), term=term, cancels=request.cancels
+                    )
+                )
+                step = f"cancel {request.id}"
+            else:
+                payload = encode(generation_task(request.id, request.prompt, request.max_tokens, spec, epoch.id, term))
+                step = f"generate {request.id}"
+            outcome = await barrier.dispatch(epoch.id, step, payload.decode(), SERVING, repeatable=True)
+            match outcome:
+                case Dispatched() | Already() if request.cancels:
+                    await self._drop(request)
+                case Dispatched():
+                    self._in_hand[request.id] = request
+                case Already(place) if place.number == epoch.id.number:
+                    self._in_hand[request.id] = request  # a predecessor of this planner dispatched it
+                case Already():
+                    await self._fail(
+                        request, "the attempt that generated this text ended before it was complete; ask again"
+                    )
+                case _:
+                    waiting += 1
+                    break
+        return completed, waiting
+
+    async def fail_in_hand(self, reason: str) -> None:
+        """End the streams of all generations that the runners had: their attempt is over."""
+        for request in list(self._in_hand.values()):
+            await self._fail(request, reason)
+
+    async def fail_all(self, reason: str) -> None:
+        """End the streams of everything that was asked for: the instance will not come back."""
+        await self.fail_in_hand(reason)
+        for request in await self._pending(0):
+            await self._fail(request, reason)
+
+    async def _drop_completed(self, snapshot: Snapshot) -> int:
+        """What rank 0 has answered needs no planner any more."""
+        first = snapshot.ranks[0].report
+        completed = 0
+        for outcome in first.outcomes if first else ():
+            request = self._in_hand.get(outcome.task_id)
+            if request is not None and outcome.result != "running":
+                completed += outcome.result == "done"
+                await self._drop(request)
+        return completed
+
+    async def _pending(self, now_ms: int) -> list[Request]:
+        """What waits, oldest first. What is too old is answered with an error."""
+        with self._store.errors():
+            entries = await self._store.commands.xrange(self._keys.requests, count=_BATCH)
+        pending: list[Request] = []
+        for entry_id, fields in entries:
+            try:
+                request = Request(
+                    entry=entry_id.decode(),
+                    id=fields[b"id"].decode(),
+                    cancels=fields[b"cancels"].decode(),
+                    prompt=fields[b"prompt"].decode(),
+                    max_tokens=int(fields[b"max_tokens"]),
+                    until_ms=int(fields[b"until_ms"]),
+                )
+                self._keys.out(request.id)
+            except (KeyError, ValueError):
+                logger.warning("a request that is not readable was dropped: {}", entry_id.decode("utf-8", "replace"))
+                with self._store.errors():
+                    await self._store.commands.xdel(self._keys.requests, entry_id)
+                continue
+            if request.until_ms < now_ms and request.id not in self._in_hand:
+                await self._fail(request, "nobody could take the request in time")
+                continue
+            pending.append(request)
+        known = {request.id for request in pending}
+        for request_id in [one for one in self._in_hand if one not in known]:
+            del self._in_hand[request_id]  # its client has the whole answer and took the request away
+        return pending
+
+    async def _fail(self, request: Request, reason: str) -> None:
+        if not request.cancels:
+            chunk = encode(Chunk(task_id=request.id, index=0, finish="error", error=reason[:2_000]))
+            key = self._keys.out(request.id)
+            with self._store.errors():
+                async with self._store.commands.pipeline(transaction=True) as pipe:
+                    pipe.xadd(key, {"chunk": chunk})
+                    pipe.pexpire(key, round(self._store.settings.output_lifetime * 1000))
+                    await pipe.execute()
+        await self._drop(request)
+
+    async def _drop(self, request: Request) -> None:
+        self._in_hand.pop(request.id, None)
+        with self._store.errors():
+            await self._store.commands.xdel(self._keys.requests, request.entry)
+
+
+__all__ = ["GenerationFailed", "RequestQueue", "StoreError"]

@@ -1,0 +1,82 @@
+"""What is to be brought up, and how patiently."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from barrier.errors import InvalidSettings
+from barrier.keys import MAX_WORLD_SIZE, valid_name
+from runner.messages import ModelSpec
+
+
+class InstanceSpec(BaseModel):
+    """One model instance: what to load, over how many ranks.
+
+    Attributes:
+        name: the instance's name: 1 to 63 of a-z, 0-9 and ``-``.
+        world_size: number of ranks, 1 to 16,384.
+        model: what to load.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    world_size: int = Field(ge=1, le=MAX_WORLD_SIZE)
+    model: ModelSpec = ModelSpec(model_id="simulated")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return valid_name("instance", value)
+
+    @property
+    def digest(self) -> str:
+        """32 hexadecimal digits that differ for every other spec: ranks that were configured for another are refused."""
+        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How patiently instances are brought up. All times in seconds.
+
+    Attributes:
+        assemble_timeout: how long to wait for ranks that are not here at all.
+        connect_stall: how long a step up to Connected may go without any progress; slow is not stalled.
+        load_stall: the same for loading: no rank has loaded another layer for so long.
+        warmup_stall: the same for warming up.
+        generate_stall: the same while generating.
+        max_failures: how many failed attempts one rank may cause in a row before the instance is given up; attempts that no
+            rank is to blame for are counted apart, with the same limit.
+        max_rejections: how often one step is asked again in one epoch after a rank answered NotYet.
+        backoff_base: the longest first pause between attempts; doubled for every further failure of the same rank.
+        backoff_cap: the longest pause of all.
+        stable_after: how long an instance must be Ready for its failures to be forgotten; a completed generation does it too.
+        generations: how many generations may be in the runners' hands at once.
+    """
+
+    assemble_timeout: float = 120.0
+    connect_stall: float = 60.0
+    load_stall: float = 120.0
+    warmup_stall: float = 120.0
+    generate_stall: float = 120.0
+    max_failures: int = 3
+    max_rejections: int = 3
+    backoff_base: float = 0.5
+    backoff_cap: float = 30.0
+    stable_after: float = 30.0
+    generations: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse what could never work."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name.startswith("max_") else 1e-9
+            if not least <= value < float("inf"):
+                raise InvalidSettings(f"{field.name} is {value!r}; it must be a finite number, and at least {least:g}")
+        if self.backoff_cap < self.backoff_base:
+            raise InvalidSettings(
+                f"backoff_cap is {self.backoff_cap:g} s and backoff_base is {self.backoff_base:g} s; the cap must not be below"
+            )

@@ -1,0 +1,367 @@
+"""Everything that a planner says to a runner and a runner says back.
+
+Frozen, tagged by ``kind``, and strict: an unknown kind, an unknown field or a wrong type is a `MalformedMessage`, never a
+half-understood task. Nothing of ours is imported here, so that the planner, the runner
+and a foreign system can share these messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+MAX_MESSAGE_BYTES = 256 * 1024
+"""The longest message that is parsed at all, in bytes. A prompt of some 60,000 words fits; a 1 MB payload is refused unread."""
+
+MAX_PROMPT_CHARS = 200_000
+"""The longest prompt that a TextGeneration may carry, in characters."""
+
+_T = TypeVar("_T")
+
+ShortText = Annotated[str, Field(max_length=2_000)]
+
+
+class MalformedMessage(ValueError):
+    """The bytes are not one of our messages. The sentence says what is wrong, and never quotes the payload."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+# --- statuses -------------------------------------------------------------------------------------------------------------
+
+
+class RunnerIdle(_Message):
+    """No engine group, no model."""
+
+    kind: Literal["Idle"] = "Idle"
+
+
+class RunnerConnecting(_Message):
+    """Entering the collective group."""
+
+    kind: Literal["Connecting"] = "Connecting"
+
+
+class RunnerConnected(_Message):
+    """In the group, no model yet. All ranks must say this, in one epoch, before LoadModel goes out."""
+
+    kind: Literal["Connected"] = "Connected"
+
+
+class RunnerLoading(_Message):
+    """Reading weights; both counts in layers."""
+
+    kind: Literal["Loading"] = "Loading"
+    layers_loaded: int = Field(ge=0)
+    total_layers: int = Field(ge=0)
+
+
+class RunnerLoaded(_Message):
+    """The model is in memory."""
+
+    kind: Literal["Loaded"] = "Loaded"
+
+
+class RunnerWarmingUp(_Message):
+    """In the warm-up collective."""
+
+    kind: Literal["WarmingUp"] = "WarmingUp"
+
+
+class RunnerReady(_Message):
+    """Warm and without work."""
+
+    kind: Literal["Ready"] = "Ready"
+
+
+class RunnerRunning(_Message):
+    """Generating."""
+
+    kind: Literal["Running"] = "Running"
+
+
+class RunnerShuttingDown(_Message):
+    """Tearing the engine down for good."""
+
+    kind: Literal["ShuttingDown"] = "ShuttingDown"
+
+
+class RunnerShutdown(_Message):
+    """Torn down; the process is about to leave."""
+
+    kind: Literal["Shutdown"] = "Shutdown"
+
+
+class RunnerFailed(_Message):
+    """Accepted work failed. The runner process lives; this epoch is over for it."""
+
+    kind: Literal["Failed"] = "Failed"
+    error: ShortText
+
+
+RunnerStatus: TypeAlias = Annotated[
+    RunnerIdle
+    | RunnerConnecting
+    | RunnerConnected
+    | RunnerLoading
+    | RunnerLoaded
+    | RunnerWarmingUp
+    | RunnerReady
+    | RunnerRunning
+    | RunnerShuttingDown
+    | RunnerShutdown
+    | RunnerFailed,
+    Field(discriminator="kind"),
+]
+
+StatusName: TypeAlias = Literal[
+    "Idle",
+    "Connecting",
+    "Connected",
+    "Loading",
+    "Loaded",
+    "WarmingUp",
+    "Ready",
+    "Running",
+    "ShuttingDown",
+    "Shutdown",
+    "Failed",
+]
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------------
+
+
+class ModelSpec(_Message):
+    """What to load.
+
+    Attributes:
+        model_id: the name the engine knows the model by.
+        total_layers: how many layers the model has, for progress; 1 to 10,000.
+    """
+
+    model_id: str = Field(min_length=1, max_length=256)
+    total_layers: int = Field(default=16, ge=1, le=10_000)
+
+
+class _Task(_Message):
+    """What every task carries.
+
+    Attributes:
+        task_id: derived from (instance, epoch, step), so that a repeated dispatch is recognised; see `derive_task_id`.
+        instance: the instance, which is the barrier's group.
+        epoch: ``<number>-<nonce>``: the fencing token. A runner acts on exactly the epoch that it promised.
+        term: the term of the planner that dispatched it, for people; the script that appended it has checked it.
+    """
+
+    task_id: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")
+    instance: str = Field(min_length=1, max_length=63)
+    epoch: str = Field(min_length=3, max_length=64)
+    term: int = Field(ge=0)
+
+
+class ConnectToGroup(_Task):
+    """Enter the collective group.
+
+    Attributes:
+        coordinator: ``host:port`` at which the ranks meet, chosen by the planner from rank 0's report.
+        rank_order: the node of every rank, in rank order.
+    """
+
+    kind: Literal["ConnectToGroup"] = "ConnectToGroup"
+    coordinator: str = Field(max_length=300)
+    rank_order: tuple[Annotated[str, Field(max_length=255)], ...] = Field(max_length=100_000)
+
+
+class LoadModel(_Task):
+    """Load this rank's share of the model."""
+
+    kind: Literal["LoadModel"] = "LoadModel"
+    model: ModelSpec
+
+
+class StartWarmup(_Task):
+    """Enter the warm-up collective."""
+
+    kind: Literal["StartWarmup"] = "StartWarmup"
+
+
+class TextGeneration(_Task):
+    """Generate text; rank 0 answers on the task's chunk stream.
+
+    Attributes:
+        prompt: never logged.
+        max_tokens: 1 to 100,000.
+    """
+
+    kind: Literal["TextGeneration"] = "TextGeneration"
+    prompt: str = Field(max_length=MAX_PROMPT_CHARS, repr=False)
+    max_tokens: int = Field(default=64, ge=1, le=100_000)
+
+
+class CancelTask(_Task):
+    """Stop working on another task, if it is still running."""
+
+    kind: Literal["CancelTask"] = "CancelTask"
+    cancels: str = Field(min_length=1, max_length=128)
+
+
+class Shutdown(_Task):
+    """Tear down and leave with exit code 0."""
+
+    kind: Literal["Shutdown"] = "Shutdown"
+
+
+Task: TypeAlias = Annotated[
+    ConnectToGroup | LoadModel | StartWarmup | TextGeneration | CancelTask | Shutdown, Field(discriminator="kind")
+]
+TaskKind: TypeAlias = Literal["ConnectToGroup", "LoadModel", "StartWarmup", "TextGeneration", "CancelTask", "Shutdown"]
+
+
+def derive_task_id(instance: str, epoch: str, step: str) -> str:
+    """Name the task of one step of one epoch of one instance: the same three always give the same id.
+
+    The epoch's nonce is part of the hash, so that two epochs with one number (a failover can issue it twice) never share a task.
+    """
+    digest = hashlib.blake2b(f"{instance}\0{epoch}\0{step}".encode(), digest_size=12).hexdigest()
+    return f"{step.replace(' ', '-')[:80]}.{digest}"
+
+
+# --- answers and events ---------------------------------------------------------------------------------------------------
+
+RejectionCode: TypeAlias = Literal["NotYet", "Stale", "Invalid"]
+
+
+class Rejection(_Message):
+    """Why a task was refused.
+
+    Attributes:
+        code: ``NotYet`` (ask again later), ``Stale`` (too late) or ``Invalid`` (never possible).
+        task_kind: the kind of the refused task, or ``unknown`` where it could not be read.
+        status: what this runner really was.
+        epoch: the epoch that this runner really is in; empty where it is in none.
+        retryable: whether the same task may succeed later in the same epoch.
+        hint: one sentence for a person.
+    """
+
+    code: RejectionCode
+    task_kind: str = Field(max_length=64)
+    status: StatusName
+    epoch: str = Field(max_length=64)
+    retryable: bool
+    hint: ShortText
+
+
+class TaskStatusUpdated(_Message):
+    """A task began, ended or was refused.
+
+    Attributes:
+        state: ``Running``, ``Complete``, ``Failed`` or ``Cancelled``.
+        rejection: set if and only if the task was refused before it began.
+        error: set if accepted work failed.
+    """
+
+    kind: Literal["TaskStatusUpdated"] = "TaskStatusUpdated"
+    task_id: str
+    state: Literal["Running", "Complete", "Failed", "Cancelled"]
+    rejection: Rejection | None = None
+    error: ShortText | None = None
+
+
+class RunnerStatusUpdated(_Message):
+    """The runner's status changed (or is said again)."""
+
+    kind: Literal["RunnerStatusUpdated"] = "RunnerStatusUpdated"
+    status: RunnerStatus
+
+
+class TaskAcknowledged(_Message):
+    """The runner has read the task and answered it, one way or the other."""
+
+    kind: Literal["TaskAcknowledged"] = "TaskAcknowledged"
+    task_id: str
+
+
+RunnerEvent: TypeAlias = Annotated[
+    TaskStatusUpdated | RunnerStatusUpdated | TaskAcknowledged, Field(discriminator="kind")
+]
+
+
+class Chunk(_Message):
+    """One piece of a generation's answer. The last one of a stream has ``finish`` set.
+
+    Attributes:
+        index: 0, 1, 2, …
+        finish: ``None`` while more comes; ``stop``, ``length``, ``cancelled`` or ``error``.
+        error: why, where ``finish`` is ``error``.
+    """
+
+    kind: Literal["Chunk"] = "Chunk"
+    task_id: str
+    index: int = Field(ge=0)
+    text: str = Field(default="", repr=False)
+    finish: Literal["stop", "length", "cancelled", "error"] | None = None
+    error: ShortText | None = None
+
+
+_TASK: TypeAdapter[Task] = TypeAdapter(Task)
+_EVENT: TypeAdapter[RunnerEvent] = TypeAdapter(RunnerEvent)
+_CHUNK: TypeAdapter[Chunk] = TypeAdapter(Chunk)
+
+
+def decode_task(payload: bytes) -> Task:
+    """Read one task.
+
+    Raises:
+        MalformedMessage: longer than `MAX_MESSAGE_BYTES`, not JSON, an unknown kind, or a field that is wrong. The message
+            names the field and never quotes its value, which may be a prompt.
+    """
+    return _decode(_TASK, payload)
+
+
+def decode_event(payload: bytes) -> RunnerEvent:
+    """Read one event; raises `MalformedMessage` as `decode_task` does."""
+    return _decode(_EVENT, payload)
+
+
+def decode_chunk(payload: bytes) -> Chunk:
+    """Read one chunk; raises `MalformedMessage` as `decode_task` does."""
+    return _decode(_CHUNK, payload)
+
+
+def encode(message: BaseModel) -> bytes:
+    """Write one message as JSON bytes."""
+    return message.model_dump_json(exclude_none=True).encode()
+
+
+def _decode(adapter: TypeAdapter[_T], payload: bytes) -> _T:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise MalformedMessage(f"the message has {len(payload):,} bytes; at most {MAX_MESSAGE_BYTES:,} are read")
+    try:
+        return adapter.validate_json(payload)
+    except ValidationError as error:
+        raise MalformedMessage(_describe(error)) from None
+
+
+def _describe(error: ValidationError) -> str:
+    """Say what is wrong without the offending value: pydantic's own text would quote it."""
+    problems = [
+        f"{'.'.join(str(part) for part in problem['loc']) or 'the message'}: {_reason(problem['type'])}"
+        for problem in error.errors(include_input=False, include_url=False, include_context=False)
+    ]
+    shown = "; ".join(problems[:3])
+    return shown if len(problems) <= 3 else f"{shown}; and {len(problems) - 3} more"
+
+
+def _reason(error_type: str) -> str:
+    return {
+        "json_invalid": "not JSON",
+        "union_tag_invalid": "unknown kind",
+        "union_tag_not_found": "no kind",
+        "missing": "missing",
+        "extra_forbidden": "unknown field",
+    }.get(error_type, error_type.replace("_", " "))
