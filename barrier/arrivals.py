@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from barrier.errors import InvalidName
 from barrier.keys import valid_status
-from barrier.model import EpochRecord, RankView, Snapshot, FailureClass
+from barrier.model import EpochRecord, FailureClass, RankView, Snapshot
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
         # One shape of reply everywhere: lists.
         "protocol": 2,
     }
-    if isinstance(pool, SentinelConnectionPool):
+    if _is_sentinel(pool):
         kwargs.pop("connection_pool", None)
         return Redis(connection_pool=SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **kwargs))
     if pool.connection_class in (Connection, SSLConnection):
@@ -102,27 +102,38 @@ def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
     return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **kwargs))
 
 
+def _is_sentinel(pool: object) -> bool:
+    return isinstance(pool, SentinelConnectionPool)
+
+
 def _where(redis: Redis) -> str:
     """The server's address without user and password."""
     pool: Any = redis.connection_pool
-    if isinstance(pool, SentinelConnectionPool):
+    if _is_sentinel(pool):
         return f"sentinel service {pool.service_name}"
     kwargs = pool.connection_kwargs
     return str(kwargs["path"]) if kwargs.get("path") else f"{kwargs.get('host', '?')}:{kwargs.get('port', '?')}"
 
 
 def _client(url: str) -> Redis:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise InvalidSettings("the store URL is not readable: check host and port") from None
     if parts.scheme in ("redis+sentinel", "rediss+sentinel"):
         return _sentinel_client(url)
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise InvalidSettings(
             f"store URL with scheme {shown(parts.scheme)}: use redis://, rediss://, unix:// or redis+sentinel://"
         )
+    untyped: Any = Redis  # redis-py leaves from_url and master_for partly untyped
     try:
-        return Redis.from_url(url)
-    except ValueError as error:
-        raise InvalidSettings(f"the store URL is not readable: {error}") from None
+        client: Redis = untyped.from_url(url)
+    except (ValueError, TypeError):  # its text may quote the URL, and with it the password
+        raise InvalidSettings(
+            f"the {parts.scheme}:// URL is not readable: check port, database number and query"
+        ) from None
+    return client
 
 
 def _sentinel_client(url: str) -> Redis:
@@ -147,4 +158,6 @@ def _sentinel_client(url: str) -> Redis:
         kwargs["ssl"] = True
     sentinel_kwargs = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
     sentinel = Sentinel(addresses, sentinel_kwargs=sentinel_kwargs)
-    return sentinel.master_for(path[0], redis_class=Redis, connection_pool_class=SentinelConnectionPool, **kwargs)
+    untyped: Any = sentinel
+    client: Redis = untyped.master_for(path[0], **kwargs)
+    return client

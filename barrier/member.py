@@ -11,7 +11,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -28,7 +28,7 @@ from barrier.keys import Keys, valid_status, valid_world_size
 from barrier.model import Verdict
 from barrier.report import MAX_OUTCOMES, Report, TaskOutcome
 from barrier.settings import Settings
-from barrier.store import Store
+from barrier.store import Store, stream_entries
 
 _ROSTER_CHUNK = 64  # as in lua/prelude.lua
 _BATCH = 100
@@ -452,7 +452,7 @@ class Member:
             self._announced = None
 
     @asynccontextmanager
-    async def heartbeat(self) -> AsyncIterator[None]:
+    async def heartbeat(self) -> AsyncGenerator[None]:
         """Rewrite the whole report every `Settings.heartbeat` seconds while inside.
 
         A store that does not answer is tried again with backoff and never raises here; `ClaimLost` ends `tasks`.
@@ -488,7 +488,7 @@ class Member:
 
     # --- the task log -------------------------------------------------------------------------------------------------
 
-    async def tasks(self) -> AsyncIterator[LogEntry]:
+    async def tasks(self) -> AsyncGenerator[LogEntry, None]:
         """Everything that is announced to this group, in the log's order, from the moment of `claim` on.
 
         Tasks of any epoch come out: the reader judges them. Before a task comes out, a lease that may have lapsed is renewed
@@ -542,10 +542,10 @@ class Member:
                     pause = min(max(pause * 2, 0.05), self.settings.command_seconds)
                     await self.clock.sleep(pause)
                     continue
-                for _, entries in reply or []:
+                for _, entries in stream_entries(reply):
                     for entry_id, fields in entries:
                         self._cursor = LogId.parse(entry_id.decode())
-                        await self._entries.put(decode_entry(self._cursor, fields or {}))
+                        await self._entries.put(decode_entry(self._cursor, fields))
         finally:
             await reader.aclose()
 

@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 from redis.exceptions import NoScriptError
 
-from barrier.errors import InvalidName, StoreCorrupt
-from barrier.keys import Keys
 from barrier.arrivals import Requirement
+from barrier.errors import InvalidName, StoreCorrupt
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId
+from barrier.keys import Keys
 from barrier.model import EpochRecord, Leadership, RankView, Snapshot, StepRecord, Verdict
 from barrier.outcomes import (
     Aborted,
@@ -245,6 +245,7 @@ async def dispatch(
         "rule": _rules(requirement),
     }
     named = _named(keys) | {"once": keys.once(step), "rank": keys.ranks(world_size)}
+    del named["signals"]  # the ranks are woken by the log itself
     words = _words(await _run(store, "dispatch", named, args))
     match words:
         case ["DISPATCHED", entry]:
@@ -363,9 +364,8 @@ def _refusal(name: str, words: Sequence[str], *allowed: type) -> Any:  # noqa: A
     return refusal
 
 
-def _fields(flat: Any) -> dict[str, str]:  # noqa: ANN401  RESP2 gives a list, RESP3 may give a map
-    if isinstance(flat, Mapping):
-        return {_words([key])[0]: _words([value])[0] for key, value in flat.items()}
+def _fields(flat: Sequence[bytes]) -> dict[str, str]:
+    """A hash as a script returns it: names and values in turn."""
     words = _words(flat)
     return dict(zip(words[::2], words[1::2], strict=True))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from loguru import logger
 from redis import exceptions as driver
@@ -26,9 +26,18 @@ from barrier.settings import Settings
 MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
 SAFE_POLICY = "noeviction"
 
+StreamEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
+"""One entry of a stream: its id and its fields."""
+
+
+def stream_entries(reply: Any) -> list[tuple[str, list[StreamEntry]]]:  # noqa: ANN401  the driver's untyped answer
+    """What XREAD answered, by stream; empty where nothing came in time. A deleted entry has no fields."""
+    streams: list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes] | None]]]] = reply or []
+    return [(key.decode(), [(entry_id, fields or {}) for entry_id, fields in entries]) for key, entries in streams]
+
 
 @contextmanager
-def translated(where: str) -> Iterator[None]:
+def translated(where: str) -> Generator[None]:
     """Turn a driver's error into one of ours; `where` names the store without its password."""
     try:
         yield
@@ -104,7 +113,7 @@ class Store:
         """A new client for one blocking reader; the caller closes it."""
         return self._make_reader()
 
-    def errors(self) -> Any:  # noqa: ANN401  a context manager
+    def errors(self) -> AbstractContextManager[None]:
         """Translate what the driver raises inside."""
         return translated(self.where)
 

@@ -16,7 +16,7 @@ from loguru import logger
 
 from barrier.clock import Clock
 from barrier.errors import StoreError
-from barrier.store import Store
+from barrier.store import Store, stream_entries
 
 _BATCH = 2_000
 _BUFFERED = 20_000
@@ -211,10 +211,9 @@ class Wakeups:
             await reader.aclose()
 
     def _hand_out(self, reply: Any) -> None:  # noqa: ANN401  the driver's shape: [[key, [(id, fields)]]]
-        for raw_key, entries in reply or []:
-            key = raw_key.decode()
+        for key, entries in stream_entries(reply):
             for entry_id, fields in entries:
-                hint = decode_hint(entry_id, fields or {})
+                hint = decode_hint(entry_id, fields)
                 if key in self._cursors:
                     self._cursors[key] = hint.id
                     self._recent[key].append(hint)

@@ -9,7 +9,8 @@ As a library::
         await instance.stop()
 """
 
-from planner.planner import GenerationFailed, Instance, InstanceFailed, Planner, explain_instance
+from planner.planner import Instance, InstanceFailed, Planner, explain_instance
+from planner.requests import GenerationFailed
 from planner.spec import InstanceSpec, Policy
 from runner.messages import ModelSpec
 

@@ -349,13 +349,11 @@ def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
     for step in steps_for(epoch.world_size):
         refused = _rejections(view, epoch, step)
         if refused:
-            attempt = epoch.steps[step.name].attempt + 1
             rank, why, _ = refused[0]
             return _gate(
                 view,
                 epoch,
                 step,
-                attempt,
                 now,
                 f"{_who(rank)} refused {step.dispatches.__name__} ({why}); asking again",
             )
@@ -365,7 +363,7 @@ def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
 def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
     step = next_step(epoch.steps, epoch.world_size)
     if step is not None:
-        return _gate(view, epoch, step, 1, now)
+        return _gate(view, epoch, step, now)
     requirement = serving_requirement(epoch.world_size)
     if is_serving(view.snapshot):
         running = any(rank.report and rank.report.status == "Running" for rank in view.snapshot.ranks)
@@ -381,7 +379,7 @@ def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
     return Wait(until, sentence, requirement)
 
 
-def _gate(view: View, epoch: EpochRecord, step: Step, attempt: int, now: float, why: str = "") -> Action:
+def _gate(view: View, epoch: EpochRecord, step: Step, now: float, why: str = "") -> Action:
     requirement = step.waits_for(epoch.world_size)
     stall: float = getattr(view.policy, step.stall)
     until = view.memory.progress_at + stall
@@ -389,6 +387,7 @@ def _gate(view: View, epoch: EpochRecord, step: Step, attempt: int, now: float, 
         return _stalled(view, epoch, requirement, stall)
     sentence = explain(view.snapshot, requirement)
     reason = f"{why}: {sentence}" if why else sentence
+    attempt = epoch.steps[step.name].attempt + 1 if step.name in epoch.steps else 1
     return PassGate(step, attempt, predecessor(step, epoch.world_size), requirement, until, reason)
 
 

@@ -139,9 +139,9 @@ def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, snapshot
 
 
 def generation_task(
-    request_id: str, prompt: str, max_tokens: int, spec: InstanceSpec, epoch: EpochId, term: int
+    request_id: str, prompt: str, max_tokens: int, *, instance: str, epoch: EpochId, term: int
 ) -> TextGeneration:
     """The task of one generation; its id is the request's, under which the client waits."""
     return TextGeneration(
-        task_id=request_id, instance=spec.name, epoch=str(epoch), term=term, prompt=prompt, max_tokens=max_tokens
+        task_id=request_id, instance=instance, epoch=str(epoch), term=term, prompt=prompt, max_tokens=max_tokens
     )

@@ -93,6 +93,7 @@ class InstanceLoop:
         self,
         barrier: Barrier,
         record: InstanceRecord,
+        *,
         registry: Registry,
         policy: Policy,
         requests: RequestQueue,
@@ -177,8 +178,6 @@ class InstanceLoop:
                 return None
             case Following() as following:
                 return following
-            case other:
-                assert_never(other)
 
     async def _follow(self, following: Following, snapshot: Snapshot) -> None:
         """Stand by: the leader's lease may lapse at any time, or it may finish the work."""

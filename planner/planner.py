@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from barrier.wakeups import Wakeups
 from planner.lifecycle import next_step, serving_requirement
 from planner.loop import InstanceLoop, State
 from planner.registry import InstanceRecord, Registry
-from planner.requests import GenerationFailed, RequestQueue
+from planner.requests import RequestQueue
 from planner.spec import InstanceSpec, Policy
 
 
@@ -86,7 +86,7 @@ class Instance:
         *,
         max_tokens: int = 64,
         timeout: float = 120.0,  # noqa: ASYNC109  by the injected clock
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Generate text and yield it piece by piece; leaving the loop early (and closing the iterator) cancels it.
 
         Raises:
@@ -281,7 +281,9 @@ class Planner:
             wakeups=self._wakeups,
         )
         requests = RequestQueue(self._store, Keys(self.namespace, name), self.clock)
-        loop = InstanceLoop(barrier, record, self._registry, self.policy, requests, self._rng)
+        loop = InstanceLoop(
+            barrier, record, registry=self._registry, policy=self.policy, requests=requests, rng=self._rng
+        )
         task = asyncio.create_task(loop.run(), name=f"rankgate plan {name}")
         planned = self._planned[name] = _Planned(loop, barrier, requests, record, task)
         return planned

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from loguru import logger
 
-from barrier import Barrier, Clock, Snapshot, StoreError
+from barrier import Barrier, Clock, Snapshot
 from barrier.errors import InvalidName, RankgateError
 from barrier.keys import Keys
 from barrier.outcomes import Already, Dispatched
-from barrier.store import Store
+from barrier.store import Store, stream_entries
 from planner.lifecycle import SERVING, generation_task
 from planner.spec import InstanceSpec
 from runner.messages import MAX_PROMPT_CHARS, CancelTask, Chunk, MalformedMessage, decode_chunk, encode
@@ -56,7 +56,7 @@ class RequestQueue:
 
     # --- the client's end ---------------------------------------------------------------------------------------------
 
-    async def generate(self, prompt: str, *, max_tokens: int, seconds: float) -> AsyncIterator[str]:
+    async def generate(self, prompt: str, *, max_tokens: int, seconds: float) -> AsyncGenerator[str, None]:
         """Ask, and yield the answer piece by piece. Leaving early cancels the generation.
 
         Raises:
@@ -116,7 +116,7 @@ class RequestQueue:
                 replies = await pipe.execute()
         return replies[0]
 
-    async def _follow(self, request_id: str, deadline: float, seconds: float) -> AsyncIterator[Chunk]:
+    async def _follow(self, request_id: str, deadline: float, seconds: float) -> AsyncGenerator[Chunk, None]:
         key, place = self._keys.out(request_id), "0-0"
         reader = self._store.reader()
         try:
@@ -129,7 +129,7 @@ class RequestQueue:
                         )
                 except TimeoutError:
                     break
-                for _, entries in reply or []:
+                for _, entries in stream_entries(reply):
                     for entry_id, fields in entries:
                         place = entry_id.decode()
                         try:
@@ -169,7 +169,10 @@ class RequestQueue:
                 )
                 step = f"cancel {request.id}"
             else:
-                payload = encode(generation_task(request.id, request.prompt, request.max_tokens, spec, epoch.id, term))
+                task = generation_task(
+                    request.id, request.prompt, request.max_tokens, instance=spec.name, epoch=epoch.id, term=term
+                )
+                payload = encode(task)
                 step = f"generate {request.id}"
             outcome = await barrier.dispatch(epoch.id, step, payload.decode(), SERVING, repeatable=True)
             match outcome:
@@ -255,6 +258,3 @@ class RequestQueue:
         self._in_hand.pop(request.id, None)
         with self._store.errors():
             await self._store.commands.xdel(self._keys.requests, request.entry)
-
-
-__all__ = ["GenerationFailed", "RequestQueue", "StoreError"]

@@ -1,5 +1,5 @@
 -- The gate: check every rank and append the task, at one instant. Once per step.
--- KEYS: epoch leader tasks signals events once rank...
+-- KEYS: epoch leader tasks events once rank...
 -- ARGV: term holder number nonce step attempt after repeatable to seen_n known_n record_ms once_ms log_cap event_cap payload rule...
 -- Replies: DISPATCHED id · ALREADY id · NOT_READY rank... · ABORTED verdict · SUPERSEDED number nonce · FENCED term holder ·
 --          UNKNOWN reason
@@ -11,10 +11,10 @@
 
 local term, holder, number, nonce, step, attempt, after, repeatable, to, seen_n, known_n, record_ms, once_ms, log_cap, event_cap,
   payload = unpack(ARGV, 1, 16)
-local FIRST_RANK, FIRST_RULE = 7, 17
+local FIRST_RANK, FIRST_RULE = 6, 17
 
 local wrong = wrong_type({
-  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[5], 'stream' }, { KEYS[6], 'string' },
+  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, { KEYS[5], 'string' },
 })
 if wrong then
   return wrong
@@ -40,7 +40,7 @@ end
 local field = 'step:' .. step
 local before
 if repeatable == '1' then
-  before = redis.call('GET', KEYS[6])
+  before = redis.call('GET', KEYS[5])
 else
   before = redis.call('HGET', KEYS[1], field)
 end
@@ -76,11 +76,11 @@ local id = announce(KEYS[3], number, n, log_cap, record_ms, 'kind', 'task', 'non
   'term', term, 'step', step, 'to', to, 'task', payload)
 local mark = id .. ':' .. attempt
 if repeatable == '1' then
-  redis.call('SET', KEYS[6], mark, 'PX', once_ms)
+  redis.call('SET', KEYS[5], mark, 'PX', once_ms)
   redis.call('HSET', KEYS[1], 'last_n', whole(n))
 else
   redis.call('HSET', KEYS[1], field, mark, 'last_n', whole(n))
 end
 redis.call('PEXPIRE', KEYS[1], record_ms)
-history(KEYS[5], event_cap, record_ms, number .. '-' .. nonce, 'Dispatched', 'step', step, 'id', id, 'to', to, 'attempt', attempt)
+history(KEYS[4], event_cap, record_ms, number .. '-' .. nonce, 'Dispatched', 'step', step, 'id', id, 'to', to, 'attempt', attempt)
 return { 'DISPATCHED', id }
