@@ -77,6 +77,8 @@ def find_break(snapshot: Snapshot, failed_statuses: Iterable[str] = ("Failed",))
     if epoch is None:
         return None
     failed = frozenset(failed_statuses)
+    if snapshot.log_end.number > epoch.id.number:
+        return Break(f"the store went back: the log has entries of epoch {snapshot.log_end.number} already", None)
     breaks = [found for view in snapshot.ranks if (found := _break_of(view, epoch, snapshot, failed)) is not None]
     return min(breaks, key=lambda one: one[0])[1] if breaks else None
 

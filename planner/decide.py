@@ -259,7 +259,9 @@ def _end_of(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
         if ahead is not None:
             return _abort(epoch, Verdict.aborted(ahead))
     silent = [
-        rank for rank in snapshot.ranks if rank.report is None or rank.report.incarnation < epoch.roster[rank.rank]
+        rank
+        for rank in snapshot.ranks
+        if rank.report is None or now >= view.memory.displaced.get(rank.rank, FOREVER) + view.settings.lease
     ]
     if silent:
         first = silent[0]

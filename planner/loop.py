@@ -13,6 +13,7 @@ from loguru import logger
 from barrier import (
     Barrier,
     Clock,
+    Concluded,
     Fenced,
     Following,
     Leading,
@@ -23,6 +24,7 @@ from barrier import (
     StoreFull,
     StoreUnavailable,
     Unconcluded,
+    Unknown,
     Verdict,
     Wake,
     missing_ranks,
@@ -208,43 +210,49 @@ class InstanceLoop:
             case Serve(until, _):
                 await self._serve(snapshot, until)
             case Conclude(epoch, verdict, _):
-                await self._barrier.conclude(epoch, verdict)
-                await self._requests.fail_in_hand(f"the attempt ended: {verdict.reason}; ask again")
+                outcome = await self._barrier.conclude(epoch, verdict)
+                self._heed(outcome)
+                if isinstance(outcome, Concluded):
+                    await self._requests.fail_in_hand(f"the attempt ended: {outcome.verdict.reason}; ask again")
             case GiveUp(_, reason):
                 await self._registry.give_up(self._record, reason)
                 await self._requests.fail_all(reason)
                 self._publish(replace(self.state, failure=reason))
             case Finished():
-                await self._registry.forget(self._record)
+                await self._registry.carried_out(self._record)
                 await self._requests.fail_all(f"instance {self._record.spec.name} was stopped")
                 self._publish(replace(self.state, stopped=True))
             case _:
                 assert_never(action)
 
+    def _heed(self, outcome: object) -> None:
+        """Another planner may lead now, or the store has forgotten who does: find out before the next step."""
+        if isinstance(outcome, Fenced):
+            self._lead_at = float("-inf")
+
     async def _open(self) -> None:
         spec = self._record.spec
+        await self._registry.heal(self._record)
         outcome = await self._barrier.open(spec.world_size, digest=spec.digest, notes=encode_notes(self._memory))
         match outcome:
             case Unconcluded(epoch):
-                await self._barrier.conclude(epoch, Verdict.aborted("left over from another spec or world size"))
-            case Fenced():
-                self._lead_at = float("-inf")
+                left_over = Verdict.aborted("left over from another spec or world size")
+                self._heed(await self._barrier.conclude(epoch, left_over))
             case _:
-                pass  # the next picture tells
+                self._heed(outcome)  # the next picture tells the rest
 
     async def _restore(self, action: RestoreEpoch, snapshot: Snapshot) -> None:
         spec = self._record.spec
+        await self._registry.heal(self._record)
         outcome = await self._barrier.restore(
             action.epoch, action.status, action.steps, ordinal=1, digest=spec.digest, notes=encode_notes(self._memory)
         )
         match outcome:
-            case Fenced():
-                self._lead_at = float("-inf")
             case NotReady() as not_ready:
                 logger.info("instance {}: not restored, ranks {} differ", spec.name, not_ready.ranks)
                 await self._watch(snapshot, (), self._clock.now() + self._settings.heartbeat)
             case _:
-                pass
+                self._heed(outcome)
 
     async def _pass_gate(self, action: PassGate, snapshot: Snapshot) -> None:
         """Wait for the last arrival and dispatch at once; only the script's own check counts."""
@@ -265,8 +273,12 @@ class InstanceLoop:
             attempt=action.attempt,
             after=action.after,
         )
-        if isinstance(outcome, Fenced):
-            self._lead_at = float("-inf")
+        self._heed(outcome)
+        if isinstance(outcome, Unknown):
+            logger.warning(
+                "instance {}: {} was not dispatched: {}", self._record.spec.name, action.step.name, outcome.reason
+            )
+            await self._watch(snapshot, (), self._clock.now() + self._settings.heartbeat)
 
     async def _serve(self, snapshot: Snapshot, until: float) -> None:
         completed, waiting = await self._requests.hand_out(

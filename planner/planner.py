@@ -27,6 +27,10 @@ class InstanceFailed(RankgateError):
     """The instance was given up, or did not come up in time. The sentence names the rank at fault, its status and the reason."""
 
 
+_RENEW_DESIRED = 20.0
+"""Seconds after which the desired state is read again, and kept alive, although nothing announced a change."""
+
+
 @dataclass(slots=True)
 class _Planned:
     loop: InstanceLoop
@@ -206,7 +210,7 @@ class Planner:
         self._adopting = True
         while True:
             await self._follow_desired()
-            await self.clock.sleep(self._store.settings.backstop)
+            await self.clock.sleep(_RENEW_DESIRED)
 
     @property
     def instances(self) -> dict[str, State]:
@@ -241,7 +245,7 @@ class Planner:
     async def _watch_desired(self, start: str) -> None:
         async with self._wakeups.subscribe(self._registry.keys.changes, start) as changes:
             while True:
-                await changes.next(self._store.settings.record_lifetime)
+                await changes.next(_RENEW_DESIRED)
                 await self._follow_desired()
 
     async def _follow_desired(self) -> None:
@@ -252,17 +256,28 @@ class Planner:
             return
         for name, planned in list(self._planned.items()):
             record = wanted.get(name)
-            if record is None or record.desired == "down":
+            if record is None:
+                await self._heal(planned)
+            elif record.desired != "up":
                 planned.loop.stop()
             elif record.launched_ms != planned.record.launched_ms and planned.loop.state.over:
                 await self._part_with(planned)
             if self._adopting and planned.loop.state.over:
                 await self._part_with(planned)
         for name, record in wanted.items():
-            if self._adopting and name not in self._planned and not record.failure:
+            if self._adopting and name not in self._planned and not record.failure and record.desired != "gone":
                 planned = await self._plan(record)
                 if record.desired == "down":
                     planned.loop.stop()
+
+    async def _heal(self, planned: _Planned) -> None:
+        """The store forgot an instance that nobody stopped."""
+        if planned.loop.state.over:
+            return
+        try:
+            await self._registry.heal(planned.record)
+        except StoreError as error:
+            logger.warning("the desired state is not writable now: {}", error)
 
     async def _plan(self, record: InstanceRecord) -> _Planned:
         name = record.spec.name

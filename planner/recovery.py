@@ -31,6 +31,8 @@ class Memory:
         last_failure: the verdict charged last.
         backoff_until: open no epoch before.
         ready_since: since when all ranks have been serving; ``None`` while they are not.
+        displaced: since when a rank's report has been that of an earlier life, by rank: that one came back late, and the
+            rightful one overwrites it with its next heartbeat, if it lives.
         stopping: a stop was asked for.
         launched_ms: when the instance was launched, by the store's clock: verdicts of attempts before do not count.
     """
@@ -48,6 +50,7 @@ class Memory:
     last_failure: Verdict | None = None
     backoff_until: float = float("-inf")
     ready_since: float | None = None
+    displaced: Mapping[int, float] = field(default_factory=dict[int, float])
     stopping: bool = False
     launched_ms: int = 0
 
@@ -84,6 +87,7 @@ def observe(
         memory,
         live=here,
         missing_since=None if everyone else memory.missing_since if memory.missing_since is not None else now,
+        displaced={rank: memory.displaced.get(rank, now) for rank in _displaced(snapshot)},
         ready_since=None if not serving else memory.ready_since if memory.ready_since is not None else now,
     )
     if memory.ready_since is not None and now - memory.ready_since >= policy.stable_after:
@@ -138,6 +142,13 @@ def _moves(snapshot: Snapshot) -> tuple[object, ...]:
         (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress) if view.report else None
         for view in snapshot.ranks
     )
+
+
+def _displaced(snapshot: Snapshot) -> list[int]:
+    if snapshot.epoch is None:
+        return []
+    roster = snapshot.epoch.roster
+    return [view.rank for view in snapshot.ranks if view.report and view.report.incarnation < roster[view.rank]]
 
 
 def _notice_store_faults(memory: Memory, snapshot: Snapshot, settings: Settings, now: float) -> Memory:

@@ -12,6 +12,7 @@ from barrier.store import Store
 from planner.spec import InstanceSpec
 
 MAX_CHANGES = 1_000
+FORGET_AFTER = 3_600.0
 
 
 class InstanceRecord(BaseModel):
@@ -19,17 +20,20 @@ class InstanceRecord(BaseModel):
 
     Attributes:
         spec: what shall be up.
-        desired: whether it shall.
+        desired: ``up``, ``down`` (a stop was asked for), or ``gone`` (it was carried out). What is gone stays on record for
+            `FORGET_AFTER` seconds, so that a planner can tell "stopped" from "the store forgot".
         launched_ms: when it was launched, by the store's clock, in milliseconds: which launch this is.
         failure: why it was given up; empty while it was not.
+        gone_ms: when the stop was carried out, by the store's clock; 0 before.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     spec: InstanceSpec
-    desired: Literal["up", "down"] = "up"
+    desired: Literal["up", "down", "gone"] = "up"
     launched_ms: int = 0
     failure: str = ""
+    gone_ms: int = 0
 
 
 class Registry:
@@ -50,9 +54,7 @@ class Registry:
         current = await self.get(spec.name)
         if current is not None and current.desired == "up" and not current.failure and current.spec == spec:
             return current
-        with self._store.errors():
-            seconds, microseconds = await self._store.commands.time()
-        record = InstanceRecord(spec=spec, launched_ms=seconds * 1000 + microseconds // 1000)
+        record = InstanceRecord(spec=spec, launched_ms=await self._now_ms())
         await self._write(record)
         return record
 
@@ -66,13 +68,19 @@ class Registry:
         if current is not None and current.launched_ms == record.launched_ms:
             await self._write(current.model_copy(update={"failure": failure}))
 
-    async def forget(self, record: InstanceRecord) -> None:
-        """Forget an instance that is down, unless it was launched anew meanwhile."""
+    async def carried_out(self, record: InstanceRecord) -> None:
+        """Say that an instance that was to be down is gone, unless it was launched anew meanwhile."""
         current = await self.get(record.spec.name)
-        if current is None or current.launched_ms != record.launched_ms or current.desired == "up":
-            return
+        if current is not None and current.launched_ms == record.launched_ms and current.desired == "down":
+            await self._write(current.model_copy(update={"desired": "gone", "gone_ms": await self._now_ms()}))
+
+    async def heal(self, record: InstanceRecord) -> None:
+        """Write the desired state of an instance back if the store forgot it; never over what it has."""
         with self._store.errors():
-            await self._store.commands.hdel(self.keys.instances, record.spec.name)
+            async with self._store.commands.pipeline(transaction=True) as pipe:
+                pipe.hsetnx(self.keys.instances, record.spec.name, record.model_dump_json())
+                pipe.pexpire(self.keys.instances, self._lifetime_ms)
+                await pipe.execute()
 
     async def get(self, name: str) -> InstanceRecord | None:
         """One instance's desired state."""
@@ -81,14 +89,29 @@ class Registry:
         return None if raw is None else _decode(name, raw)
 
     async def all(self) -> dict[str, InstanceRecord]:
-        """Every instance's desired state; keeps it alive in the store."""
+        """Every instance's desired state; keeps it alive in the store, and forgets what has long been gone."""
         with self._store.errors():
             async with self._store.commands.pipeline(transaction=True) as pipe:
                 pipe.hgetall(self.keys.instances)
                 pipe.pexpire(self.keys.instances, self._lifetime_ms)
-                found, _ = await pipe.execute()
-        records = {raw_name.decode(): _decode(raw_name.decode(), raw) for raw_name, raw in found.items()}
-        return {name: record for name, record in records.items() if record is not None}
+                pipe.time()
+                found, _, (seconds, _) = await pipe.execute()
+        decoded = {raw_name.decode(): _decode(raw_name.decode(), raw) for raw_name, raw in found.items()}
+        records = {name: record for name, record in decoded.items() if record is not None}
+        old = [
+            name
+            for name, record in records.items()
+            if record.desired == "gone" and record.gone_ms < (seconds - FORGET_AFTER) * 1000
+        ]
+        if old:
+            with self._store.errors():
+                await self._store.commands.hdel(self.keys.instances, *old)
+        return {name: record for name, record in records.items() if name not in old}
+
+    async def _now_ms(self) -> int:
+        with self._store.errors():
+            seconds, microseconds = await self._store.commands.time()
+        return seconds * 1000 + microseconds // 1000
 
     async def changes_end(self) -> str:
         """Where to wait for changes from."""
