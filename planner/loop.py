@@ -111,6 +111,7 @@ class InstanceLoop:
         self._settings = barrier.settings
         self._memory = Memory.fresh(self._clock.now(), record.launched_ms)
         self._lead_at = float("-inf")
+        self._ordinal = 0
         self._poked = asyncio.Event()
         self._changed = asyncio.Event()
         self.state = State()
@@ -154,6 +155,8 @@ class InstanceLoop:
         following = await self._lead_if_due()
         snapshot = await self._barrier.inspect()
         now = self._clock.now()
+        if snapshot.epoch is not None:
+            self._ordinal = max(self._ordinal, snapshot.epoch.ordinal)
         serving = is_serving(snapshot)
         self._memory = observe(
             self._memory, snapshot, self._policy, self._settings, now, serving=serving, jitter=self._rng.random()
@@ -233,7 +236,9 @@ class InstanceLoop:
     async def _open(self) -> None:
         spec = self._record.spec
         await self._registry.heal(self._record)
-        outcome = await self._barrier.open(spec.world_size, digest=spec.digest, notes=encode_notes(self._memory))
+        outcome = await self._barrier.open(
+            spec.world_size, digest=spec.digest, notes=encode_notes(self._memory), ordinal=self._ordinal
+        )
         match outcome:
             case Unconcluded(epoch):
                 left_over = Verdict.aborted("left over from another spec or world size")
@@ -245,7 +250,12 @@ class InstanceLoop:
         spec = self._record.spec
         await self._registry.heal(self._record)
         outcome = await self._barrier.restore(
-            action.epoch, action.status, action.steps, ordinal=1, digest=spec.digest, notes=encode_notes(self._memory)
+            action.epoch,
+            action.status,
+            action.steps,
+            ordinal=max(self._ordinal, 1),
+            digest=spec.digest,
+            notes=encode_notes(self._memory),
         )
         match outcome:
             case NotReady() as not_ready:
@@ -297,6 +307,8 @@ class InstanceLoop:
         now = self._clock.now()
         due = [until, self._lead_at, now + self._settings.backstop]
         left = [view.lease_left_ms / 1000 for view in snapshot.ranks if view.report is not None]
+        if snapshot.epoch is None and self._ordinal > 0:
+            due.append(now + self._settings.heartbeat)  # the store forgot: ranks say it again with their next heartbeat
         if left:
             due.append(now + min(left) + 0.001)
         seconds = max(min(due) - now, 0.001)
