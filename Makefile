@@ -1,0 +1,82 @@
+# Needs Python 3.11 or newer, make, and PyPI for the first run. Everything lives in .venv beside this file.
+#
+# Paths in here are relative on purpose: make cannot handle a folder with a space in its name in any other way.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+PY := .venv/bin/python
+
+# The name says which folder the environment was made for: its scripts do not survive a move or a copy.
+STAMP := .venv/.ready-$(shell pwd | cksum | cut -d ' ' -f 1)
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: demo
+demo: $(STAMP) ## 4 ranks, a real server, one rank held back: watch the barrier wait for it
+	.venv/bin/rankgate up --world-size 4 --hold-back 3:2 --prompt "Why do all ranks have to wait for one another?"
+
+.PHONY: race
+race: $(STAMP) ## the race that this project ends, side by side and for real
+	.venv/bin/rankgate race
+
+.PHONY: test
+test: $(STAMP) ## the quick tests, the wheel's included (ARGS="-k name" for some of them)
+	$(PY) -m pytest -m "not redis and not slow and not bench" $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, pyright and the import contracts
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	.venv/bin/lint-imports
+
+.PHONY: bench
+bench: $(STAMP) ## the benchmarks
+	$(PY) -m pytest -m bench -s $(ARGS)
+
+.PHONY: wheel
+wheel: $(STAMP) ## build dist/rankgate-*.whl
+	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: venv
+venv: $(STAMP) ## make or renew .venv, if pyproject.toml or constraints.txt changed
+
+# Where PyPI is out of reach, `touch` this file after installing by hand.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	if ! .venv/bin/python -c 'import pip' 2>/dev/null || { ls .venv/.ready-* >/dev/null 2>&1 && [ ! -e $(STAMP) ]; }; then \
+	    found=; seen=; \
+	    for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11 python); do \
+	        version=$$("$$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null) || continue; \
+	        if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	            found=$$candidate; break; \
+	        fi; \
+	        seen="$${seen:+$$seen, }$$candidate ($$version)"; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "rankgate needs Python 3.11 or newer with its venv module (on Debian: apt-get install python3-venv), and found $${seen:-no Python at all}: name one with make PYTHON=/path/to/python3." >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Making .venv with $$found ($$version) …"; \
+	    "$$found" -m venv --clear .venv; \
+	fi; \
+	echo "Installing rankgate and what its development needs into .venv (about a minute the first time) …"; \
+	$(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	touch $(STAMP)
+
+.PHONY: lock
+lock: ## renew constraints.txt with the newest versions that pyproject.toml allows
+	@set -e; room=$$(mktemp -d); trap 'rm -rf "$$room"' EXIT; \
+	$(PY) -m venv "$$room"; \
+	"$$room/bin/python" -m pip --disable-pip-version-check install --quiet '.[dev]'; \
+	{ sed -n '/^#/p' constraints.txt; "$$room/bin/python" -m pip freeze --exclude rankgate; } >"$$room/constraints.txt"; \
+	cp "$$room/constraints.txt" constraints.txt
+
+.PHONY: clean
+clean: ## remove what these targets made, .venv included
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
