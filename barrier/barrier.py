@@ -16,7 +16,7 @@ from barrier.connect import adopt
 from barrier.errors import InvalidName, InvalidSettings
 from barrier.explain import explain
 from barrier.ids import EpochId, LogId, new_nonce
-from barrier.keys import Keys, valid_step, valid_world_size
+from barrier.keys import Keys, valid_digest, valid_step, valid_world_size
 from barrier.model import EpochRecord, Leadership, Snapshot, Verdict
 from barrier.outcomes import (
     Aborted,
@@ -201,7 +201,7 @@ class Barrier:
                 world_size=self._world_size,
                 floor=self._floor,
                 ordinal=ordinal,
-                digest=digest,
+                digest=valid_digest(digest),
                 notes=notes,
             )
             match outcome:
@@ -233,7 +233,7 @@ class Barrier:
             steps=[valid_step(step) for step in steps],
             world_size=await self._size(),
             ordinal=ordinal,
-            digest=digest,
+            digest=valid_digest(digest),
             notes=notes,
         )
         if isinstance(outcome, Restored):
@@ -426,7 +426,10 @@ class Barrier:
                 return outcome
             snapshot = await self.inspect()
             current = snapshot.epoch
-            if current is None or current.id != epoch or current.verdict is not None:
+            if current is None:  # the scripts read less of a record than a picture does: asking again would spin
+                damage = snapshot.unreadable
+                return Unknown(f"the record cannot be read: {damage}" if damage else "the store has no epoch record")
+            if current.id != epoch or current.verdict is not None:
                 continue  # the next attempt says which of these it is
             broken = find_break(snapshot, failed)
             if broken is not None:
@@ -434,8 +437,10 @@ class Barrier:
                 match await self.conclude(epoch, verdict):
                     case Concluded(winner, _):
                         return Aborted(winner)
-                    case Fenced() | Superseded() | Unknown():
-                        return Aborted(verdict)
+                    case (Superseded() | Unknown()) as ended:
+                        return ended
+                    case Fenced():
+                        pass  # not ours to conclude: the leader's verdict will end this wait, or the deadline
             if progress != (progress := _progress(snapshot)):
                 deadline = self.clock.now() + seconds
             if not missing_ranks(snapshot, requirement):

@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 
 from barrier.errors import InvalidSettings
 from barrier.keys import shown
+from barrier.prompt import prompt
 from barrier.settings import Settings
 from barrier.store import Store
 
@@ -90,8 +91,9 @@ def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
         "protocol": 2,
     }
     if _is_sentinel(pool):
+        kwargs |= {"connection_class": prompt(pool.connection_class)}  # told, or TLS to the servers would be forgotten
         kwargs.pop("connection_pool", None)
-        return Redis(connection_pool=SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **kwargs))
+        return Redis.from_pool(SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **kwargs))
     if pool.connection_class in (Connection, SSLConnection):
         # The kernel drops a connection whose data nobody acknowledges: keepalive alone does not while data is in flight.
         options: dict[int, int] = {}
@@ -99,7 +101,7 @@ def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
         if user_timeout is not None:
             options[user_timeout] = round(settings.lease * 1000)
         kwargs |= {"socket_keepalive": True, "socket_keepalive_options": options}
-    return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **kwargs))
+    return Redis.from_pool(ConnectionPool(connection_class=prompt(pool.connection_class), **kwargs))
 
 
 def _is_sentinel(pool: object) -> bool:

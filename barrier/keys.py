@@ -13,6 +13,7 @@ from barrier.errors import InvalidName
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 STATUS = re.compile(r"[A-Za-z][A-Za-z0-9]{0,31}")
 STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,95}")
+DIGEST = re.compile(r"[0-9a-f]{0,64}")
 MAX_WORLD_SIZE = 16_384
 
 
@@ -36,6 +37,13 @@ def valid_step(value: str) -> str:
     """Return the value if it may name a step or a task: 1 to 96 of letters, digits, space and ``._:-``."""
     if STEP.fullmatch(value) is None:
         raise InvalidName(f"step {shown(value)} is not a step name: use 1 to 96 of letters, digits, space and ._:-")
+    return value
+
+
+def valid_digest(value: str) -> str:
+    """Return the value if it may be the digest of a spec: up to 64 lower-case hexadecimal digits, or empty."""
+    if DIGEST.fullmatch(value) is None:
+        raise InvalidName(f"digest {shown(value)} is not a digest: use up to 64 of 0-9 and a-f")
     return value
 
 

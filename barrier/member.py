@@ -19,12 +19,13 @@ from typing import Any, TypeAlias
 from loguru import logger
 from pydantic import ValidationError
 from redis.asyncio import Redis
+from redis.exceptions import WatchError
 
 from barrier.clock import Clock, SystemClock
 from barrier.connect import adopt
 from barrier.errors import ClaimLost, InvalidName, RankTaken, StoreCorrupt, StoreError
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
-from barrier.keys import Keys, valid_status, valid_world_size
+from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
 from barrier.report import MAX_OUTCOMES, Report, TaskOutcome
 from barrier.settings import Settings
@@ -164,7 +165,7 @@ class Member:
             rank=0,
             incarnation=self.incarnation,
             status="Idle",
-            digest=digest,
+            digest=valid_digest(digest),
             node=socket.gethostname() if node is None else node,
             address=address,
             pid=os.getpid(),
@@ -263,7 +264,7 @@ class Member:
                 found = [kind.decode() for kind in await pipe.execute()]
         for (key, kind), actual in zip(expected.items(), found, strict=True):
             if actual not in ("none", kind):
-                await self._drop_claim(rank, hint=False)
+                await self._drop_claim(rank, said_hello=False)
                 raise StoreCorrupt(
                     f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
                 )
@@ -283,9 +284,9 @@ class Member:
             rank, self._rank = self._rank, None
             await self._drop_claim(rank)
 
-    async def _drop_claim(self, rank: int, *, hint: bool = True) -> None:
-        """Delete claim and report, if they are still ours. A watch makes that one step; no script is needed."""
-        claim, report = self.keys.claim(rank), self.keys.rank(rank)
+    async def _drop_claim(self, rank: int, *, said_hello: bool = True) -> None:
+        """Delete the claim if it is still ours, and our report. A watch makes that one step; no script is needed."""
+        claim = self.keys.claim(rank)
         with self.store.errors():
             async with self.store.commands.pipeline(transaction=True) as pipe:
                 await pipe.watch(claim)
@@ -293,10 +294,14 @@ class Member:
                     return
                 pipe.multi()
                 pipe.delete(claim)
-                pipe.delete(report)
-                if hint:
-                    self._add_hint(pipe, alarm=True)
-                await pipe.execute()
+                if said_hello:  # before that, the report's key is a predecessor's, or somebody else's altogether
+                    pipe.delete(self.keys.rank(rank))
+                    for command in self._hint(alarm=True):
+                        pipe.execute_command(*command)
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    return  # it lapsed just now, and another life took it
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 
@@ -348,7 +353,8 @@ class Member:
         """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip."""
         self._report = replace(self._report, progress=(done, total))
 
-    def _add_hint(self, pipe: Any, *, alarm: bool) -> None:  # noqa: ANN401  a redis-py pipeline
+    def _hint(self, *, alarm: bool) -> list[tuple[Any, ...]]:
+        """The commands that wake the planners."""
         report = self._report
         fields = {
             "kind": "report",
@@ -359,8 +365,22 @@ class Member:
         }
         if alarm:
             fields["alarm"] = "1"
-        pipe.xadd(self.keys.signals, fields, maxlen=self.settings.signal_entries, approximate=True)
-        pipe.pexpire(self.keys.signals, round(self.settings.record_lifetime * 1000))
+        return self._append(self.keys.signals, [fields], self.settings.signal_entries)
+
+    def _history(self, rank: int, events: Sequence[Event]) -> list[tuple[Any, ...]]:
+        """The commands that tell the history."""
+        entries = [{"source": "rank", "rank": rank, "inc": self.incarnation, **event} for event in events]
+        return self._append(self.keys.events, entries, self.settings.event_entries)
+
+    def _append(self, key: str, entries: Iterable[Mapping[str, str | int]], cap: int) -> list[tuple[Any, ...]]:
+        """The commands that append to a capped stream and keep its lifetime."""
+        commands: list[tuple[Any, ...]] = [
+            ("XADD", key, "MAXLEN", "~", cap, "*", *(part for pair in fields.items() for part in pair))
+            for fields in entries
+        ]
+        if commands:
+            commands.append(("PEXPIRE", key, round(self.settings.record_lifetime * 1000)))
+        return commands
 
     async def _write(self) -> None:
         """Send the report in one MULTI, and look at what it brings back: the claim, the epoch and the log's end.
@@ -379,32 +399,29 @@ class Member:
                 self._report, seq=self._report.seq + 1, status_ms=max(0, round((sent_at - self._status_since) * 1000))
             )
             lease_ms = round(self.settings.lease * 1000)
-            claim, events, alarm = self.keys.claim(rank), list(self._unsaid), self._alarm
+            claim, events = self.keys.claim(rank), list(self._unsaid)
+            alarm, self._alarm = self._alarm, False  # one that comes up meanwhile goes with the next report
             saying = (self._report.status, self._report.epoch)
-            with self.store.errors():
-                async with self.store.commands.pipeline(transaction=True) as pipe:
-                    pipe.set(claim, self.incarnation, px=lease_ms, nx=True)  # heals a flushed claim
-                    pipe.get(claim)
-                    pipe.pexpire(claim, lease_ms)
-                    pipe.set(self.keys.rank(rank), self._report.encode(), px=lease_ms)
-                    pipe.hmget(self.keys.epoch, "number", "nonce", "verdict")
-                    pipe.xrevrange(self.keys.tasks, count=1)
-                    for event in events:
-                        pipe.xadd(
-                            self.keys.events,
-                            {"source": "rank", "rank": rank, "inc": self.incarnation, **event},
-                            maxlen=self.settings.event_entries,
-                            approximate=True,
-                        )
-                    if events:
-                        pipe.pexpire(self.keys.events, round(self.settings.record_lifetime * 1000))
-                    if alarm or saying != self._said:
-                        self._add_hint(pipe, alarm=alarm)
-                    replies = await pipe.execute()
+            commands: list[tuple[Any, ...]] = [
+                ("SET", claim, self.incarnation, "PX", lease_ms, "NX"),  # heals a flushed claim
+                ("GET", claim),
+                ("PEXPIRE", claim, lease_ms),
+                ("SET", self.keys.rank(rank), self._report.encode(), "PX", lease_ms),
+                ("HMGET", self.keys.epoch, "number", "nonce", "verdict"),
+                ("XREVRANGE", self.keys.tasks, "+", "-", "COUNT", 1),
+                *self._history(rank, events),
+            ]
+            if alarm or saying != self._said:
+                commands += self._hint(alarm=alarm)
+            try:
+                with self.store.errors():
+                    replies = await self.store.transact(commands)
+            except BaseException:
+                self._alarm = self._alarm or alarm
+                raise
             self._check_claim(replies[1])
             self._renewed_at = sent_at
             self._said = saying
-            self._alarm = self._alarm and not alarm
             for _ in range(min(len(events), len(self._unsaid))):
                 self._unsaid.popleft()
             self._notice(replies[4], replies[5], read_to)

@@ -52,7 +52,7 @@ class Settings:
                 raise InvalidSettings(f"{field.name} is {value!r}; it counts entries and must be a whole number")
         if self.lease < 0.05:
             raise InvalidSettings(f"lease is {self.lease:g} s; below 0.05 s no network keeps it up")
-        if self.heartbeat * 3 > self.lease:
+        if self.heartbeat * 3 > self.lease * 1.00001:  # 0.2 × 3 is above 0.6 in binary, and advice is rounded
             raise InvalidSettings(
                 f"heartbeat is {self.heartbeat:g} s and lease is {self.lease:g} s; the heartbeat must be at most a third of the "
                 f"lease, so that two may be lost: set heartbeat to {self.lease / 3:g} or less, or lease to "

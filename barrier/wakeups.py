@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from loguru import logger
@@ -20,6 +21,8 @@ from barrier.store import Store, stream_entries
 
 _BATCH = 2_000
 _BUFFERED = 20_000
+_TURNS = 4
+"""Turns of the event loop from a hint to what a planner sends because of it. Asking for the next hints takes its turn after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class Wakeups:
         self._store = store
         self._clock = clock
         self._cursors: dict[str, tuple[int, int]] = {}
+        self._origins: dict[str, tuple[int, int]] = {}
         self._recent: dict[str, deque[Hint]] = {}
         self._subscriptions: dict[str, set[Subscription]] = {}
         self._reading: asyncio.Task[None] | None = None
@@ -147,17 +151,18 @@ class Wakeups:
         subscription = Subscription(self, key, self._clock)
         known = self._subscriptions.setdefault(key, set())
         known.add(subscription)
-        if len(known) == 1:
-            self._recent[key] = deque(maxlen=_BUFFERED)
+        if len(known) == 1 or parse_id(start) < self._origins[key]:
             self.rewind(key, parse_id(start))
-        for hint in self._recent[key]:
-            if hint.id > parse_id(start):
-                subscription.push(hint)
+        place = parse_id(start)
+        missed = list(takewhile(lambda hint: hint.id > place, reversed(self._recent[key])))
+        for hint in reversed(missed):
+            subscription.push(hint)
         return subscription
 
     def rewind(self, key: str, to: tuple[int, int]) -> None:
-        """Set a stream's cursor and ask anew."""
-        self._cursors[key] = to
+        """Set a stream's cursor and ask anew. What was read before is read again, or is gone from the stream."""
+        self._cursors[key] = self._origins[key] = to
+        self._recent[key] = deque(maxlen=_BUFFERED)
         self._restart()
 
     async def unsubscribe(self, key: str, subscription: Subscription) -> None:
@@ -168,6 +173,7 @@ class Wakeups:
             return
         self._subscriptions.pop(key, None)
         self._cursors.pop(key, None)
+        self._origins.pop(key, None)
         self._recent.pop(key, None)
         if self._subscriptions:
             return  # the stream drops out of the next read
@@ -199,6 +205,8 @@ class Wakeups:
                         )
                     pause = 0.0
                     self._hand_out(reply)
+                    for _ in range(_TURNS):
+                        await asyncio.sleep(0)
                 except StoreError as error:
                     if not pause:
                         logger.warning("wake-ups interrupted: {}", error)

@@ -60,12 +60,15 @@ class FakeStore:
         self.server = fakeredis.FakeServer(version=(7, 2), server_type=server_type)  # pyright: ignore[reportArgumentType]  a literal type that it keeps private
         self.sent: Counter[str] = Counter()
         """Round trips by client name: one call, or one MULTI, each; handshakes are not counted."""
+        self.refused: Counter[str] = Counter()
+        """Attempts to connect or to send by clients that are cut off, by name."""
         self._clock_began = clock.now() if clock else 0.0
         self._time_offset = 0.0
         self._admin: Any = fakeredis.FakeStrictRedis(server=self.server)
         self._connections: weakref.WeakSet[_StoreConnection] = weakref.WeakSet()
         self._cut_names: set[str] = set()
         self._cut_off = False
+        self._adopted = 0
 
     def client(self, name: str = "", *, faults: FaultPlan | None = None) -> Redis:
         """A new client, to be handed to `Barrier`, `Member` or a planner. All connections made from it share name and faults.
@@ -84,7 +87,7 @@ class FakeStore:
             port=6379,
             protocol=2,
         )
-        return Redis(connection_pool=pool)
+        return Redis.from_pool(pool)
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -207,12 +210,14 @@ class FakeStore:
                 return f"a {kind.decode()}"
 
     def _break_connections(self, name: str | None) -> None:
-        for connection in list(self._connections):
+        for connection in sorted(self._connections, key=lambda one: one.serial):  # the same order in every run
             if name is None or connection.fake_name == name:
                 connection.cut()
 
     def adopt_connection(self, connection: _StoreConnection) -> None:
         """Know of a connection, to break it when asked."""
+        self._adopted += 1
+        connection.serial = self._adopted
         self._connections.add(connection)
 
 
@@ -236,6 +241,7 @@ class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
         self._fake_store = fake_store
         self.fake_name = fake_name
         self._block_seconds = 0.0
+        self.serial = 0
         super().__init__(**kwargs)
         fake_store.adopt_connection(self)
 
@@ -277,6 +283,7 @@ class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
 
     def _refuse_if_cut(self) -> None:
         if self._fake_store.is_cut(self.fake_name):
+            self._fake_store.refused[self.fake_name] += 1
             raise driver.ConnectionError(f"{self.fake_name or 'the client'} is cut off from the fake store")
 
 

@@ -17,6 +17,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
 from barrier.clock import Clock, SystemClock
+from barrier.prompt import PromptConnection
 from barrier.scripts import VERBS, script
 
 Action: TypeAlias = Callable[[], Awaitable[object] | object]
@@ -61,8 +62,8 @@ class FaultPlan:
         ...
         plan.assert_fired()
 
-    A command is a Redis command (``"exec"`` for a MULTI, ``"evalsha"``, ``"xread"``) or a verb of the barrier (``"dispatch"``), which
-    means its script, however it is sent. `nth` counts the matching calls from the moment at which the fault was planned.
+    A command is a Redis command (``"exec"`` for any MULTI, ``"xadd"`` also for a MULTI with an XADD in it, ``"xread"``) or a verb of
+    the barrier (``"dispatch"``), which means its script, however it is sent. `nth` counts the matching calls from the moment at which the fault was planned.
     `touching` narrows it down to calls with a key or another argument that contains this text. Several faults may meet in one
     call.
 
@@ -136,7 +137,7 @@ class FaultPlan:
             key: value for key, value in pool.connection_kwargs.items() if not key.startswith(internal)
         }
         kwargs["fault_plan"] = self
-        return Redis(connection_pool=ConnectionPool(connection_class=made, **kwargs))
+        return Redis.from_pool(ConnectionPool(connection_class=made, **kwargs))
 
     def take(self, batch: Sequence[_Command]) -> tuple[list[_Fault], list[_Fault]]:
         """Count one call; return the faults that it sets off, and all that it counted for."""
@@ -165,7 +166,7 @@ class FaultPlan:
         return self
 
 
-class FaultyConnection(AbstractConnection):
+class FaultyConnection(PromptConnection):
     """A connection that follows a plan. Mixed in before a real connection class."""
 
     _pending: list[_Fault]

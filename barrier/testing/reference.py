@@ -280,7 +280,10 @@ def dispatch(
         place = known_n
     entry_id = LogId(epoch.number, place)
     entry = ReferenceEntry(entry_id, "task", epoch.nonce, newest, step, payload)
-    marks = (*(mark for mark in (state.once if repeatable else record.steps) if mark[0] != step), (step, entry_id, attempt))
+    marks = (
+        *(mark for mark in (state.once if repeatable else record.steps) if mark[0] != step),
+        (step, entry_id, attempt),
+    )
     record = replace(record, last_n=place, steps=record.steps if repeatable else marks)
     state = replace(state, record=record, log=(*state.log, entry), once=marks if repeatable else state.once)
     return state, Dispatched(entry_id)
