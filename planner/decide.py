@@ -122,9 +122,9 @@ FOREVER = float("inf")
 def decide(view: View, now: float) -> Action:
     """Decide; `now` is the planner's clock in seconds. Does no I/O and remembers nothing."""
     epoch, memory = view.snapshot.epoch, view.memory
-    if memory.stopping:
-        if epoch is not None and epoch.verdict is None:
-            return Conclude(epoch.id, Verdict.stopped(), "stop was asked for")
+    if memory.stopping and epoch is not None and epoch.verdict is None:
+        return Conclude(epoch.id, Verdict.stopped(), "stop was asked for")
+    if memory.stopping and not _untold(view, now):
         return Finished("stopped")
     if now < memory.hold_until:
         return Wait(memory.hold_until, f"holding every decision for one lease: {memory.hold_reason}")
@@ -154,7 +154,7 @@ def _without_epoch(view: View, now: float) -> Action:
     """The record is gone, or there never was one."""
     snapshot, memory = view.snapshot, view.memory
     agreed = _agreement(snapshot, view.spec.digest)
-    if agreed is not None:
+    if agreed is not None and not snapshot.unreadable:  # a record that is there must be ended, not written back
         epoch, status = agreed
         steps = _restorable_steps(snapshot, status)
         if steps:
@@ -166,7 +166,15 @@ def _without_epoch(view: View, now: float) -> Action:
             memory.epoch_lost_at + view.settings.lease,
             "the record is gone; waiting one lease for all ranks to agree on it",
         )
+    if memory.stopping and any(rank.report is None for rank in snapshot.ranks):
+        return Finished("stopped; not all ranks were here to be told")
     return _assemble(view, now, "no attempt is under way")
+
+
+def _untold(view: View, now: float) -> bool:
+    """Whether ranks may still hold a model in an attempt whose record was lost: there is nothing to conclude then."""
+    bound = any(rank.report and rank.report.epoch for rank in view.snapshot.ranks)
+    return view.snapshot.epoch is None and (bound or now < view.memory.hold_until)
 
 
 def _agreement(snapshot: Snapshot, digest: str) -> tuple[EpochId, str] | None:
@@ -306,15 +314,30 @@ def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
     for step in steps_for(epoch.world_size):
         refused = _rejections(view, epoch, step)
         attempts = epoch.steps[step.name].attempt if step.name in epoch.steps else 0
+        begun = _begun(view, epoch, step) if refused else ""
         for rank, why, retryable in refused:
-            if retryable and attempts <= view.policy.max_rejections:
+            if retryable and not begun and attempts <= view.policy.max_rejections:
                 continue
             status = rank.report.status if rank.report else "gone"
             times = f" {attempts} times" if attempts > 1 else ""
+            others = f" that {begun} began" if begun else ""
             failure = "permanent" if why.startswith("Invalid") else "transient"
-            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches.__name__}{times} ({why})"
+            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches.__name__}{times}{others} ({why})"
             return _abort(epoch, Verdict.aborted(reason, rank.rank, failure))
     return _split_generation(view, epoch)
+
+
+def _begun(view: View, epoch: EpochRecord, step: Step) -> str:
+    """The ranks that began a step. Its gate cannot open again for those that refused it: it wants all of them before it."""
+    task_id = derive_task_id(view.spec.name, str(epoch.id), step.name)
+    ranks = [
+        f"rank {rank.rank}"
+        for rank in view.snapshot.ranks
+        if rank.report
+        and rank.report.epoch == epoch.id
+        and any(outcome.task_id == task_id and outcome.result != "rejected" for outcome in rank.report.outcomes)
+    ]
+    return ", ".join(ranks)
 
 
 def _split_generation(view: View, epoch: EpochRecord) -> Conclude | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, assert_never
@@ -23,6 +24,7 @@ from barrier import (
     StoreError,
     StoreFull,
     StoreUnavailable,
+    Superseded,
     Unconcluded,
     Unknown,
     Verdict,
@@ -51,6 +53,10 @@ from planner.spec import Policy
 from runner.messages import encode
 
 
+_AGES = re.compile(r"\d+\.\d s")
+"""What changes in a reason at every look although nothing has happened: such a reason is not logged again."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """What a loop last saw and what it is about to do; for tables, clients and tests.
@@ -63,6 +69,7 @@ class State:
         failure: why the instance was given up; empty while it was not.
         error: the error that ended the loop, if one did.
         stopped: whether the instance was stopped as asked.
+        left: why this planner does not look after the instance any more; empty while it does. Another planner may.
     """
 
     snapshot: Snapshot | None = None
@@ -72,11 +79,12 @@ class State:
     failure: str = ""
     error: StoreError | None = None
     stopped: bool = False
+    left: str = ""
 
     @property
     def over(self) -> bool:
         """Whether the loop has come to an end."""
-        return bool(self.failure) or self.stopped or self.error is not None
+        return bool(self.failure or self.left) or self.stopped or self.error is not None
 
 
 class InstanceLoop:
@@ -133,6 +141,20 @@ class InstanceLoop:
 
     async def run(self) -> State:
         """Plan until the end; returns the last state. Never raises a store's error: an outage is waited out."""
+        try:
+            return await self._run()
+        except Exception as error:
+            # A mistake of ours; its text may quote what a client sent. Whoever waits for this loop must not wait for ever.
+            self._leave(f"the planner failed ({type(error).__name__}); see its log")
+            raise
+        finally:
+            self._leave("this planner does not look after it any more")
+
+    def _leave(self, why: str) -> None:
+        if not self.state.over:
+            self._publish(replace(self.state, left=why))
+
+    async def _run(self) -> State:
         pause = 0.0
         while not self.state.over:
             try:
@@ -233,9 +255,14 @@ class InstanceLoop:
         if isinstance(outcome, Fenced):
             self._lead_at = float("-inf")
 
+    async def _heal_desired(self) -> None:
+        """The store may have forgotten the desired state together with the record."""
+        if not self._memory.stopping:  # what is being stopped must not be asked for again
+            await self._registry.heal(self._record)
+
     async def _open(self) -> None:
         spec = self._record.spec
-        await self._registry.heal(self._record)
+        await self._heal_desired()
         outcome = await self._barrier.open(
             spec.world_size, digest=spec.digest, notes=encode_notes(self._memory), ordinal=self._ordinal
         )
@@ -248,7 +275,7 @@ class InstanceLoop:
 
     async def _restore(self, action: RestoreEpoch, snapshot: Snapshot) -> None:
         spec = self._record.spec
-        await self._registry.heal(self._record)
+        await self._heal_desired()
         outcome = await self._barrier.restore(
             action.epoch,
             action.status,
@@ -258,8 +285,8 @@ class InstanceLoop:
             notes=encode_notes(self._memory),
         )
         match outcome:
-            case NotReady() as not_ready:
-                logger.info("instance {}: not restored, ranks {} differ", spec.name, not_ready.ranks)
+            case NotReady() | Superseded():
+                logger.info("instance {}: not restored: {}", spec.name, outcome)
                 await self._watch(snapshot, (), self._clock.now() + self._settings.heartbeat)
             case _:
                 self._heed(outcome)
@@ -328,7 +355,7 @@ class InstanceLoop:
             await asyncio.gather(working, poked, return_exceptions=True)
 
     def _publish(self, state: State) -> None:
-        if state.reason != self.state.reason and state.reason:
+        if state.reason and _AGES.sub("", state.reason) != _AGES.sub("", self.state.reason):
             logger.info("{}", state.reason)
         self.state = state
         changed, self._changed = self._changed, asyncio.Event()

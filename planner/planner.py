@@ -19,7 +19,7 @@ from barrier.wakeups import Wakeups
 from planner.lifecycle import next_step, serving_requirement
 from planner.loop import InstanceLoop, State
 from planner.registry import InstanceRecord, Registry
-from planner.requests import RequestQueue
+from planner.requests import GenerationFailed, RequestQueue
 from planner.spec import InstanceSpec, Policy
 
 
@@ -83,6 +83,8 @@ class Instance:
             raise InstanceFailed(state.failure)
         if state.stopped:
             raise InstanceFailed(f"{self.name} was stopped before it was ready")
+        if state.left:
+            raise InstanceFailed(f"{self.name}: {state.left}")
 
     async def generate(
         self,
@@ -97,6 +99,9 @@ class Instance:
             GenerationFailed: refused, failed or not complete in time.
             InvalidName: prompt or max_tokens out of range.
         """
+        if self.state.failure or self.state.error is not None or self.state.stopped:
+            why = self.state.failure or (f"{self.name}: {self.state.error}" if self.state.error else "it was stopped")
+            raise GenerationFailed(f"{self.name} does not generate any more: {why}")
         async with aclosing(self._planned.requests.generate(prompt, max_tokens=max_tokens, seconds=timeout)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -165,8 +170,12 @@ class Planner:
 
     async def __aenter__(self) -> Planner:
         """Make sure that the guarantees hold on this store, and begin to follow the desired state."""
-        await self._store.verify()
-        start = await self._registry.changes_end()
+        try:
+            await self._store.verify()
+            start = await self._registry.changes_end()
+        except BaseException:
+            await self._close_store()
+            raise
         self._watching = asyncio.create_task(self._watch_desired(start), name="rankgate desired state")
         return self
 
@@ -178,6 +187,9 @@ class Planner:
         for planned in list(self._planned.values()):
             await self._part_with(planned)
         await self._wakeups.close()
+        await self._close_store()
+
+    async def _close_store(self) -> None:
         if self._owns_store:
             await self._store.close()
 
@@ -219,7 +231,8 @@ class Planner:
 
     async def stop_instance(self, planned: _Planned, seconds: float) -> None:
         """See `Instance.stop`."""
-        await self._registry.stop(planned.record)
+        if not await self._registry.stop(planned.record):
+            return
         planned.loop.stop()
         name = planned.record.spec.name
         deadline = self.clock.now() + seconds
@@ -238,6 +251,7 @@ class Planner:
                 raise InstanceFailed(f"{name}: {ranks} did not tear down within {seconds:g} s")
             left = min(deadline - self.clock.now(), self._store.settings.heartbeat)
             await planned.barrier.watch(snapshot, (), left, any_change=True)
+        await self._registry.carried_out(planned.record)  # where the loop was over before, nobody has said so
         await self._part_with(planned)
 
     # --- the desired state --------------------------------------------------------------------------------------------
@@ -258,10 +272,10 @@ class Planner:
             record = wanted.get(name)
             if record is None:
                 await self._heal(planned)
-            elif record.desired != "up":
-                planned.loop.stop()
-            elif record.launched_ms != planned.record.launched_ms and planned.loop.state.over:
+            elif record.launched_ms > planned.record.launched_ms:  # launched anew, here or by another planner
                 await self._part_with(planned)
+            elif record.launched_ms == planned.record.launched_ms and record.desired != "up":
+                planned.loop.stop()
             if self._adopting and planned.loop.state.over:
                 await self._part_with(planned)
         for name, record in wanted.items():
@@ -281,8 +295,7 @@ class Planner:
 
     async def _plan(self, record: InstanceRecord) -> _Planned:
         name = record.spec.name
-        known = self._planned.get(name)
-        if known is not None:
+        while (known := self._planned.get(name)) is not None:  # another call may plan it while this one waits
             if known.record.launched_ms == record.launched_ms and not known.loop.state.over:
                 return known
             await self._part_with(known)
@@ -305,7 +318,8 @@ class Planner:
 
     async def _part_with(self, planned: _Planned) -> None:
         """Stop planning one instance, and let a standby lead it at once."""
-        self._planned.pop(planned.record.spec.name, None)
+        if self._planned.get(planned.record.spec.name) is planned:
+            del self._planned[planned.record.spec.name]
         planned.task.cancel()
         await asyncio.gather(planned.task, return_exceptions=True)
         try:

@@ -133,7 +133,7 @@ def decode_notes(notes: str) -> dict[int, int]:
     try:
         charges = json.loads(notes)["charges"]
         return {int(rank): int(count) for rank, count in charges.items() if int(count) > 0}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
 
 

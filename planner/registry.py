@@ -7,6 +7,7 @@ from typing import Literal
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from barrier.errors import StoreCorrupt
 from barrier.keys import Keys, NamespaceKeys
 from barrier.store import Store
 from planner.spec import InstanceSpec
@@ -49,18 +50,32 @@ class Registry:
         """Ask for an instance to be up. An instance that is up with the same spec stays as it is.
 
         Raises:
+            StoreCorrupt: a key of the wrong type where one of ours belongs; nothing was written.
             StoreError: unknown; ask again.
         """
+        await self._refuse_wrong_types(spec.name)
         current = await self.get(spec.name)
         if current is not None and current.desired == "up" and not current.failure and current.spec == spec:
             return current
-        record = InstanceRecord(spec=spec, launched_ms=await self._now_ms())
+        launched_ms = await self._now_ms()
+        if current is not None:
+            launched_ms = max(launched_ms, current.launched_ms + 1)  # it tells two launches apart, also within one millisecond
+        record = InstanceRecord(spec=spec, launched_ms=launched_ms)
         await self._write(record)
         return record
 
-    async def stop(self, record: InstanceRecord) -> None:
-        """Ask for an instance to be down."""
-        await self._write(record.model_copy(update={"desired": "down"}))
+    async def stop(self, record: InstanceRecord) -> bool:
+        """Ask for an instance to be down, unless it was launched anew meanwhile: then nothing of this launch is left to stop.
+
+        Returns:
+            Whether this launch is still the one on record.
+        """
+        current = await self.get(record.spec.name)
+        if current is not None and current.launched_ms != record.launched_ms:
+            return False
+        if current is None or current.desired == "up":
+            await self._write(record.model_copy(update={"desired": "down"}))
+        return True
 
     async def give_up(self, record: InstanceRecord, failure: str) -> None:
         """Say why an instance was given up, unless it was launched anew meanwhile."""
@@ -118,6 +133,25 @@ class Registry:
         with self._store.errors():
             newest = await self._store.commands.xrevrange(self.keys.changes, count=1)
         return newest[0][0].decode() if newest else "0-0"
+
+    async def _refuse_wrong_types(self, name: str) -> None:
+        """Look at every key that a launch leads to, before the first write."""
+        group = Keys(self._namespace, name)
+        for expected in (  # two slots
+            {self.keys.instances: "hash", self.keys.changes: "stream"},
+            {group.epoch: "hash", group.leader: "hash"}
+            | dict.fromkeys((group.tasks, group.signals, group.events, group.requests), "stream"),
+        ):
+            with self._store.errors():
+                async with self._store.commands.pipeline(transaction=True) as pipe:
+                    for key in expected:
+                        pipe.type(key)
+                    found: list[bytes] = await pipe.execute()
+            for (key, kind), actual in zip(expected.items(), found, strict=True):
+                if actual.decode() not in ("none", kind):
+                    raise StoreCorrupt(
+                        f"{key} holds a {actual.decode()} where a {kind} belongs; move or delete that key, then try again"
+                    )
 
     async def _write(self, record: InstanceRecord) -> None:
         signals = Keys(self._namespace, record.spec.name).signals

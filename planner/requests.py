@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from loguru import logger
 
-from barrier import Barrier, Clock, Snapshot
+from barrier import Barrier, Clock, EpochId, Snapshot
 from barrier.errors import InvalidName, RankgateError
 from barrier.keys import Keys
 from barrier.outcomes import Already, Dispatched
 from barrier.store import Store, stream_entries
 from planner.lifecycle import SERVING, generation_task
 from planner.spec import InstanceSpec
-from runner.messages import MAX_PROMPT_CHARS, CancelTask, Chunk, MalformedMessage, decode_chunk, encode
+from runner.messages import (
+    MAX_MESSAGE_BYTES,
+    MAX_PROMPT_CHARS,
+    CancelTask,
+    Chunk,
+    MalformedMessage,
+    decode_chunk,
+    encode,
+)
 
 MAX_WAITING = 1_000
 """How many requests may wait for an instance; the oldest are dropped beyond that."""
 
 _BATCH = 64
+
+_ENVELOPE_BYTES = 1_024
+"""Room for everything in a TextGeneration but its prompt, in bytes."""
+
+_CUT_SHORT = "the attempt that generated this text ended before it was complete; ask again"
 
 
 class GenerationFailed(RankgateError):
@@ -53,6 +67,7 @@ class RequestQueue:
         self._keys = keys
         self._clock = clock
         self._in_hand: dict[str, Request] = {}
+        self._epoch: EpochId | None = None
 
     # --- the client's end ---------------------------------------------------------------------------------------------
 
@@ -66,6 +81,7 @@ class RequestQueue:
         """
         if len(prompt) > MAX_PROMPT_CHARS:
             raise InvalidName(f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT_CHARS:,} are accepted")
+        _fits_into_a_task(prompt)
         if not 1 <= max_tokens <= 100_000:
             raise InvalidName(f"max_tokens is {max_tokens}; it must be from 1 to 100,000")
         request_id = f"gen.{secrets.token_hex(12)}"
@@ -151,6 +167,9 @@ class RequestQueue:
         epoch = snapshot.epoch
         if epoch is None or barrier.leadership is None:
             return 0, 0
+        if self._epoch != epoch.id:
+            await self.fail_in_hand(_CUT_SHORT)
+            self._epoch = epoch.id
         completed = await self._drop_completed(snapshot)
         waiting = 0
         for request in await self._pending(snapshot.now_ms):
@@ -159,22 +178,12 @@ class RequestQueue:
             if not request.cancels and len(self._in_hand) >= limit:
                 waiting += 1
                 continue
-            term = barrier.leadership.term
-            if request.cancels:
-                task_id = f"{request.id}.task"
-                payload = encode(
-                    CancelTask(
-                        task_id=task_id, instance=spec.name, epoch=str(epoch.id), term=term, cancels=request.cancels
-                    )
-                )
-                step = f"cancel {request.id}"
-            else:
-                task = generation_task(
-                    request.id, request.prompt, request.max_tokens, instance=spec.name, epoch=epoch.id, term=term
-                )
-                payload = encode(task)
-                step = f"generate {request.id}"
-            outcome = await barrier.dispatch(epoch.id, step, payload.decode(), SERVING, repeatable=True)
+            try:
+                step, payload = _task_of(request, spec.name, epoch.id, barrier.leadership.term)
+                outcome = await barrier.dispatch(epoch.id, step, payload, SERVING, repeatable=True)
+            except ValueError:  # somebody else's client; the error's own text may quote the prompt
+                await self._fail(request, "the request is not one that a runner accepts: check its id and its size")
+                continue
             match outcome:
                 case Dispatched() | Already() if request.cancels:
                     await self._drop(request)
@@ -183,9 +192,7 @@ class RequestQueue:
                 case Already(place) if place.number == epoch.id.number:
                     self._in_hand[request.id] = request  # a predecessor of this planner dispatched it
                 case Already():
-                    await self._fail(
-                        request, "the attempt that generated this text ended before it was complete; ask again"
-                    )
+                    await self._fail(request, _CUT_SHORT)
                 case _:
                     waiting += 1
                     break
@@ -199,8 +206,9 @@ class RequestQueue:
     async def fail_all(self, reason: str) -> None:
         """End the streams of everything that was asked for: the instance will not come back."""
         await self.fail_in_hand(reason)
-        for request in await self._pending(0):
-            await self._fail(request, reason)
+        while pending := await self._pending(0):
+            for request in pending:
+                await self._fail(request, reason)
 
     async def _drop_completed(self, snapshot: Snapshot) -> int:
         """What rank 0 has answered needs no planner any more."""
@@ -234,8 +242,11 @@ class RequestQueue:
                 with self._store.errors():
                     await self._store.commands.xdel(self._keys.requests, entry_id)
                 continue
-            if request.until_ms < now_ms and request.id not in self._in_hand:
-                await self._fail(request, "nobody could take the request in time")
+            if request.until_ms < now_ms:  # its client has given up, or is no more
+                if request.id in self._in_hand:
+                    await self._drop(request)
+                else:
+                    await self._fail(request, "nobody could take the request in time")
                 continue
             pending.append(request)
         known = {request.id for request in pending}
@@ -258,3 +269,25 @@ class RequestQueue:
         self._in_hand.pop(request.id, None)
         with self._store.errors():
             await self._store.commands.xdel(self._keys.requests, request.entry)
+
+
+def _fits_into_a_task(prompt: str) -> None:
+    """Refuse a prompt that no task can carry, before anything is sent."""
+    try:
+        size = len(json.dumps(prompt, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise InvalidName("the prompt is not valid text: it contains half of a surrogate pair") from None
+    limit = MAX_MESSAGE_BYTES - _ENVELOPE_BYTES
+    if size > limit:
+        raise InvalidName(f"the prompt takes {size:,} bytes as JSON; at most {limit:,} are accepted: shorten it")
+
+
+def _task_of(request: Request, instance: str, epoch: EpochId, term: int) -> tuple[str, str]:
+    """The step's name and the task, as text; raises `ValueError` for what the runners' messages do not allow."""
+    if request.cancels:
+        cancel = CancelTask(
+            task_id=f"{request.id}.task", instance=instance, epoch=str(epoch), term=term, cancels=request.cancels
+        )
+        return f"cancel {request.id}", encode(cancel).decode()
+    task = generation_task(request.id, request.prompt, request.max_tokens, instance=instance, epoch=epoch, term=term)
+    return f"generate {request.id}", encode(task).decode()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, fields
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from barrier.errors import InvalidSettings
-from barrier.keys import MAX_WORLD_SIZE, valid_name
+from barrier.keys import valid_name, valid_world_size
 from runner.messages import ModelSpec
 
 
@@ -24,13 +24,18 @@ class InstanceSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    world_size: int = Field(ge=1, le=MAX_WORLD_SIZE)
+    world_size: int
     model: ModelSpec = ModelSpec(model_id="simulated")
 
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
         return valid_name("instance", value)
+
+    @field_validator("world_size", mode="before")
+    @classmethod
+    def _world_size(cls, value: object) -> int:
+        return valid_world_size(value)
 
     @property
     def digest(self) -> str:

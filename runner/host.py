@@ -278,9 +278,7 @@ class _Host(ABC):
         if rank < 0:
             raise ValueError(f"rank {rank} is negative; ranks are counted from 0")
         if not (math.isfinite(grace_seconds) and grace_seconds > 0):
-            raise ValueError(
-                f"grace_seconds is {grace_seconds}; it must be a finite number of seconds above 0"
-            )
+            raise ValueError(f"grace_seconds is {grace_seconds}; it must be a finite number of seconds above 0")
         self._rank = rank
         self._grace_seconds = grace_seconds
         self._life: _Life | None = None
@@ -360,7 +358,8 @@ class _Host(ABC):
                 if not call.over:
                     await self._abandon(call)
             finally:
-                if self._call is call:
+                # One that is not over yet is still being tidied up after, and its end concerns the engine.
+                if self._call is call and call.over:
                     self._call = None
 
     def _active_call(self) -> _Call | None:
@@ -370,19 +369,24 @@ class _Host(ABC):
         life = self._life
         if life is None:
             if not call.work.starts_engine:
-                raise self._no_engine(call.work)
+                call.finish(self._no_engine(call.work))
+                return
             self._last_death = None
             try:
                 life = self._life = self._new_life()
                 await life.start()
-            except Exception as error:
-                self._part_with("could not be started")
-                raise EngineFailure(
+            except Exception as error:  # noqa: BLE001 - whatever keeps a foreign engine from starting is one failed task
+                failure = EngineFailure(
                     f"engine of rank {self._rank} cannot be started: {_sentence(error)}"[:MAX_FAILURE_CHARS],
                     permanent=_is_permanent(error),
-                ) from error
-        if not call.over:
-            life.begin(call)
+                )
+                failure.__cause__ = error
+                call.finish(failure)
+                # It never lived, so nothing of it is waited for.
+                if (life := self._part_with("could not be started")) is not None:
+                    self._ending.discard(life)
+                return
+        life.begin(call)
 
     def _no_engine(self, work: _Work) -> EngineFailure:
         if self._last_death is not None:
@@ -595,9 +599,7 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
     has left behind can put off for ever.
     """
 
-    def __init__(
-        self, spec: EngineSpec, rank: int, output_is_safe: bool, on_gone: Callable[[_Life], None]
-    ) -> None:
+    def __init__(self, spec: EngineSpec, rank: int, output_is_safe: bool, on_gone: Callable[[_Life], None]) -> None:
         super().__init__(on_gone)
         self._start_frame = _encode(
             {
@@ -631,11 +633,13 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
             )
         )
         self._spawning.add_done_callback(self._spawned)
-        # Shielded, so that a cancelled start still learns the pid of what it started, and kills that.
+        # Shielded, so that a cancelled start still learns what it started, kills it, and knows when it is gone.
         await asyncio.shield(self._spawning)
 
     def _spawned(self, spawning: asyncio.Task[Any]) -> None:
-        if spawning.cancelled() or spawning.exception() is not None:
+        failed = spawning.cancelled() or spawning.exception() is not None
+        # Otherwise `start` raises, or the process's own end will be told.
+        if failed and self._condemned:
             self._is_gone()
 
     def begin(self, call: _Call) -> None:
@@ -647,9 +651,7 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
             call.on_taken = lambda: self._send({"kind": "more", "call": number})
             self._stderr.withhold()
         try:
-            self._send(
-                {"kind": "call", "call": number, "name": work.name, "request": _encode_request(work.request)}
-            )
+            self._send({"kind": "call", "call": number, "name": work.name, "request": _encode_request(work.request)})
         except EngineFailure as error:
             self._finish_call(number, error)
 
@@ -661,6 +663,8 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
 
     def kill(self) -> None:
         self._condemned = True
+        if self._spawning is not None and self._spawning.done():
+            self._spawned(self._spawning)
         if not self._exited:
             self._kill_group()
 
@@ -673,9 +677,7 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
         else:
             how = f"exit code {code}"
         return EngineDied(
-            f"engine of rank {self._rank} died ({how}) while {doing}; {self._stderr.told()}"[
-                :MAX_FAILURE_CHARS
-            ]
+            f"engine of rank {self._rank} died ({how}) while {doing}; {self._stderr.told()}"[:MAX_FAILURE_CHARS]
         )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -705,7 +707,8 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
 
     def process_exited(self) -> None:
         self._exited = True
-        # The child is reaped, and its helpers, if any, still hold its group. A free number is not given out again this soon.
+        # The child is reaped; its helpers, if any, hold its group, and maybe its pipes. A free number is not given out again
+        # this soon.
         self._kill_group()
         # A process that the engine detached into a session of its own may hold the pipes open.
         asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._finish)
@@ -724,9 +727,7 @@ class _ProcessLife(_Life, asyncio.SubprocessProtocol):
     def _kill_group(self) -> None:
         # By its own pid, which is also its group's. Not Popen.kill: that polls, and would take the exit code from asyncio.
         if self.pid is not None:
-            with suppress(
-                ProcessLookupError, PermissionError
-            ):  # nobody left; macOS says the latter for a zombie
+            with suppress(ProcessLookupError, PermissionError):  # nobody left; macOS says the latter for a zombie
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _send(self, frame: dict[str, Any]) -> None:
@@ -872,18 +873,14 @@ class _Failure:
         return cls(
             sentence=without_prompt(sentence, work.prompt)[:MAX_FAILURE_CHARS],
             permanent=_is_permanent(error),
-            traceback_tail=without_prompt("".join(traceback.format_exception(error)), work.prompt)[
-                -_TRACEBACK_CHARS:
-            ],
+            traceback_tail=without_prompt("".join(traceback.format_exception(error)), work.prompt)[-_TRACEBACK_CHARS:],
         )
 
     def as_exception(self) -> EngineFailure:
         return EngineFailure(self.sentence, permanent=self.permanent)
 
     def log(self, rank: int, work: _Work) -> None:
-        _log().debug(
-            "engine of rank {} failed while {}; traceback ends:\n{}", rank, work.doing, self.traceback_tail
-        )
+        _log().debug("engine of rank {} failed while {}; traceback ends:\n{}", rank, work.doing, self.traceback_tail)
 
 
 def _sentence(error: BaseException) -> str:
@@ -948,9 +945,7 @@ async def _perform(engine: Engine, work: _Work) -> AsyncGenerator[Value, None]:
 def _checked(value: object, wanted: type[Value], work: _Work) -> Value:
     """Refuse what an engine without a type checker may yield: it would fail later, and elsewhere."""
     if not isinstance(value, wanted):
-        raise TypeError(
-            f"yielded {type(value).__name__} while {work.doing}, where only {wanted.__name__} is expected"
-        )
+        raise TypeError(f"yielded {type(value).__name__} while {work.doing}, where only {wanted.__name__} is expected")
     return value
 
 
@@ -1081,10 +1076,9 @@ class _EngineServer:
             async with aclosing(_perform(engine, work)) as values:
                 async for value in values:
                     if work.name == "generate":
+                        # Also what lets the loop see a cancellation, where the engine itself never really awaits.
                         await self._room.acquire()
                     self._send({"kind": "value", "call": call, "value": value})
-                    # An engine that never really awaits would otherwise keep the loop from seeing a cancellation.
-                    await asyncio.sleep(0)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - an engine may raise anything
             if _was_cancelled(error):
                 self._send({"kind": "done", "call": call})

@@ -174,7 +174,7 @@ def rejection_of(refusal: Refusal, standing: Standing, task_kind: str) -> Reject
         status=standing.status,
         epoch=str(standing.promise.epoch) if standing.promise else "",
         retryable=isinstance(refusal, NotYet),
-        hint=refusal.hint,
+        hint=refusal.hint[:2_000],
     )
 
 

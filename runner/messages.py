@@ -8,6 +8,7 @@ and a foreign system can share these messages.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -152,13 +153,14 @@ class _Task(_Message):
     """What every task carries.
 
     Attributes:
-        task_id: derived from (instance, epoch, step), so that a repeated dispatch is recognised; see `derive_task_id`.
+        task_id: derived from (instance, epoch, step), so that a repeated dispatch is recognised; see `derive_task_id`. It may
+            become part of a key, so it is no longer than a step's name may be.
         instance: the instance, which is the barrier's group.
         epoch: ``<number>-<nonce>``: the fencing token. A runner acts on exactly the epoch that it promised.
         term: the term of the planner that dispatched it, for people; the script that appended it has checked it.
     """
 
-    task_id: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")
+    task_id: str = Field(min_length=1, max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
     instance: str = Field(min_length=1, max_length=63)
     epoch: str = Field(min_length=3, max_length=64)
     term: int = Field(ge=0)
@@ -228,7 +230,7 @@ def derive_task_id(instance: str, epoch: str, step: str) -> str:
     The epoch's nonce is part of the hash, so that two epochs with one number (a failover can issue it twice) never share a task.
     """
     digest = hashlib.blake2b(f"{instance}\0{epoch}\0{step}".encode(), digest_size=12).hexdigest()
-    return f"{step.replace(' ', '-')[:80]}.{digest}"
+    return f"{step.replace(' ', '-')[:71]}.{digest}"
 
 
 # --- answers and events ---------------------------------------------------------------------------------------------------
@@ -350,11 +352,16 @@ def _decode(adapter: TypeAdapter[_T], payload: bytes) -> _T:
 def _describe(error: ValidationError) -> str:
     """Say what is wrong without the offending value: pydantic's own text would quote it."""
     problems = [
-        f"{'.'.join(str(part) for part in problem['loc']) or 'the message'}: {_reason(problem['type'])}"
+        f"{'.'.join(_shown(part) for part in problem['loc']) or 'the message'}: {_reason(problem['type'])}"
         for problem in error.errors(include_input=False, include_url=False, include_context=False)
     ]
     shown = "; ".join(problems[:3])
     return shown if len(problems) <= 3 else f"{shown}; and {len(problems) - 3} more"
+
+
+def _shown(part: int | str) -> str:
+    """The name of a field if it looks like one: an unknown field's name is the sender's text, and may be a prompt."""
+    return str(part) if re.fullmatch(r"\w{1,40}", str(part), re.ASCII) else "(a name that is none)"
 
 
 def _reason(error_type: str) -> str:

@@ -10,7 +10,7 @@ The order of events is DESIGN section 5's:
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -29,6 +29,8 @@ from barrier import (
     NotPromised,
     Promised,
     StoreError,
+    StoreFull,
+    StoreUnavailable,
     SystemClock,
     TaskEntry,
     TaskOutcome,
@@ -43,6 +45,7 @@ from runner.machine import (
     NotYet,
     Promise,
     Refusal,
+    Stale,
     Standing,
     TaskResult,
     judge,
@@ -70,6 +73,7 @@ from runner.messages import (
     RunnerWarmingUp,
     Shutdown,
     StartWarmup,
+    StatusName,
     Task,
     TaskAcknowledged,
     TaskStatusUpdated,
@@ -83,6 +87,9 @@ _REMEMBERED = 256
 
 _QUEUED_GENERATIONS = 64
 """How many accepted generations may wait at a rank; more are refused as not yet possible."""
+
+_FINALITY: dict[StatusName, int] = {"Failed": 1, "ShuttingDown": 2, "Shutdown": 3}
+"""Statuses that a runner does not leave by its own work, the later ones not even for the earlier. Others count 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +123,13 @@ class Runner:
         self._watching: asyncio.Task[None] | None = None
         self._generations: asyncio.Queue[_Work] = asyncio.Queue()
         self._generating: asyncio.Task[None] | None = None
-        self._unfinished = 0
+        self._unfinished: dict[str, None] = {}  # accepted generations whose clients still wait, in order
         self._current: str = ""
         self._current_chunks: asyncio.Task[None] | None = None
         self._cancelled: set[str] = set()
+        self._endings: dict[str, Chunk] = {}  # of streams, not written yet
+        self._departing: deque[_Work] = deque()
+        self._departure: asyncio.Task[None] | None = None
         self._leaving = asyncio.Event()
         self._lost: ClaimLost | None = None
 
@@ -169,6 +179,7 @@ class Runner:
 
     async def _clean_up(self) -> None:
         """Bounded: an engine that does not close is killed, a store that does not answer is left alone."""
+        await self._stop_work()
         await self._host.kill()
         try:
             await self._member.leave()
@@ -181,12 +192,12 @@ class Runner:
                 await self._handle(entry)
                 if self._lost is not None:
                     raise self._lost
-                if isinstance(self._status, RunnerShutdown):
-                    return
 
     # --- the log ------------------------------------------------------------------------------------------------------
 
     async def _handle(self, entry: LogEntry) -> None:
+        if self._departure is not None and not isinstance(entry, TaskEntry):
+            return  # a runner that leaves needs no other attempt; whoever asks it for something is still answered
         match entry:
             case EpochAnnounced():
                 await self._enter(entry)
@@ -232,20 +243,22 @@ class Runner:
 
     async def _tear_down(self) -> None:
         """Stop all work, end the streams of clients that wait, close the engine (or kill it, if it does not close)."""
-        for task in (self._phase, self._generating, self._watching):
-            if task is not None:
+        await self._stop_work()
+        await self._host.close()
+
+    async def _stop_work(self) -> None:
+        own = asyncio.current_task()
+        for task in (self._phase, self._generating, self._watching, self._departure):
+            if task is not None and task is not own:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         self._phase = self._generating = self._watching = None
-        self._unfinished = 0
-        unfinished = [self._current] if self._current else []
         self._current = ""
-        while not self._generations.empty():
-            unfinished.append(self._generations.get_nowait().task.task_id)
-        for task_id in unfinished:
-            await self._end_stream(task_id, error="the attempt ended before the text was complete; ask again")
+        self._generations = asyncio.Queue()
         self._cancelled.clear()
-        await self._host.close()
+        for task_id in list(self._unfinished):
+            await self._end_stream(task_id, error="the attempt ended before the text was complete; ask again")
+        self._unfinished.clear()
 
     # --- one task -----------------------------------------------------------------------------------------------------
 
@@ -255,18 +268,16 @@ class Runner:
         except MalformedMessage as error:
             await self._reject(Invalid(f"malformed task: {error}"), entry, None)
             return
-        standing = self._standing()
         if task.epoch != str(entry.epoch):
             await self._reject(Invalid("the task names another epoch than the log does"), entry, task)
             return
         if entry.missed and self._promise is not None and entry.epoch == self._promise.epoch:
             await self._fail(None, EngineFailure("an entry of the task log never reached this rank"))
-            return
-        judgement = judge(standing, task)
+        judgement = judge(self._standing(), task)
         if (
             isinstance(judgement, Accept)
             and isinstance(task, TextGeneration)
-            and self._unfinished > _QUEUED_GENERATIONS
+            and len(self._unfinished) > _QUEUED_GENERATIONS
         ):
             judgement = NotYet(f"{_QUEUED_GENERATIONS} generations wait at this rank already; ask again later")
         match judgement:
@@ -311,11 +322,13 @@ class Runner:
 
     async def _repeat(self, task: Task, outcome: TaskOutcome) -> None:
         states = {"running": "Running", "done": "Complete", "cancelled": "Cancelled"}
-        state = states.get(outcome.result, "Failed")
-        again = TaskStatusUpdated.model_validate(
-            {"task_id": task.task_id, "state": state, "error": outcome.detail or None if state == "Failed" else None}
-        )
-        await self._say(events=[TaskAcknowledged(task_id=task.task_id), again])
+        again: dict[str, object] = {"task_id": task.task_id, "state": states.get(outcome.result, "Failed")}
+        if outcome.result == "failed":
+            again["error"] = outcome.detail or None
+        if outcome.result == "rejected":
+            refusal = Invalid(outcome.detail) if outcome.code == "Invalid" else Stale(outcome.detail)
+            again["rejection"] = rejection_of(refusal, self._standing(), task.kind)
+        await self._say(events=[TaskAcknowledged(task_id=task.task_id), TaskStatusUpdated.model_validate(again)])
 
     async def _accept(self, work: _Work) -> None:
         task = work.task
@@ -323,16 +336,16 @@ class Runner:
             case ConnectToGroup():
                 group = EngineGroup(self._member.rank, self._world_size(), task.coordinator, task.rank_order)
                 await self._begin(work, RunnerConnecting())
-                self._start(work, self._host.connect(group), RunnerConnected())
+                self._start(work, lambda: self._host.connect(group), RunnerConnected())
             case LoadModel():
                 total = task.model.total_layers
                 await self._begin(work, RunnerLoading(layers_loaded=0, total_layers=total))
-                self._start(work, self._load(task), RunnerLoaded())
+                self._start(work, lambda: self._load(task), RunnerLoaded())
             case StartWarmup():
                 await self._begin(work, RunnerWarmingUp())
-                self._start(work, self._host.warm_up(), RunnerReady())
+                self._start(work, self._host.warm_up, RunnerReady())
             case TextGeneration():
-                self._unfinished += 1
+                self._unfinished[task.task_id] = None
                 await self._begin(work, RunnerRunning())
                 await self._generations.put(work)
                 if self._generating is None:
@@ -343,8 +356,9 @@ class Runner:
                 await self._finish(work, self._status)
             case Shutdown():
                 await self._begin(work, RunnerShuttingDown())
-                await self._tear_down()
-                await self._finish(work, RunnerShutdown())
+                self._departing.append(work)
+                if self._departure is None:
+                    self._departure = asyncio.create_task(self._depart(), name="rankgate departure")
             case _:
                 assert_never(task)
 
@@ -353,34 +367,50 @@ class Runner:
 
     async def _begin(self, work: _Work, status: RunnerStatus) -> None:
         """Say that the task runs, then the transitional status, then that it was read: in one step, in this order."""
-        self._status = status
+        self._become(status)
         task_id = work.task.task_id
         await self._say(
             outcome=self._remember(task_id, work.step, work.n, "running"),
             events=[
                 TaskStatusUpdated(task_id=task_id, state="Running"),
-                RunnerStatusUpdated(status=status),
+                RunnerStatusUpdated(status=self._status),
                 TaskAcknowledged(task_id=task_id),
             ],
         )
 
     async def _finish(self, work: _Work, status: RunnerStatus, result: TaskResult = "done") -> None:
-        self._status = status
+        self._become(status)
         task_id = work.task.task_id
         state = "Complete" if result == "done" else "Cancelled"
         await self._say(
             outcome=self._remember(task_id, work.step, work.n, result),
-            events=[TaskStatusUpdated(task_id=task_id, state=state), RunnerStatusUpdated(status=status)],
+            events=[TaskStatusUpdated(task_id=task_id, state=state), RunnerStatusUpdated(status=self._status)],
         )
 
+    def _become(self, status: RunnerStatus) -> None:
+        """Take on a status, unless what came meanwhile outranks it: work under way cannot undo a failure or a departure."""
+        if _FINALITY.get(status.kind, 0) >= _FINALITY.get(self._status.kind, 0):
+            self._status = status
+
+    async def _depart(self) -> None:
+        """Tear down beside the log, so that what is asked meanwhile is answered, however long the engine takes to close."""
+        await self._tear_down()
+        while self._departing:
+            await self._finish(self._departing.popleft(), RunnerShutdown())
+        self._leaving.set()
+
     async def _fail(self, work: _Work | None, failure: BaseException) -> None:
-        """Accepted work failed, or the engine died: say so, give the engine up, and wait for the attempt's end."""
-        if not isinstance(failure, EngineFailure):
-            failure = EngineFailure(f"{type(failure).__name__}: {failure}")
-        error = str(failure)[:2_000]
+        """Accepted work failed, or the engine died: say so, give the engine up, and wait for the attempt's end.
+
+        The first failure of an attempt is its cause; what fails after it, because the engine was given up, is not.
+        """
+        permanent = isinstance(failure, EngineFailure) and failure.permanent
+        text = str(failure) if isinstance(failure, EngineFailure) else f"{type(failure).__name__}: {failure}"
+        error = _speakable(text)[:2_000]
         logger.error("rank {}: failed: {}", self._member.rank, error)
-        self._failure = failure
-        self._status = RunnerFailed(error=error)
+        if self._failure is None:
+            self._failure = EngineFailure(error, permanent=permanent)
+            self._become(RunnerFailed(error=error))
         events: list[BaseModel] = []
         outcome = None
         if work is not None:
@@ -391,48 +421,70 @@ class Runner:
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, work: _Work, doing: Coroutine[Any, Any, None], then: RunnerStatus) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+    def _start(self, work: _Work, doing: Callable[[], Awaitable[None]], then: RunnerStatus) -> None:
         self._phase = asyncio.create_task(self._do(work, doing, then), name=f"rankgate {work.step}")
 
-    async def _do(self, work: _Work, doing: Awaitable[None], then: RunnerStatus) -> None:
+    async def _do(self, work: _Work, doing: Callable[[], Awaitable[None]], then: RunnerStatus) -> None:
         try:
-            await doing
+            await self._check_engine()
+            await doing()
         except Exception as failure:  # noqa: BLE001  whatever an engine raises fails its task and never the runner
             await self._fail(work, failure)
         else:
             self._watching = asyncio.create_task(self._watch_engine(), name="rankgate engine watch")
             await self._finish(work, then)
         finally:
-            self._phase = None
+            if self._phase is asyncio.current_task():  # the next one may have begun while this one was still telling
+                self._phase = None
+
+    async def _check_engine(self) -> None:
+        """Raise if the engine has died since the task was judged: a load would start a fresh one that is in no group."""
+        watching, self._watching = self._watching, None
+        if self._failure is not None:
+            raise self._failure
+        if watching is None:
+            return  # no engine yet
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        dead = asyncio.create_task(self._host.died())
+        await asyncio.sleep(0)  # enough for a death that has happened already
+        if dead.done():
+            raise dead.result()
+        dead.cancel()
+        await asyncio.gather(dead, return_exceptions=True)
 
     async def _watch_engine(self) -> None:
         """An engine may die while it has nothing to do: then this rank has failed, and says so at once."""
         death = await self._host.died()
-        if not self._current:  # otherwise the generation itself fails, and says it
+        if self._current_chunks is not None:
+            await asyncio.wait({self._current_chunks})  # it fails, and says it, unless the engine was done with it
+        if self._failure is None:
             await self._fail(None, death)
 
     async def _load(self, task: LoadModel) -> None:
         async with aclosing(self._host.load(task.model)) as progress:
             async for layers in progress:
-                self._status = RunnerLoading(layers_loaded=layers, total_layers=task.model.total_layers)
+                self._become(RunnerLoading(layers_loaded=layers, total_layers=task.model.total_layers))
                 self._member.note_progress(layers, task.model.total_layers)
 
     async def _generate_all(self) -> None:
         """Work through the accepted generations, one at a time and in the log's order: all ranks see the same order."""
         while True:
             work = await self._generations.get()
+            task_id = work.task.task_id
             try:
+                if self._failure is not None:
+                    raise self._failure
                 cancelled = await self._generate(work)
             except Exception as failure:  # noqa: BLE001  as in `_do`
                 self._current = ""
-                self._unfinished -= 1
+                self._unfinished.pop(task_id, None)
                 await self._fail(work, failure)
-                await self._end_stream(work.task.task_id, error=f"rank {self._member.rank} failed: {failure}")
+                await self._end_stream(task_id, error=f"rank {self._member.rank} failed: {failure}")
                 return
             self._current = ""
-            self._unfinished -= 1
+            self._unfinished.pop(task_id, None)
+            self._cancelled.discard(task_id)
             status = RunnerRunning() if self._unfinished else RunnerReady()
             await self._finish(work, status, "cancelled" if cancelled else "done")
 
@@ -467,7 +519,7 @@ class Runner:
         async with aclosing(self._host.generate(request)) as pieces:
             async for text in pieces:
                 if answers:
-                    await self._write(Chunk(task_id=task.task_id, index=index, text=text))
+                    await self._write(Chunk(task_id=task.task_id, index=index, text=_speakable(text)))
                     index += 1
         if answers:
             finish = "length" if index >= task.max_tokens else "stop"
@@ -475,7 +527,7 @@ class Runner:
 
     def _cancel(self, task_id: str) -> None:
         """Stop a generation that runs or waits; anything else is over already, or ends with its attempt."""
-        if len(self._cancelled) < _REMEMBERED:
+        if task_id in self._unfinished:
             self._cancelled.add(task_id)
         if task_id == self._current and self._current_chunks is not None:
             self._current_chunks.cancel()
@@ -494,7 +546,7 @@ class Runner:
     ) -> TaskOutcome:
         outcome = TaskOutcome(
             task_id=task_id,
-            step=step,
+            step=step[:96],  # all that a report holds; the log's own entries are not ours to trust
             n=n,
             result=result,
             code=rejection.code if rejection else "",
@@ -503,15 +555,17 @@ class Runner:
         )
         self._outcomes[task_id] = outcome
         self._outcomes.move_to_end(task_id)
-        while len(self._outcomes) > _REMEMBERED:
-            self._outcomes.popitem(last=False)
+        if len(self._outcomes) > _REMEMBERED:
+            # A flood of refused tasks must not make this rank forget what it has done, or is doing.
+            refused = (known for known, one in self._outcomes.items() if one.result == "rejected" and known != task_id)
+            del self._outcomes[next(refused, next(iter(self._outcomes)))]
         return outcome
 
     async def _say(self, *, outcome: TaskOutcome | None = None, events: list[BaseModel]) -> None:
         """Report the whole state and append the events, in one step. What cannot be said now goes with the next heartbeat."""
         lines = [{"kind": type(event).__name__, "event": encode(event).decode()} for event in events]
         status, failure = self._status, self._failure
-        await self._survive(
+        said = await self._survive(
             lambda: self._member.report(
                 status.kind,
                 progress=(status.layers_loaded, status.total_layers) if isinstance(status, RunnerLoading) else None,
@@ -521,20 +575,55 @@ class Runner:
                 events=lines,
             )
         )
+        if said and self._endings:
+            await self._write_endings()
 
     async def _write(self, chunk: Chunk) -> None:
-        await self._survive(lambda: self._member.write_output(chunk.task_id, [encode(chunk)]))
+        """Write a piece of text; wait for a store that does not answer, since a text with a hole in it is of no use."""
+        waited = False
+        while True:
+            try:
+                await self._member.write_output(chunk.task_id, [encode(chunk)])
+                return
+            except (StoreUnavailable, StoreFull) as error:
+                if not waited:
+                    logger.warning("rank {}: text is not written yet: {}", self._member.rank, error)
+                waited = True
+                await self._clock.sleep(self._member.settings.command_seconds)
+            except StoreError as error:
+                logger.warning("rank {}: text cannot be written: {}", self._member.rank, error)
+                return
 
     async def _end_stream(self, task_id: str, *, error: str = "", cancelled: bool = False) -> None:
         """End a client's stream. Every rank that knows why does: the client takes the first end that it reads."""
         finish = "cancelled" if cancelled else "error"
-        await self._write(Chunk(task_id=task_id, index=0, finish=finish, error=error[:2_000] or None))
+        if len(self._endings) < _REMEMBERED:  # a store that takes nothing for so long has lost these clients anyway
+            self._endings[task_id] = Chunk(
+                task_id=task_id, index=0, finish=finish, error=_speakable(error)[:2_000] or None
+            )
+        await self._write_endings()
 
-    async def _survive(self, send: Callable[[], Awaitable[None]]) -> None:
+    async def _write_endings(self) -> None:
+        """What the store does not take now goes after the next report: no tear-down waits for it."""
+        for task_id, chunk in list(self._endings.items()):
+            if not await self._survive(lambda: self._member.write_output(task_id, [encode(chunk)])):  # noqa: B023  called at once
+                return
+            self._endings.pop(task_id, None)
+
+    async def _survive(self, send: Callable[[], Awaitable[None]]) -> bool:
+        """Whether the store took it."""
         try:
             await send()
         except StoreError as error:
             logger.warning("rank {}: not said yet: {}", self._member.report_now.rank, error)
+            return False
         except ClaimLost as error:
             self._lost = error
             self._leaving.set()
+            return False
+        return True
+
+
+def _speakable(text: str) -> str:
+    """Replace what UTF-8 cannot carry: half a surrogate pair from an engine would fail every later report."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,402 @@
+"""A simulated engine: the timing, the order and the failures of a real one, without a model.
+
+It is honest about being one: its text begins with ``[simulated text]`` and is drawn from a short word list. It simulates one
+rank and talks to no other; whether the others have entered the collective, it cannot know. What it does know is its own state,
+and there it is as strict as a collective: a call out of order fails, as the real thing would crash.
+
+Everything is derived from the seed by BLAKE2b, so two runs agree to the letter, on any machine and any version of Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
+from runner.host import EngineSpec
+from runner.messages import ModelSpec
+
+MARK = "[simulated text]"
+"""What every simulated text begins with."""
+
+FaultPhase: TypeAlias = Literal["connect", "load", "warmup", "generate"]
+FaultAction: TypeAlias = Literal["refuse", "raise", "hang", "die", "block"]
+
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_VOCABULARY = (
+    "alder amber anchor barley basket beacon birch bramble bridge candle cedar clover copper coral cotton cradle "
+    "dapple drift ember fennel fern ferry flint garnet ginger granite harbor hazel heron hollow indigo island ivory "
+    "juniper kettle lantern larch linen lupin maple marble meadow mortar nettle oak orchard otter pebble pepper "
+    "plover quarry quill raven reed saffron sorrel sparrow thistle timber velvet walnut willow"
+)
+_WORDS = _VOCABULARY.split()
+_SHORTEST_TEXT = 12
+_LONGEST_TEXT = 48
+
+
+class SimulatedFault(BaseModel):
+    """One thing that goes wrong.
+
+    Attributes:
+        phase: the call that it strikes.
+        action: ``refuse`` fails for good and ``raise`` fails for now, both as an `EngineFailure`; ``hang`` waits for ever and
+            can be cancelled; ``block`` holds the thread for ever, so that only a host with a process can end it; ``die`` kills
+            the engine's process with SIGKILL or, where the process is not the engine's own, raises `EngineDied`.
+        rank: the rank that it strikes; None for every rank.
+        times: how often it strikes each rank, counted by a `FaultLedger`; None for always.
+        after_layers: for ``load``, how many layers are loaded before it strikes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    phase: FaultPhase
+    action: FaultAction
+    rank: int | None = Field(default=None, ge=0)
+    times: int | None = Field(default=None, ge=1)
+    after_layers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _layers_only_in_load(self) -> SimulatedFault:
+        if self.after_layers and self.phase != "load":
+            raise ValueError(
+                f"after_layers={self.after_layers} has a meaning for phase load only, and this fault is for {self.phase}"
+            )
+        return self
+
+
+class SimulatedConfig(BaseModel):
+    """How a simulated engine behaves; the same for every rank. Reads JSON with ``model_validate_json``.
+
+    Attributes:
+        seed: every delay and every text follows from it.
+        connect_seconds: mean time to connect.
+        layer_seconds: mean time to load one layer.
+        warmup_seconds: mean time to warm up.
+        token_seconds: mean time to make one token.
+        jitter: how far a delay may be from its mean, as a fraction of it, 0 to 1; fixed by (seed, rank, phase).
+        faults: what goes wrong. Where several could strike, the first one does.
+        fault_ledger: the file that counts strikes, which faults with ``times`` need in an engine that has a process of its own;
+            removing it starts the count anew.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    seed: int = 0
+    connect_seconds: _Seconds = 0.1
+    layer_seconds: _Seconds = 0.05
+    warmup_seconds: _Seconds = 0.1
+    token_seconds: _Seconds = 0.02
+    jitter: float = Field(default=0.2, ge=0, le=1)
+    faults: tuple[SimulatedFault, ...] = ()
+    fault_ledger: Path | None = None
+
+
+class FaultLedger:
+    """Counts how often each fault has struck each rank.
+
+    An engine lives for one attempt, and its process no longer than that, while ``times`` is meant across attempts. So the count
+    lives here: in memory, for engines that share one process and one ledger, or in a file, which outlives any process. Each
+    strike appends one line before it strikes, so that one that kills the process is counted, too.
+
+    Args:
+        path: the file; None to count in memory.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._strikes: Counter[tuple[int, int]] = Counter()
+
+    def add(self, rank: int, fault: int) -> None:
+        """Count one strike of the fault with that index. Raises OSError if the file cannot be written."""
+        if self.path is None:
+            self._strikes[rank, fault] += 1
+            return
+        with self.path.open(
+            "a", encoding="ascii"
+        ) as file:  # one short write in append mode: ranks may share the file
+            file.write(f"{rank} {fault}\n")
+
+    def strikes(self) -> Counter[tuple[int, int]]:
+        """All strikes so far, by (rank, index of the fault). Raises OSError or ValueError if the file cannot be read."""
+        if self.path is None:
+            return self._strikes.copy()
+        try:
+            lines = self.path.read_text(encoding="ascii").splitlines()
+        except FileNotFoundError:
+            return Counter()
+        return Counter((int(rank), int(fault)) for rank, fault in (line.split() for line in lines))
+
+
+class SimulatedEngine:
+    """One rank's share of a model that does not exist. An `Engine`; see the module for what is simulated.
+
+    Args:
+        config: delays and faults.
+        rank: this engine's rank, 0 to world_size - 1; `connect` refuses a group in which it has another.
+        world_size: number of ranks; with one, `load` needs no `connect`.
+        sleep: waits that many seconds; tests pass one that only takes note.
+        ledger: counts the strikes of faults; by default one on the configuration's file.
+        owns_process: whether this process is the engine's own, so that it may kill or block it.
+        report: is told each strike of a fault, in one sentence; by default a warning in the log.
+
+    Raises:
+        ValueError: a rank outside the world; a fault that can never strike; ``times`` with nothing that counts beyond this
+            engine; ``block`` in a process that is not the engine's own.
+    """
+
+    def __init__(
+        self,
+        config: SimulatedConfig,
+        *,
+        rank: int,
+        world_size: int,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        ledger: FaultLedger | None = None,
+        owns_process: bool = False,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank {rank} does not exist in a world of {world_size}; ranks are 0 to {world_size - 1}"
+            )
+        if ledger is None and config.fault_ledger is not None:
+            ledger = FaultLedger(config.fault_ledger)
+        for fault in config.faults:
+            _check_fault(
+                fault, world_size=world_size, has_ledger=ledger is not None, owns_process=owns_process
+            )
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._sleep = sleep
+        self._ledger = ledger or FaultLedger()
+        self._owns_process = owns_process
+        self._report = report or _warn
+        self._connected = False
+        self._model: ModelSpec | None = None
+        self._warm = False
+        self._closed = False
+
+    async def connect(self, group: EngineGroup) -> None:
+        """Take the time that entering a group takes.
+
+        Raises:
+            EngineFailure: connected already, closed, or a group in which this engine has another rank or size.
+        """
+        self._check_open("connect")
+        if (group.rank, group.world_size) != (self._rank, self._world_size):
+            raise EngineFailure(
+                f"connect names rank {group.rank} of {group.world_size}, but this simulated engine was made as "
+                f"rank {self._rank} of {self._world_size}",
+                permanent=True,
+            )
+        if self._connected:
+            raise self._out_of_order("connect", "the engine is in a group already")
+        await self._strike("connect")
+        await self._pause("connect", self._config.connect_seconds)
+        self._connected = True
+
+    async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
+        """Yield 1 to ``model.total_layers``, one layer's time apart.
+
+        Raises:
+            EngineFailure: not connected though the world has more than one rank, loaded already, or closed.
+        """
+        self._check_open("load")
+        if self._world_size > 1 and not self._connected:
+            raise self._out_of_order("load", "connect has not been done, and a collective load would crash")
+        if self._model is not None:
+            raise self._out_of_order("load", f"{self._model.model_id} is loaded already")
+        await self._strike("load", layers_loaded=0, total_layers=model.total_layers)
+        for layer in range(1, model.total_layers + 1):
+            await self._pause(f"load {layer}", self._config.layer_seconds)
+            yield layer
+            await self._strike("load", layers_loaded=layer, total_layers=model.total_layers)
+        self._model = model
+
+    async def warm_up(self) -> None:
+        """Take the time that a warm-up takes.
+
+        Raises:
+            EngineFailure: no model is loaded, or closed.
+        """
+        self._check_open("warm_up")
+        if self._model is None:
+            raise self._out_of_order("warm_up", "no model is loaded")
+        await self._strike("warmup")
+        await self._pause("warmup", self._config.warmup_seconds)
+        self._warm = True
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
+        """Yield the text that `simulated_text` gives, one piece per token; ranks above 0 take the same time and yield nothing.
+
+        Raises:
+            EngineFailure: not warmed up, or closed.
+        """
+        self._check_open("generate")
+        if self._model is None or not self._warm:
+            raise self._out_of_order("generate", "warm_up has not been done")
+        await self._strike("generate")
+        pieces = simulated_text(self._config.seed, self._model.model_id, request.prompt, request.max_tokens)
+        for index, piece in enumerate(pieces):
+            # A collective runs at one pace, so this delay is the same on every rank.
+            await self._pause(f"generate {index}", self._config.token_seconds, rank=0)
+            if self._rank == 0:
+                yield piece
+
+    async def close(self) -> None:
+        """Give everything up; idempotent. Every later call fails."""
+        self._closed = True
+
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise self._out_of_order(call, "the engine is closed")
+
+    def _out_of_order(self, call: str, why: str) -> EngineFailure:
+        return EngineFailure(f"{call} is out of order on rank {self._rank} of {self._world_size}: {why}")
+
+    async def _pause(self, occasion: str, mean_seconds: float, *, rank: int | None = None) -> None:
+        key = f"{self._config.seed} {self._rank if rank is None else rank} {occasion}"
+        spread = self._config.jitter * (2 * _fraction(key) - 1)
+        await self._sleep(mean_seconds * (1 + spread))
+
+    async def _strike(self, phase: FaultPhase, *, layers_loaded: int = 0, total_layers: int = 0) -> None:
+        """Let the first fault strike that is due here, if any."""
+        for index, fault in enumerate(self._config.faults):
+            if fault.phase != phase or fault.rank not in (None, self._rank):
+                continue
+            if phase == "load" and fault.after_layers > total_layers:
+                raise EngineFailure(
+                    f"simulated fault {index} strikes after {fault.after_layers} layers, but the model has {total_layers}; "
+                    "it would never strike",
+                    permanent=True,
+                )
+            if fault.after_layers != layers_loaded:
+                continue
+            struck = self._ledger.strikes()[self._rank, index]
+            if fault.times is not None and struck >= fault.times:
+                continue
+            self._ledger.add(self._rank, index)
+            ordinal = f"{struck + 1} of {fault.times}" if fault.times is not None else f"{struck + 1}"
+            where = f" after {layers_loaded} layers" if phase == "load" else ""
+            what = f"simulated fault {index} ({fault.action} in {phase}{where}, strike {ordinal}) on rank {self._rank}"
+            self._report(what)
+            await self._suffer(fault.action, what)
+
+    async def _suffer(self, action: FaultAction, what: str) -> None:
+        match action:
+            case "refuse":
+                raise EngineFailure(f"{what}: refused for good", permanent=True)
+            case "raise":
+                raise EngineFailure(f"{what}: failed, and may succeed when tried again")
+            case "hang":
+                await asyncio.get_running_loop().create_future()
+            case "die":
+                if self._owns_process:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise EngineDied(f"{what}: died")
+            case "block":
+                _block()
+
+
+def simulated_text(seed: int, model_id: str, prompt: str, max_tokens: int) -> list[str]:
+    """The text of one simulated generation as its pieces, which are its tokens: `MARK`, then words from a fixed list.
+
+    Its length is fixed by the same four values: 12 to 48 tokens, cut off at ``max_tokens``.
+    """
+    prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+    key = json.dumps([seed, model_id, prompt_hash, max_tokens])
+    length = _SHORTEST_TEXT + int(_fraction(key) * (_LONGEST_TEXT - _SHORTEST_TEXT + 1))
+    words = (
+        f" {_WORDS[int(_fraction(f'{key} {index}') * len(_WORDS))]}"
+        for index in range(1, min(length, max_tokens))
+    )
+    return [MARK, *words]
+
+
+def simulated_spec(config: SimulatedConfig, *, rank: int, world_size: int) -> EngineSpec:
+    """What a `ProcessHost` needs to run this engine as one rank.
+
+    Raises:
+        ValueError: as `SimulatedEngine` does; here already, so that a wrong configuration starts no process.
+    """
+    SimulatedEngine(config, rank=rank, world_size=world_size, owns_process=True)
+    return EngineSpec(
+        factory=f"{__name__}:simulated_engine_in_own_process",
+        config=_OwnProcess(config=config, rank=rank, world_size=world_size).model_dump(mode="json"),
+    )
+
+
+def simulated_engine_in_own_process(config: dict[str, JsonValue]) -> SimulatedEngine:
+    """The factory that `simulated_spec` names: an engine that may kill and block its process, and tells stderr of its faults.
+
+    Raises:
+        EngineFailure: permanent, if the configuration is wrong.
+    """
+    try:
+        own = _OwnProcess.model_validate_json(json.dumps(config))
+        return SimulatedEngine(
+            own.config, rank=own.rank, world_size=own.world_size, owns_process=True, report=_tell_stderr
+        )
+    except ValueError as error:
+        raise EngineFailure(f"wrong configuration of a simulated engine: {error}", permanent=True) from error
+
+
+class _OwnProcess(BaseModel):
+    """The ``config`` of the `EngineSpec`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    config: SimulatedConfig
+    rank: int
+    world_size: int
+
+
+def _check_fault(fault: SimulatedFault, *, world_size: int, has_ledger: bool, owns_process: bool) -> None:
+    if fault.rank is not None and fault.rank >= world_size:
+        raise ValueError(
+            f"a simulated fault names rank {fault.rank}, which does not exist in a world of {world_size}; it would never strike"
+        )
+    if fault.times is not None and not has_ledger:
+        raise ValueError(
+            f"a simulated fault with times={fault.times} needs a ledger that outlives the engine: set fault_ledger to a file, or "
+            "share a FaultLedger between the engines of one process"
+        )
+    if fault.action == "block" and not owns_process:
+        raise ValueError(
+            "the simulated fault 'block' would block this process, which is not the engine's own; use a ProcessHost, or 'hang'"
+        )
+
+
+def _fraction(key: str) -> float:
+    """A number from 0 up to, but not, 1 that is fixed by the key; uniform over keys."""
+    # 53 bits, the most that a float holds exactly: with 64 the division can round up to 1.
+    return (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 11) / 2**53
+
+
+def _block() -> NoReturn:
+    while True:
+        time.sleep(3600)  # the fault is that nothing else runs: C code that does not return looks like this
+
+
+def _warn(sentence: str) -> None:
+    from loguru import logger  # noqa: PLC0415 - a child process that tells stderr instead starts sooner without it
+
+    logger.warning("{}", sentence)
+
+
+def _tell_stderr(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()

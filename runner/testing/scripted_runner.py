@@ -1,0 +1,363 @@
+"""Ranks for the test of a planner: real runners, whose engine is scripted, and which deviate where the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from redis.asyncio import Redis
+
+from barrier import Clock, EpochId, Member, Settings, StoreUnavailable, TaskEntry, TaskOutcome
+from barrier.member import Event, PromiseOutcome
+from barrier.store import Store
+from barrier.testing import FakeStore, wait_until
+from runner.machine import Invalid, NotYet, Refusal, Stale
+from runner.messages import MalformedMessage, RejectionCode, RunnerStatus, StatusName, Task, TaskKind, decode_task
+from runner.runner import Runner
+from runner.testing.scripted_engine import TEXT, ScriptedEngine
+from runner.testing.scripted_host import ScriptedHost
+
+RankPhase: TypeAlias = Literal["connect", "load", "warm_up", "generate"]
+"""What a planner can ask of a rank's engine."""
+
+_KINDS: dict[RankPhase, TaskKind] = {
+    "connect": "ConnectToGroup",
+    "load": "LoadModel",
+    "warm_up": "StartWarmup",
+    "generate": "TextGeneration",
+}
+_REFUSALS: dict[RejectionCode, type[Refusal]] = {"NotYet": NotYet, "Stale": Stale, "Invalid": Invalid}
+
+_lives = itertools.count(1)
+
+
+@dataclass
+class _Deviation:
+    kind: TaskKind
+    refusal: Refusal | None
+    left: int | None
+
+    def applies(self, kind: TaskKind) -> bool:
+        if kind != self.kind or self.left == 0:
+            return False
+        if self.left is not None:
+            self.left -= 1
+        return True
+
+
+class ScriptedRunner:
+    """One rank in the test of a planner::
+
+        async with ScriptedRunner(store, "demo", 1, world_size=2) as runner:
+            runner.reject("load", times=2).fail("warm_up", "out of memory", permanent=True)
+            ...                                  # the planner under test does its work
+        assert runner.kinds == ["ConnectToGroup", "LoadModel", "LoadModel", "LoadModel", "StartWarmup"]
+
+    It is a real `runner.Runner` with a `ScriptedEngine` that succeeds at once: it claims its rank, promises, tears down, reports,
+    and judges every task as in production, so a planner that passes against it has passed against the protocol. What the
+    script says comes on top, once each unless told otherwise, and holds for all lives of the rank.
+
+    Args:
+        redis: a `FakeStore`, whose clock is then used and whose client is called ``rank <r>``, or a client, or a store.
+        group: the instance.
+        rank: which rank.
+        world_size: number of ranks, where this rank is configured with one.
+        digest: digest of the spec that it is configured for.
+        namespace: as the planner's.
+        settings: as the planner's.
+        clock: as the planner's.
+        node: name of its machine; ``node-<r>`` where not given.
+        text: what a generation yields, piece by piece.
+    """
+
+    def __init__(
+        self,
+        redis: FakeStore | Redis | Store,
+        group: str,
+        rank: int,
+        *,
+        world_size: int | None = None,
+        digest: str = "",
+        namespace: str = "rankgate",
+        settings: Settings | None = None,
+        clock: Clock | None = None,
+        node: str | None = None,
+        text: Sequence[str] = TEXT,
+    ) -> None:
+        if isinstance(redis, FakeStore):
+            clock = clock or redis.clock
+            redis = redis.client(f"rank {rank}")
+        self.engine = ScriptedEngine(auto=True, text=tuple(text))
+        """The engine of all its lives, to be scripted in more detail than here."""
+        self.rank = rank
+        self.received: list[Task] = []
+        """Every task that it has read from the log, of all its lives, also those that it refused or ignored."""
+        self._redis, self._group, self._clock = redis, group, clock
+        self._options: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world_size,
+            "digest": digest,
+            "namespace": namespace,
+            "settings": settings,
+            "clock": clock,
+            "node": f"node-{rank}" if node is None else node,
+        }
+        self._deviations: list[_Deviation] = []
+        self._running: asyncio.Task[None] | None = None
+        self._begin_life()
+
+    def _begin_life(self) -> None:
+        life = next(
+            _lives
+        )  # lives must sort after one another, and two of them may begin within one millisecond of a test
+        self._member = _MortalMember(self._redis, self._group, incarnation=f"{life:012x}{life:016x}", **self._options)
+        self.host = ScriptedHost(self.engine, rank=self.rank)
+        self._runner = _DeviatingRunner(self._member, self.host, clock=self._clock, script=self)
+
+    # --- the script ---------------------------------------------------------------------------------------------------
+
+    def reject(
+        self, phase: RankPhase, *, code: RejectionCode = "NotYet", hint: str = "", times: int | None = 1
+    ) -> ScriptedRunner:
+        """Refuse tasks of this phase that it would have accepted; ``times=None`` refuses all of them."""
+        sentence = hint or f"the test says that rank {self.rank} refuses {_KINDS[phase]}"
+        return self._deviate(phase, _REFUSALS[code](sentence), times)
+
+    def ignore(self, phase: RankPhase, *, times: int | None = 1) -> ScriptedRunner:
+        """Read tasks of this phase and neither do nor answer them, as a rank that hangs; ``times=None`` ignores all."""
+        return self._deviate(phase, None, times)
+
+    def fail(self, phase: RankPhase, error: str, *, permanent: bool = False, times: int | None = 1) -> ScriptedRunner:
+        """Accept, and fail at it: the task under way or the next; ``times=None`` fails all from now on."""
+        self.engine.fail(phase, error, permanent=permanent, times=times)
+        return self
+
+    def hold(self, *phases: RankPhase) -> ScriptedRunner:
+        """Accept, and be busy with it until `let`."""
+        self.engine.hold(*phases)
+        return self
+
+    def let(self, *phases: RankPhase) -> ScriptedRunner:
+        """Go on with what `hold` holds, and hold it no more; all phases where none is named."""
+        self.engine.release(*phases)
+        return self
+
+    def lose_engine(self, how: str = "was killed by the system (signal 9)") -> ScriptedRunner:
+        """The engine's process dies, whatever it is doing; the runner lives."""
+        self.host.die(how)
+        return self
+
+    def _deviate(self, phase: RankPhase, refusal: Refusal | None, times: int | None) -> ScriptedRunner:
+        if times is not None and times < 1:
+            raise ValueError(f"times is {times}; give a number above 0, or None for always")
+        self._deviations.append(_Deviation(_KINDS[phase], refusal, times))
+        return self
+
+    def next_deviation(self, task: Task) -> _Deviation | None:
+        """What the script says about a task that was read; counts it."""
+        return next((one for one in self._deviations if one.applies(task.kind)), None)
+
+    # --- its life -----------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> ScriptedRunner:
+        """Claim the rank and begin to serve."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Tear down, give the rank back, close."""
+        await self.stop()
+
+    async def start(self) -> None:
+        """Claim the rank and begin to serve; returns once it has said hello.
+
+        Raises:
+            RankTaken: another process keeps holding the rank.
+            StoreError: the store could not be reached.
+        """
+        if self._running is not None:
+            return
+        running = self._running = asyncio.create_task(self._runner.run(), name=f"scripted rank {self.rank}")
+        saying_hello = asyncio.ensure_future(self._member.said_hello.wait())
+        try:
+            await asyncio.wait((running, saying_hello), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            saying_hello.cancel()
+        if running.done() and not self._member.said_hello.is_set():
+            self._running = None
+            await self._member.close()
+            running.result()
+
+    async def stop(self) -> None:
+        """Leave as on SIGTERM: tear down and give the rank back. Does nothing for a rank that is gone."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        self._runner.stop()
+        try:
+            await running
+        finally:
+            await self._member.close()
+
+    async def die(self) -> None:
+        """End as on SIGKILL: nothing is written any more, and claim and report stay until the lease is over."""
+        running, self._running = self._running, None
+        self._member.die()
+        if running is not None:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        await self._member.close()
+
+    async def restart(self) -> None:
+        """Become a new incarnation. One that serves leaves first; one that died has to wait for its old claim to lapse."""
+        await self.stop()
+        self._begin_life()
+        await self.start()
+
+    # --- what the test sees -------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether it serves."""
+        return self._running is not None and not self._running.done()
+
+    @property
+    def incarnation(self) -> str:
+        """Its present life."""
+        return self._member.incarnation
+
+    @property
+    def status(self) -> RunnerStatus:
+        """Its status now, with progress or error where it has one."""
+        return self._runner.status
+
+    @property
+    def epoch(self) -> EpochId | None:
+        """The epoch that it has promised."""
+        return self._member.promised
+
+    @property
+    def outcomes(self) -> tuple[TaskOutcome, ...]:
+        """What became of its last few tasks, as its report says it."""
+        return self._member.report_now.outcomes
+
+    @property
+    def kinds(self) -> list[TaskKind]:
+        """The kinds of the tasks that it has read, in order."""
+        return [task.kind for task in self.received]
+
+    async def until(self, *statuses: StatusName) -> None:
+        """Wait until it is in one of these statuses.
+
+        Raises:
+            AssertionError: it was not within 5 real seconds.
+        """
+        await wait_until(
+            lambda: self.status.kind in statuses,
+            f"rank {self.rank}, which is {self.status.kind}, to be {' or '.join(statuses)}",
+        )
+
+
+class _DeviatingRunner(Runner):
+    """The real runner, except for the tasks that the script names."""
+
+    def __init__(self, member: Member, host: ScriptedHost, *, clock: Clock | None, script: ScriptedRunner) -> None:
+        super().__init__(member, host, clock=clock)
+        self._script = script
+
+    async def _receive(self, entry: TaskEntry) -> None:
+        try:
+            task = decode_task(entry.payload)
+        except MalformedMessage:
+            await super()._receive(entry)
+            return
+        self._script.received.append(task)
+        deviation = self._script.next_deviation(task)
+        if deviation is None:
+            await super()._receive(entry)
+        elif deviation.refusal is not None:
+            await self._reject(deviation.refusal, entry, task)
+
+
+class _MortalMember(Member):
+    """A rank's side of the barrier that can end as a killed process does."""
+
+    def __init__(self, redis: Redis | Store, group: str, **options: Any) -> None:  # noqa: ANN401  as Member
+        super().__init__(redis, group, **options)
+        self.said_hello = asyncio.Event()
+        self._dead = False
+
+    def die(self) -> None:
+        """From here on nothing leaves this process."""
+        self._dead = True
+
+    async def claim(self, *, timeout: float | None = None) -> int:  # noqa: ASYNC109  as Member
+        rank = await super().claim(timeout=timeout)
+        self.said_hello.set()
+        return rank
+
+    async def report(
+        self,
+        status: str | None = None,
+        *,
+        progress: tuple[int, int] | None = None,
+        error: str = "",
+        permanent: bool = False,
+        outcome: TaskOutcome | None = None,
+        events: Sequence[Event] = (),
+    ) -> None:
+        self._check_alive()
+        await super().report(
+            status, progress=progress, error=error, permanent=permanent, outcome=outcome, events=events
+        )
+
+    async def write_output(self, task_id: str, chunks: Iterable[bytes]) -> None:
+        self._check_alive()
+        await super().write_output(task_id, chunks)
+
+    async def promise(self, epoch: EpochId) -> PromiseOutcome:
+        self._check_alive()
+        return await super().promise(epoch)
+
+    async def leave(self) -> None:
+        if not self._dead:
+            await super().leave()
+
+    def _check_alive(self) -> None:
+        if self._dead:
+            raise StoreUnavailable("this process was killed")
+
+
+@asynccontextmanager
+async def scripted_runners(
+    redis: FakeStore | Redis | Store,
+    group: str,
+    world_size: int,
+    *,
+    digest: str = "",
+    namespace: str = "rankgate",
+    settings: Settings | None = None,
+    clock: Clock | None = None,
+) -> AsyncGenerator[list[ScriptedRunner]]:
+    """All ranks of an instance, serving; they leave at the end. See `ScriptedRunner`."""
+    async with AsyncExitStack() as stack:
+        ranks = [
+            ScriptedRunner(
+                redis,
+                group,
+                rank,
+                world_size=world_size,
+                digest=digest,
+                namespace=namespace,
+                settings=settings,
+                clock=clock,
+            )
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            await stack.enter_async_context(rank)
+        yield ranks
