@@ -3,9 +3,15 @@
 A task out of state gets a structured refusal, and the process lives on.
 """
 
-from runner.engine import Engine, EngineDied, EngineFailure, EngineGroup, GenerationRequest
-from runner.host import EngineHost, EngineSpec, InlineHost, ProcessHost
-from runner.runner import Runner
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runner.engine import Engine, EngineDied, EngineFailure, EngineGroup, GenerationRequest
+    from runner.host import EngineHost, EngineSpec, InlineHost, ProcessHost
+    from runner.runner import Runner
 
 __all__ = [
     "Engine",
@@ -19,3 +25,14 @@ __all__ = [
     "ProcessHost",
     "Runner",
 ]
+
+_HOME = dict.fromkeys(("EngineHost", "EngineSpec", "InlineHost", "ProcessHost"), "runner.host") | {
+    "Runner": "runner.runner"
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
+    """Import what is asked for, when it is asked for: an engine's own process imports this package, and needs no store."""
+    if name not in __all__:
+        raise AttributeError(f"module 'runner' has no attribute {name!r}")
+    return getattr(import_module(_HOME.get(name, "runner.engine")), name)

@@ -123,9 +123,7 @@ class FaultLedger:
         if self.path is None:
             self._strikes[rank, fault] += 1
             return
-        with self.path.open(
-            "a", encoding="ascii"
-        ) as file:  # one short write in append mode: ranks may share the file
+        with self.path.open("a", encoding="ascii") as file:  # one short write in append mode: ranks may share the file
             file.write(f"{rank} {fault}\n")
 
     def strikes(self) -> Counter[tuple[int, int]]:
@@ -144,8 +142,9 @@ class SimulatedEngine:
 
     Args:
         config: delays and faults.
-        rank: this engine's rank, 0 to world_size - 1; `connect` refuses a group in which it has another.
-        world_size: number of ranks; with one, `load` needs no `connect`.
+        rank: this engine's rank, 0 to world_size - 1; `connect` refuses a group in which it has another. ``None`` takes what
+            `connect` says, and without a `connect` the engine is alone in its world.
+        world_size: number of ranks; with one, `load` needs no `connect`. ``None`` as for `rank`.
         sleep: waits that many seconds; tests pass one that only takes note.
         ledger: counts the strikes of faults; by default one on the configuration's file.
         owns_process: whether this process is the engine's own, so that it may kill or block it.
@@ -160,26 +159,24 @@ class SimulatedEngine:
         self,
         config: SimulatedConfig,
         *,
-        rank: int,
-        world_size: int,
+        rank: int | None = None,
+        world_size: int | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         ledger: FaultLedger | None = None,
         owns_process: bool = False,
         report: Callable[[str], None] | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(
-                f"rank {rank} does not exist in a world of {world_size}; ranks are 0 to {world_size - 1}"
-            )
+        if (rank is None) != (world_size is None):
+            raise ValueError(f"rank is {rank} and world_size is {world_size}; give both or neither")
+        if rank is not None and world_size is not None and not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist in a world of {world_size}; ranks are 0 to {world_size - 1}")
         if ledger is None and config.fault_ledger is not None:
             ledger = FaultLedger(config.fault_ledger)
         for fault in config.faults:
-            _check_fault(
-                fault, world_size=world_size, has_ledger=ledger is not None, owns_process=owns_process
-            )
+            _check_fault(fault, world_size=world_size, has_ledger=ledger is not None, owns_process=owns_process)
         self._config = config
-        self._rank = rank
-        self._world_size = world_size
+        self._place = None if rank is None or world_size is None else (rank, world_size)
+        self._rank, self._world_size = self._place or (0, 1)
         self._sleep = sleep
         self._ledger = ledger or FaultLedger()
         self._owns_process = owns_process
@@ -196,7 +193,7 @@ class SimulatedEngine:
             EngineFailure: connected already, closed, or a group in which this engine has another rank or size.
         """
         self._check_open("connect")
-        if (group.rank, group.world_size) != (self._rank, self._world_size):
+        if self._place is not None and (group.rank, group.world_size) != self._place:
             raise EngineFailure(
                 f"connect names rank {group.rank} of {group.world_size}, but this simulated engine was made as "
                 f"rank {self._rank} of {self._world_size}",
@@ -204,6 +201,7 @@ class SimulatedEngine:
             )
         if self._connected:
             raise self._out_of_order("connect", "the engine is in a group already")
+        self._rank, self._world_size = group.rank, group.world_size
         await self._strike("connect")
         await self._pause("connect", self._config.connect_seconds)
         self._connected = True
@@ -320,13 +318,12 @@ def simulated_text(seed: int, model_id: str, prompt: str, max_tokens: int) -> li
     key = json.dumps([seed, model_id, prompt_hash, max_tokens])
     length = _SHORTEST_TEXT + int(_fraction(key) * (_LONGEST_TEXT - _SHORTEST_TEXT + 1))
     words = (
-        f" {_WORDS[int(_fraction(f'{key} {index}') * len(_WORDS))]}"
-        for index in range(1, min(length, max_tokens))
+        f" {_WORDS[int(_fraction(f'{key} {index}') * len(_WORDS))]}" for index in range(1, min(length, max_tokens))
     )
     return [MARK, *words]
 
 
-def simulated_spec(config: SimulatedConfig, *, rank: int, world_size: int) -> EngineSpec:
+def simulated_spec(config: SimulatedConfig, *, rank: int | None = None, world_size: int | None = None) -> EngineSpec:
     """What a `ProcessHost` needs to run this engine as one rank.
 
     Raises:
@@ -360,12 +357,12 @@ class _OwnProcess(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     config: SimulatedConfig
-    rank: int
-    world_size: int
+    rank: int | None = None
+    world_size: int | None = None
 
 
-def _check_fault(fault: SimulatedFault, *, world_size: int, has_ledger: bool, owns_process: bool) -> None:
-    if fault.rank is not None and fault.rank >= world_size:
+def _check_fault(fault: SimulatedFault, *, world_size: int | None, has_ledger: bool, owns_process: bool) -> None:
+    if fault.rank is not None and world_size is not None and fault.rank >= world_size:
         raise ValueError(
             f"a simulated fault names rank {fault.rank}, which does not exist in a world of {world_size}; it would never strike"
         )

@@ -128,6 +128,13 @@ class ScriptedEngine:
         self._tell()
         return self
 
+    def forget(self) -> ScriptedEngine:
+        """Take back every order that no call has followed yet, and failures that were to last."""
+        for orders in self._orders.values():
+            orders.clear()
+        self._always.clear()
+        return self
+
     # --- what the test sees -------------------------------------------------------------------------------------------
 
     def active(self, phase: Phase) -> bool:

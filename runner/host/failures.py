@@ -1,0 +1,104 @@
+"""What an engine raised, as a sentence that is fit for a status and a log: it never quotes a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runner.engine import EngineDied, EngineFailure
+from runner.host.work import Work
+
+if TYPE_CHECKING:
+    from loguru import Logger
+
+
+MAX_FAILURE_CHARS = 1_900
+"""The longest failure sentence, in characters: it has to fit into a runner's Failed status, which holds 2,000."""
+
+_TRACEBACK_CHARS = 4_000
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What an engine raised, without the prompt: no object of the engine's leaves its process."""
+
+    sentence: str
+    permanent: bool
+    traceback_tail: str
+
+    @classmethod
+    def of(cls, error: BaseException, work: Work, rank: int) -> Failure:
+        """Describe what was raised while an engine did some work."""
+        sentence = sentence_of(error)
+        if type(error) not in (EngineFailure, EngineDied):
+            sentence = f"engine of rank {rank} failed while {work.doing}: {sentence}"
+        return cls(
+            sentence=without_prompt(sentence, work.prompt)[:MAX_FAILURE_CHARS],
+            permanent=is_permanent(error),
+            traceback_tail=without_prompt("".join(traceback.format_exception(error)), work.prompt)[-_TRACEBACK_CHARS:],
+        )
+
+    def as_exception(self) -> EngineFailure:
+        """As the runner sees it."""
+        return EngineFailure(self.sentence, permanent=self.permanent)
+
+    def log(self, rank: int, work: Work) -> None:
+        """Leave the end of the traceback in the log, at debug level."""
+        engine_log().debug(
+            "engine of rank {} failed while {}; traceback ends:\n{}", rank, work.doing, self.traceback_tail
+        )
+
+
+def sentence_of(error: BaseException) -> str:
+    """What was raised, in one sentence; an engine's own failures speak for themselves."""
+    text = str(error)
+    if type(error) in (EngineFailure, EngineDied) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether trying again cannot help."""
+    return isinstance(error, EngineFailure) and error.permanent
+
+
+def was_cancelled(error: BaseException) -> bool:
+    """Whether the running task was asked to stop; an engine may also raise CancelledError of its own accord."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+_RUN = 12
+
+
+def without_prompt(text: str, prompt: str) -> str:
+    """Put ``<prompt>`` in the place of every part of the prompt in a text that goes to a log or a status.
+
+    A part is any run of 12 characters or more that the prompt holds, as it is or escaped as Python's ``repr`` or JSON do. A
+    prompt that is shorter than that is replaced as a whole, where no letter or digit adjoins it.
+    """
+    forms = {prompt, repr(prompt)[1:-1], json.dumps(prompt)[1:-1]}
+    for form in (form.strip() for form in forms if len(form) < _RUN):
+        if form:
+            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "<prompt>", text)
+    # Linear in both lengths, since an exception's text can hold the whole of a long prompt.
+    runs = {form[at : at + _RUN] for form in forms for at in range(len(form) - _RUN + 1)}
+    parts: list[str] = []
+    kept_to = 0
+    for at in range(len(text) - _RUN + 1):
+        if text[at : at + _RUN] in runs:
+            if at > kept_to or not parts:
+                parts += [text[kept_to:at], "<prompt>"]
+            kept_to = at + _RUN
+    return "".join(parts) + text[kept_to:]
+
+
+def engine_log() -> Logger:
+    """The log, imported when it is first needed."""
+    from loguru import logger  # noqa: PLC0415 - the child shares this module, never logs, and starts sooner without it
+
+    return logger

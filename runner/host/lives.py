@@ -1,0 +1,308 @@
+"""What both hosts share: one call at a time, one engine's life at a time, and the tidying between them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import cast
+
+from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
+from runner.host.contract import PROGRESS_WINDOW
+from runner.host.failures import MAX_FAILURE_CHARS, engine_log, is_permanent, sentence_of
+from runner.host.work import Value, Work
+from runner.messages import ModelSpec
+
+
+class Call:
+    """One call under way: values pass from whoever does the work to the one who awaits it."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.on_taken: Callable[[], None] = lambda: None
+        self.over = False
+        self._failure: EngineFailure | None = None
+        self._values: deque[Value] = deque(maxlen=PROGRESS_WINDOW if work.name == "load" else None)
+        self._news = asyncio.Event()
+
+    def put(self, value: Value) -> None:
+        """Add a value for the consumer."""
+        if not self.over:
+            self._values.append(value)
+            self._news.set()
+
+    def finish(self, failure: EngineFailure | None = None) -> None:
+        """End the call; the first end counts. Values that came before it are still handed out."""
+        if not self.over:
+            self.over = True
+            self._failure = failure
+            self._news.set()
+
+    async def take(self) -> Value | None:
+        """Take the next value; None at the end. Raises the failure that ended the call."""
+        while not self._values:
+            if self.over:
+                if self._failure is not None:
+                    raise self._failure
+                return None
+            self._news.clear()
+            await self._news.wait()
+        value = self._values.popleft()
+        self.on_taken()
+        return value
+
+    async def wait_over(self) -> None:
+        """Wait for the end and throw the values away as they come, unacknowledged: nobody wants them any more."""
+        while not self.over:
+            self._values.clear()
+            self._news.clear()
+            await self._news.wait()
+
+
+class Life(ABC):
+    """One incarnation of an engine. Everything but `start` returns at once."""
+
+    def __init__(self, on_gone: Callable[[Life], None]) -> None:
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._on_gone = on_gone
+
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """The process that the engine has for itself, if it has one."""
+        ...
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Start; raises if that is not possible."""
+
+    @abstractmethod
+    def begin(self, call: Call) -> None:
+        """Take up a call; a failure to do so is the call's failure."""
+
+    @abstractmethod
+    def cancel(self, call: Call) -> None:
+        """Ask for the end of that call; it ends soon, or never."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ask for the end of the engine; it is gone soon, or never."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End the engine; idempotent."""
+
+    @abstractmethod
+    def death(self, doing: str) -> EngineDied:
+        """Say how the engine ended, once it is gone."""
+
+    def _is_gone(self) -> None:
+        if not self.gone.done():
+            self.gone.set_result(None)
+            self._on_gone(self)
+
+
+class BaseHost(ABC):
+    """The contract of `EngineHost`, for any kind of `Life`."""
+
+    def __init__(self, *, rank: int, grace_seconds: float) -> None:
+        if rank < 0:
+            raise ValueError(f"rank {rank} is negative; ranks are counted from 0")
+        if not (math.isfinite(grace_seconds) and grace_seconds > 0):
+            raise ValueError(f"grace_seconds is {grace_seconds}; it must be a finite number of seconds above 0")
+        self._rank = rank
+        self._grace_seconds = grace_seconds
+        self._life: Life | None = None
+        self._ending: set[Life] = set()
+        self._call: Call | None = None
+        self._tidying: asyncio.Task[None] | None = None
+        self._last_death: EngineDied | None = None
+        self._watchers: set[asyncio.Future[EngineDied]] = set()
+
+    @abstractmethod
+    def _new_life(self) -> Life: ...
+
+    @property
+    def pid(self) -> int | None:
+        """See `EngineHost`."""
+        return self._life.pid if self._life is not None else None
+
+    async def connect(self, group: EngineGroup) -> None:
+        """See `EngineHost`."""
+        await self._run(Work("connect", group))
+
+    def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
+        """See `EngineHost`."""
+        return cast("AsyncGenerator[int, None]", self._values(Work("load", model)))
+
+    async def warm_up(self) -> None:
+        """See `EngineHost`."""
+        await self._run(Work("warm_up"))
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
+        """See `EngineHost`."""
+        return cast("AsyncGenerator[str, None]", self._values(Work("generate", request)))
+
+    async def died(self) -> EngineDied:
+        """See `EngineHost`."""
+        if self._last_death is not None:
+            return self._last_death
+        watcher: asyncio.Future[EngineDied] = asyncio.get_running_loop().create_future()
+        self._watchers.add(watcher)
+        try:
+            return await watcher
+        finally:
+            self._watchers.discard(watcher)
+
+    async def kill(self) -> None:
+        """See `EngineHost`."""
+        self._end("was killed on request")
+        await self._until_gone()
+
+    async def close(self) -> None:
+        """See `EngineHost`."""
+        life = self._part_with("was closed on request")
+        if life is not None:
+            try:
+                life.close()
+                if not (await asyncio.wait({life.gone}, timeout=self._grace_seconds))[0]:
+                    engine_log().warning(
+                        "engine of rank {} has not closed in {} s and is killed",
+                        self._rank,
+                        self._grace_seconds,
+                    )
+            finally:
+                life.kill()
+        await self._until_gone()
+
+    async def _run(self, work: Work) -> None:
+        async with aclosing(self._values(work)) as values:
+            async for _ in values:
+                pass
+
+    async def _values(self, work: Work) -> AsyncGenerator[Value, None]:
+        await self._settle()
+        if (busy := self._active_call()) is not None:
+            raise EngineFailure(
+                f"engine of rank {self._rank} cannot start {work.doing}: it is still {busy.work.doing}, and calls "
+                "come one at a time (close an unfinished load or generate first)"
+            )
+        call = self._call = Call(work)
+        try:
+            await self._hand_over(call)
+            while (value := await call.take()) is not None:
+                yield value
+        finally:
+            try:
+                if not call.over:
+                    await self._abandon(call)
+            finally:
+                # One that is not over yet is still being tidied up after, and its end concerns the engine.
+                if self._call is call and call.over:
+                    self._call = None
+
+    def _active_call(self) -> Call | None:
+        return self._call if self._call is not None and not self._call.over else None
+
+    async def _hand_over(self, call: Call) -> None:
+        life = self._life
+        if life is None:
+            if not call.work.starts_engine:
+                call.finish(self._no_engine(call.work))
+                return
+            self._last_death = None
+            try:
+                life = self._life = self._new_life()
+                await life.start()
+            except Exception as error:  # noqa: BLE001 - whatever keeps a foreign engine from starting is one failed task
+                failure = EngineFailure(
+                    f"engine of rank {self._rank} cannot be started: {sentence_of(error)}"[:MAX_FAILURE_CHARS],
+                    permanent=is_permanent(error),
+                )
+                failure.__cause__ = error
+                call.finish(failure)
+                # It never lived, so nothing of it is waited for.
+                if (life := self._part_with("could not be started")) is not None:
+                    self._ending.discard(life)
+                return
+        life.begin(call)
+
+    def _no_engine(self, work: Work) -> EngineFailure:
+        if self._last_death is not None:
+            return EngineDied(str(self._last_death))
+        return EngineFailure(
+            f"no engine of rank {self._rank} is running, so it cannot start {work.doing}: connect or load first"
+        )
+
+    async def _abandon(self, call: Call) -> None:
+        if call.work.name != "generate":
+            self._end("was killed because its caller gave up")
+        # A task of its own, so that a second cancellation (anyio's scopes repeat theirs) ends the waiting, not the tidying.
+        self._tidying = asyncio.create_task(self._tidy(call))
+        await asyncio.shield(self._tidying)
+
+    async def _tidy(self, call: Call) -> None:
+        life = self._life
+        if life is not None and not call.over:
+            life.cancel(call)
+            try:
+                await asyncio.wait_for(call.wait_over(), self._grace_seconds)
+            except TimeoutError:
+                if self._life is life:
+                    engine_log().warning(
+                        "engine of rank {} had not stopped a cancelled generation within {} s and is killed",
+                        self._rank,
+                        self._grace_seconds,
+                    )
+                    self._end("was killed because it did not stop a cancelled generation")
+        await self._until_gone()
+
+    async def _settle(self) -> None:
+        if self._tidying is not None:
+            await asyncio.wait({self._tidying})
+        await self._until_gone()
+
+    async def _until_gone(self) -> None:
+        ending = set(self._ending)
+        if ending:
+            await asyncio.wait({life.gone for life in ending}, timeout=self._grace_seconds)
+        for life in ending & self._ending:
+            engine_log().error(
+                "engine of rank {} (pid {}) is not gone after {} s; given up",
+                self._rank,
+                life.pid,
+                self._grace_seconds,
+            )
+            self._ending.discard(life)
+
+    def _end(self, how: str) -> None:
+        self._part_with(how)
+        for life in tuple(self._ending):  # an engine that is gone at once takes itself off the set
+            life.kill()
+
+    def _part_with(self, how: str) -> Life | None:
+        """Take the engine off the host and end the call under way; from here on its end is expected."""
+        life, self._life = self._life, None
+        self._last_death = None
+        if life is not None and not life.gone.done():
+            self._ending.add(life)
+        if (call := self._active_call()) is not None:
+            call.finish(EngineDied(f"engine of rank {self._rank} {how} while {call.work.doing}"))
+        return life
+
+    def _gone(self, life: Life) -> None:
+        self._ending.discard(life)
+        if life is not self._life:
+            return
+        self._life = None
+        call = self._active_call()
+        death = self._last_death = life.death(call.work.doing if call is not None else "idle")
+        engine_log().warning("{}", death)
+        if call is not None:
+            call.finish(death)
+        for watcher in self._watchers:
+            if not watcher.done():
+                watcher.set_result(death)
