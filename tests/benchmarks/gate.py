@@ -1,0 +1,252 @@
+"""From the last arrival to every runner's hands, and the two floors that it is measured against."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis.asyncio import Redis
+
+from barrier import (
+    Barrier,
+    EpochId,
+    Member,
+    Promised,
+    Released,
+    Requirement,
+    Snapshot,
+    Store,
+    TaskEntry,
+    Verdict,
+    Wake,
+    connect,
+)
+from barrier.outcomes import ReleaseOutcome
+from tests.benchmarks.group import PATIENCE, Absent, Readers, load_task, now, open_epoch, readers
+from tests.benchmarks.readers import SETTINGS
+from tests.benchmarks.stats import Samples
+
+STEPS_PER_EPOCH = 20
+
+
+@dataclass
+class GateFigures:
+    """What was measured at one world size. Times of the path count from the start of the last rank's `Member.report`.
+
+    Attributes:
+        world_size: number of ranks.
+        readers: how many of them read the log; with none, nobody but the server and the planner has work to do.
+        ping: floor: an idle round trip.
+        push: floor: one client's XADD until another client's blocked XREAD returns, both in this process.
+        plain_push: the same with the client as redis-py makes it by default.
+        woken: until the planner's wait came back.
+        committed: until the planner has the answer that the task is in the log.
+        first_hands: until the first runner has the task.
+        all_hands: until the last one has.
+    """
+
+    world_size: int
+    readers: int
+    ping: Samples = field(default_factory=Samples)
+    push: Samples = field(default_factory=Samples)
+    plain_push: Samples = field(default_factory=Samples)
+    woken: Samples = field(default_factory=Samples)
+    committed: Samples = field(default_factory=Samples)
+    first_hands: Samples = field(default_factory=Samples)
+    all_hands: Samples = field(default_factory=Samples)
+
+    def as_json(self) -> dict[str, Any]:
+        samples = {name: value for name, value in vars(self).items() if isinstance(value, Samples) and value.seconds}
+        return {
+            "world_size": self.world_size,
+            "readers": self.readers,
+            **{name: value.as_json() for name, value in samples.items()},
+            "in_push_floors": {
+                name: {"p50": round(value.p50 / self.push.p50, 2), "p99": round(value.p99 / self.push.p99, 2)}
+                for name, value in samples.items()
+            },
+            "in_ping_floors": {
+                name: {"p50": round(value.p50 / self.ping.p50, 2), "p99": round(value.p99 / self.ping.p99, 2)}
+                for name, value in samples.items()
+            },
+        }
+
+
+class TimedBarrier(Barrier):
+    """Notes when `release` begins to wait, and when it was woken."""
+
+    def __init__(self, store: Store, group: str, world_size: int) -> None:
+        super().__init__(store, group, world_size=world_size)
+        self.waiting = asyncio.Event()
+        self.woken_at = 0.0
+        self.wakes: list[Wake] = []
+
+    async def watch(
+        self, snapshot: Snapshot, requirement: Requirement, seconds: float, *, any_change: bool = False
+    ) -> Wake:
+        self.waiting.set()
+        wake = await super().watch(snapshot, requirement, seconds, any_change=any_change)
+        self.woken_at = now()
+        self.wakes.append(wake)
+        return wake
+
+
+class Push:
+    """The push floor: one client's XADD until another client's blocked XREAD returns."""
+
+    def __init__(self, writer: Any, reader: Any, key: str, store: Store) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._key = key
+        self._store = store
+        self._cursor = "0-0"
+
+    async def measure(self, blocked: int) -> float:
+        """In seconds. `blocked`: how many clients the server holds already."""
+        reading = asyncio.create_task(self._read())
+        await until_blocked(self._store, blocked + 1)
+        started = now()
+        await self._writer.xadd(self._key, {"kind": "report"}, maxlen=100)
+        return await reading - started
+
+    async def _read(self) -> float:
+        reply: Any = await self._reader.xread({self._key: self._cursor}, count=100, block=5_000)
+        at = now()
+        [(_, entries)] = reply
+        self._cursor = entries[-1][0].decode()
+        return at
+
+
+async def until_blocked(store: Store, clients: int) -> None:
+    """Until the server itself says that so many clients are blocked, so that a wake-up is measured and not a read."""
+    deadline = now() + PATIENCE
+    while True:
+        found = (await store.commands.info("clients"))["blocked_clients"]
+        if found == clients:
+            return
+        if now() > deadline:
+            raise AssertionError(f"waited {PATIENCE:g} s for {clients} blocked clients; the server says {found}")
+
+
+class GateBench:
+    """One group on one server, whose last rank arrives again and again."""
+
+    def __init__(self, figures: GateFigures, barrier: TimedBarrier, last: Member, children: Readers | None) -> None:
+        self.figures = figures
+        self._barrier = barrier
+        self._last = last
+        self._children = children
+        self._hands: asyncio.Queue[tuple[str, float]] = asyncio.Queue()
+        self._floors: list[tuple[Samples, Push]] = []
+
+    def add_floor(self, samples: Samples, push: Push) -> None:
+        self._floors.append((samples, push))
+
+    async def follow(self) -> None:
+        """The last rank's own end of the log."""
+        async with aclosing(self._last.tasks()) as entries:  # pyright: ignore[reportArgumentType]  it is a generator
+            async for entry in entries:
+                if isinstance(entry, TaskEntry):
+                    self._hands.put_nowait((str(entry.id), now()))
+
+    async def arrive(self, epoch: EpochId, step: str) -> None:
+        """The floors first, then one last arrival, so that whatever else the machine does meets both alike."""
+        barrier, figures = self._barrier, self.figures
+        await self._last.report("Connecting")
+        barrier.waiting.clear()
+        barrier.wakes.clear()
+        releasing = asyncio.create_task(self._release(epoch, step))
+        await barrier.waiting.wait()
+        blocked = figures.readers + 1  # everybody's log, and the planner's wake-ups
+        await until_blocked(barrier.store, blocked)
+        await self._floors[0][1].measure(blocked)  # the first push after a look at all reports finds everything cold
+        for samples, push in self._floors:
+            samples.add(await push.measure(blocked))
+        started = now()
+        await barrier.store.commands.ping()
+        figures.ping.add(now() - started)
+
+        started = now()
+        await self._last.report("Connected")
+        outcome, committed_at = await releasing
+        assert isinstance(outcome, Released), outcome
+        assert outcome.id is not None
+        assert barrier.wakes == [Wake.COMPLETE], f"one arrival was one push, and nothing else: {barrier.wakes}"
+        figures.woken.add(barrier.woken_at - started)
+        figures.committed.add(committed_at - started)
+        if figures.readers:
+            received = await self._received(str(outcome.id))
+            figures.first_hands.add(min(received) - started)
+            figures.all_hands.add(max(received) - started)
+
+    async def _release(self, epoch: EpochId, step: str) -> tuple[ReleaseOutcome, float]:
+        payload = load_task(self._barrier.keys.group, epoch, step)
+        outcome = await self._barrier.release(epoch, step, payload, "Connected", timeout=PATIENCE)
+        return outcome, now()
+
+    async def _received(self, task: str) -> list[float]:
+        async with asyncio.timeout(PATIENCE):
+            own, own_at = await self._hands.get()
+        assert own == task, f"dispatched was {task}, the last rank read {own}"
+        received = [own_at]
+        if self._children is not None:
+            received += await self._children.told("task", task)
+        assert len(received) == self.figures.readers, "every reader has it, once"
+        return received
+
+
+async def measure_gate(url: str, world_size: int, *, with_readers: int, samples: int) -> GateFigures:
+    """Let the last of `world_size` ranks arrive `samples` times, a few times in each epoch.
+
+    With readers, the last rank reads the log in this process and ``with_readers - 1`` others in one other process.
+    """
+    group = f"gate-{world_size}-{with_readers}"
+    figures = GateFigures(world_size, with_readers)
+    async with AsyncExitStack() as stack:
+
+        async def closing(thing: Any, close: Callable[[Any], Any]) -> Any:
+            stack.push_async_callback(close, thing)
+            return thing
+
+        store: Store = await closing(await connect(url, settings=SETTINGS), Store.close)
+        last_store: Store = await closing(await connect(url, settings=SETTINGS), Store.close)
+        barrier = TimedBarrier(store, group, world_size)
+        stack.push_async_callback(barrier.close)
+        others = max(with_readers - 1, 0)
+        children = None
+        if others:
+            children = await stack.enter_async_context(readers(url, group, range(others), world_size))
+        last = Member(last_store, group, rank=world_size - 1, world_size=world_size, node="node-last")
+        await last.claim()
+        absent = Absent(store, barrier, range(others, world_size - 1), world_size)
+        await absent.report("Idle", None)
+
+        bench = GateBench(figures, barrier, last, children)
+        untyped: Any = Redis
+        key = f"{{bench:{group}}}"
+        reader = await closing(store.reader(), Redis.aclose)
+        bench.add_floor(figures.push, Push(store.commands, reader, f"{key}:push", store))
+        plain_writer = await closing(untyped.from_url(url), Redis.aclose)
+        plain_reader = await closing(untyped.from_url(url), Redis.aclose)
+        bench.add_floor(figures.plain_push, Push(plain_writer, plain_reader, f"{key}:plain", store))
+        if with_readers:
+            following = asyncio.create_task(bench.follow())
+            stack.push_async_callback(asyncio.gather, following, return_exceptions=True)
+            stack.callback(following.cancel)
+
+        for first in range(0, samples, STEPS_PER_EPOCH):
+            epoch = await open_epoch(barrier)
+            await absent.report("Connected", epoch)
+            last.retire()
+            assert isinstance(await last.promise(epoch), Promised)
+            if children is not None:
+                await children.told("arrived", str(epoch))
+            gc.collect()
+            for step in range(min(STEPS_PER_EPOCH, samples - first)):
+                await bench.arrive(epoch, f"load {step}")
+            await barrier.conclude(epoch, Verdict.stopped("the benchmark goes on"))
+    return figures
