@@ -1,0 +1,480 @@
+"""The commands and their options. What a command does is in the other modules, which are imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib import metadata
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+
+from barrier import InvalidSettings, Settings
+from barrier.errors import RankgateError
+from planner.cli.options import (
+    DEFAULT_NAMESPACE,
+    POSITIVE,
+    AnyName,
+    CommandTimeout,
+    Heartbeat,
+    HoldBack,
+    Layers,
+    Lease,
+    MaxTokens,
+    Model,
+    Name,
+    NameOption,
+    Namespace,
+    Quiet,
+    Redis,
+    Verbose,
+    WorldSize,
+    between,
+    held_back,
+    needed_url,
+    rank_range,
+    text_or_file,
+    times,
+)
+from planner.cli.process import complain, configure_log, log_level, run
+from planner.spec import InstanceSpec, Policy
+from runner.messages import ModelSpec
+
+_PROMPT = "Why do all ranks have to wait for one another?"
+_MOST_PROCESSES = 128
+_UP_TIMES = Settings(lease=3.0, heartbeat=0.5)  # shorter than usual, so that one sees the layers move
+
+app = typer.Typer(
+    name="rankgate",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it fits into 80 columns, and [brackets] stay
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Brings up model instances that are split over several ranks: no rank is told to load before every rank is connected.",
+)
+
+# typer exports this subclass of what its parser raises, and where that lives differs between its versions.
+_USAGE_ERROR: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
+
+
+def run_app(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code. A wrong option is one sentence on stderr."""
+    if not arguments:
+        run_app(["--help"])
+        return 2
+    try:
+        return int(app(arguments, prog_name="rankgate", standalone_mode=False) or 0)
+    except typer.Abort:
+        return 130
+    except RankgateError as error:  # what several options mean together is no good
+        complain(str(error))
+        return 2
+    except _USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        path = getattr(context, "command_path", "rankgate")
+        sentence = error.format_message().removeprefix("Invalid value: ").rstrip(".")
+        complain(f"{sentence}. See {path} --help")
+        return 2
+
+
+def _finish(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            number = metadata.version("rankgate")
+        except metadata.PackageNotFoundError:
+            number = "(not installed: running from a checkout)"
+        print(f"rankgate {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(short_help="Bring everything up on this machine and generate a text.")
+def up(
+    world_size: WorldSize,
+    redis: Redis = None,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to generate a text from.")] = _PROMPT,
+    instance: NameOption = "demo",
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    model: Model = "simulated",
+    layers: Layers = 16,
+    hold_back: HoldBack = None,
+    ranks_per_process: Annotated[
+        int,
+        typer.Option(
+            "--ranks-per-process",
+            callback=between(1),
+            metavar="K",
+            help="1: every rank is a process, with its engine in a child. More: so many ranks share a process, engines included.",
+        ),
+    ] = 1,
+    lease: Lease = _UP_TIMES.lease,
+    heartbeat: Heartbeat = None,
+    command_timeout: CommandTimeout = None,
+    max_tokens: MaxTokens = 64,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long the text may take."),
+    ] = 120.0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="All simulated delays and texts follow from it.")
+    ] = 0,
+    engine_config: Annotated[
+        str,
+        typer.Option(
+            "--engine-config",
+            metavar="JSON",
+            help="The simulated engines' delays and faults; @FILE reads it from a file.",
+        ),
+    ] = "{}",
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up after the text, until Ctrl-C.")] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Start server, runners and planner on this machine, generate a text, and leave no process behind.
+
+    Without --redis an embedded Valkey is started. The engines are simulated. While it runs, a table shows every rank and what
+    the barrier waits for; where stdout is no terminal, one line a change. Then it tells where the time went, and what an
+    independent look at the event history says. Exit code 0 if a text came out and no promise was broken.
+    """
+    from planner.cli import up as cluster  # noqa: PLC0415 - other commands start sooner without it
+    from planner.cli.runner_process import EngineChoice  # noqa: PLC0415 - the same
+
+    processes = -(-world_size // ranks_per_process)
+    if processes > _MOST_PROCESSES:
+        raise typer.BadParameter(
+            f"this would start {processes:,} runner processes, and at most {_MOST_PROCESSES} are started on one machine: "
+            f"pass --ranks-per-process {-(-world_size // _MOST_PROCESSES)} or more"
+        )
+    late = _held_back_from_connecting(hold_back, range(world_size))
+    engines = {"seed": seed, **_json_object("--engine-config", text_or_file(engine_config))}
+    EngineChoice(config=engines, hold_back=late).host(
+        0, world_size
+    )  # what is wrong with it is said before anything starts
+    options = cluster.UpOptions(
+        spec=_spec(instance, world_size, model, layers),
+        url=redis or None,
+        namespace=namespace,
+        settings=times(lease, heartbeat, command_timeout, usual=_UP_TIMES),
+        prompt=prompt,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        hold_back=late,
+        ranks_per_process=ranks_per_process,
+        engine_config=engines,
+        keep=keep,
+        level=log_level(verbose, quiet, "WARNING"),
+    )
+    _finish(run(lambda interrupts: cluster.up(options, interrupts), exit_at_sigterm=143))
+
+
+@app.command(short_help="Run one rank of an instance, or several.")
+def runner(
+    instance: NameOption,
+    rank: Annotated[
+        int | None, typer.Option("--rank", callback=between(0), metavar="R", help="Which rank this is.")
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            "--world-size",
+            callback=between(1),
+            metavar="N",
+            help="Number of ranks. Without --rank and --ranks, any free one is taken.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option("--ranks", metavar="A-B", help="Several ranks, both included, in this process.")
+    ] = None,
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", metavar="NAME", help="simulated, or module:factory of a callable that returns a runner.Engine."
+        ),
+    ] = "simulated",
+    engine_config: Annotated[
+        str,
+        typer.Option("--engine-config", metavar="JSON", help="The engine's configuration; @FILE reads it from a file."),
+    ] = "{}",
+    inline_engine: Annotated[
+        bool,
+        typer.Option(
+            "--inline-engine", help="Keep the engine in this process, where it cannot be killed if it blocks."
+        ),
+    ] = False,
+    hold_back: HoldBack = None,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="NAME", help="This machine, for people; its host name by default.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option("--address", metavar="HOST:PORT", help="Where this rank could coordinate the collective.")
+    ] = "",
+    lease: Lease = None,
+    heartbeat: Heartbeat = None,
+    command_timeout: CommandTimeout = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    log: Annotated[str | None, typer.Option("--log", hidden=True)] = None,
+    parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
+) -> None:
+    """Run one rank of an instance, or several, until SIGTERM or Ctrl-C; then the rank is given back.
+
+    The engine lives in a child process, so that it can be killed whatever it does.
+    """
+    if parent is not None:
+        from planner.launcher import leave_with_parent  # noqa: PLC0415 - only where a launcher says so
+
+        leave_with_parent(parent)
+    from planner.cli.runner_process import EngineChoice, RunnerOptions, serve_ranks  # noqa: PLC0415 - as in `up`
+
+    configure_log(log or log_level(verbose, quiet, "INFO"))
+    chosen = _chosen_ranks(rank, ranks, world_size)
+    late = held_back(hold_back, chosen or range(world_size or 0))
+    options = RunnerOptions(
+        instance=instance,
+        ranks=chosen,
+        world_size=world_size,
+        url=needed_url(redis),
+        namespace=namespace,
+        settings=times(lease, heartbeat, command_timeout, usual=Settings()),
+        engine=EngineChoice(
+            name=engine,
+            config=_json_object("--engine-config", text_or_file(engine_config)),
+            inline=inline_engine,
+            hold_back=late,
+        ),
+        node=node,
+        address=address,
+    )
+    # Engines inherit the environment, and have no business with the server's password.
+    os.environ.pop("RANKGATE_REDIS", None)
+    _finish(run(lambda interrupts: serve_ranks(options, interrupts)))
+
+
+@app.command(short_help="Plan every instance that was launched.")
+def planner(
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    assemble_timeout: Annotated[
+        float,
+        typer.Option(
+            "--assemble-timeout", metavar="SECONDS", help="How long to wait for ranks that are not here at all."
+        ),
+    ] = Policy().assemble_timeout,
+    max_failures: Annotated[
+        int,
+        typer.Option("--max-failures", metavar="N", help="How many failed attempts one rank may cause in a row."),
+    ] = Policy().max_failures,
+    lease: Lease = None,
+    heartbeat: Heartbeat = None,
+    command_timeout: CommandTimeout = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Plan every instance that was launched, until SIGTERM or Ctrl-C. Of several planners one leads, the others stand by.
+
+    The log says what an instance waits for whenever that changes.
+    """
+    from planner.cli.commands import plan  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "INFO"))
+    target = _target(redis, namespace, times(lease, heartbeat, command_timeout, usual=Settings()))
+    try:
+        policy = Policy(assemble_timeout=assemble_timeout, max_failures=max_failures)
+    except InvalidSettings as error:
+        raise typer.BadParameter(str(error)) from None
+    _finish(run(lambda _: plan(target, policy)))
+
+
+@app.command(short_help="Ask for an instance to be up.")
+def launch(
+    name: Name,
+    world_size: WorldSize,
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    model: Model = "simulated",
+    layers: Layers = 16,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return only once all ranks serve.")] = True,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long to wait for that."),
+    ] = 300.0,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Ask for an instance to be up. A planner brings it up with the runners that are there."""
+    from planner.cli import commands  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "WARNING"))
+    target, spec = _target(redis, namespace), _spec(name, world_size, model, layers)
+    _finish(run(lambda _: commands.launch(target, spec, wait=wait, seconds=timeout), exit_at_sigterm=143))
+
+
+@app.command(short_help="Stop an instance; its runners stay.")
+def stop(
+    name: Name,
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long the ranks may take to tear down."
+        ),
+    ] = 60.0,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Stop an instance: every rank tears down; the runners stay, for the next one of that name."""
+    from planner.cli import commands  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "WARNING"))
+    target = _target(redis, namespace)
+    _finish(run(lambda _: commands.stop(target, name, seconds=timeout), exit_at_sigterm=143))
+
+
+@app.command(short_help="Generate a text with an instance that serves.")
+def generate(
+    name: Name,
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPT", help="What to generate a text from; - reads it from stdin, where nobody sees it."
+        ),
+    ],
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    max_tokens: MaxTokens = 64,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long the text may take."),
+    ] = 120.0,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Generate a text with an instance that serves. Ctrl-C cancels it."""
+    from planner.cli import commands  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "WARNING"))
+    target = _target(redis, namespace)
+    asked = sys.stdin.read() if prompt == "-" else prompt
+    _finish(
+        run(
+            lambda _: commands.generate(target, name, asked, max_tokens=max_tokens, seconds=timeout),
+            exit_at_sigterm=143,
+        )
+    )
+
+
+@app.command(short_help="Show all instances, or the ranks of one.")
+def status(
+    name: AnyName = None,
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; times in milliseconds.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again whenever it changes, until Ctrl-C.")] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Show all instances, or the ranks of one: status, progress, lease left, and what is waited for."""
+    from planner.cli import commands  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "WARNING"))
+    target = _target(redis, namespace)
+    if watch and as_json:
+        raise typer.BadParameter("--watch is for people and --json for programs: choose one of them")
+    if watch:
+        _finish(run(lambda _: commands.watch(target, name)))
+    _finish(run(lambda _: commands.status(target, name, as_json=as_json), exit_at_sigterm=143))
+
+
+@app.command(short_help="Say in one sentence what an instance waits for.")
+def explain(
+    name: Name,
+    redis: Redis = None,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say in one sentence what an instance waits for: every missing rank with node, status, its age, lease and last error."""
+    from planner.cli import commands  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "WARNING"))
+    target = _target(redis, namespace)
+    _finish(run(lambda _: commands.explain(target, name), exit_at_sigterm=143))
+
+
+@app.command(short_help="Show, for real, the race that the barrier ends.")
+def race(verbose: Verbose = 0, quiet: Quiet = False) -> None:
+    """Show, for real and side by side, the race that the barrier ends; takes some 20 seconds.
+
+    The same scenario three times, with real processes on an embedded Valkey: a planner that trusts stale statuses with a runner
+    that dies of a task out of state; the same planner with a runner that refuses such a task; and the barrier. Exit code 0 if
+    with the barrier no process died, nothing was refused, and all ranks became Ready.
+    """
+    from planner.cli import commands  # noqa: PLC0415 - as in `up`
+
+    configure_log(log_level(verbose, quiet, "ERROR"))
+    _finish(run(lambda _: commands.race(), exit_at_sigterm=143))
+
+
+# --- what the options mean together ---------------------------------------------------------------------------------------
+
+
+def _target(redis: str | None, namespace: str, settings: Settings | None = None) -> Any:  # noqa: ANN401 - imported late
+    from planner.cli.commands import Target  # noqa: PLC0415 - as in `up`
+
+    return Target(url=needed_url(redis), namespace=namespace, settings=settings or Settings())
+
+
+def _spec(name: str, world_size: int, model: str, layers: int) -> InstanceSpec:
+    try:
+        return InstanceSpec(name=name, world_size=world_size, model=ModelSpec(model_id=model, total_layers=layers))
+    except ValueError as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from None
+
+
+def _held_back_from_connecting(texts: list[str] | None, ranks: range) -> dict[int, float]:
+    if texts and len(ranks) == 1:
+        raise typer.BadParameter("--hold-back: a single rank has nobody to connect to, so it cannot be late")
+    return held_back(texts, ranks)
+
+
+def _chosen_ranks(rank: int | None, ranks: str | None, world_size: int | None) -> range | None:
+    if rank is not None and ranks is not None:
+        raise typer.BadParameter("--rank and --ranks are both given: choose one of them")
+    if rank is None and ranks is None:
+        if world_size is None:
+            raise typer.BadParameter(
+                "which rank is this? Pass --rank R, --ranks A-B, or --world-size N for any free one"
+            )
+        return None
+    chosen = rank_range(ranks) if ranks is not None else range(cast("int", rank), cast("int", rank) + 1)
+    if world_size is not None and chosen[-1] >= world_size:
+        raise typer.BadParameter(
+            f"rank {chosen[-1]} is given; with --world-size {world_size} ranks are 0 to {world_size - 1}"
+        )
+    return chosen
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{option} must be a JSON object, such as {{}}")
+    return cast("dict[str, Any]", found)

@@ -1,0 +1,452 @@
+"""The commands that work on a running server: plan, launch, stop, generate, look."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loguru import logger
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from barrier import Barrier, Settings, Snapshot, Store, StoreError, SystemClock
+from barrier.errors import RankgateError
+from barrier.keys import Keys
+from planner import InstanceFailed, InstanceSpec, Planner, Policy, explain_instance
+from planner.cli.process import connect_store
+from planner.cli.screen import Picture, attempt, heading, render, rows, sentence, sentence_key, table
+from planner.cli.show import PlainShow, can_draw, tell
+from planner.decide import is_serving
+from planner.lifecycle import next_step
+from planner.registry import InstanceRecord, Registry
+from planner.requests import RequestQueue
+
+TICK = 0.5
+"""Seconds between two looks while nothing happens; what happens wakes at once."""
+
+_LEAST_PAUSE = 0.05  # seconds between two looks, so that a burst of changes is one look
+_NOBODY_PLANS = "no planner looks after it: start one with rankgate planner"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which server, and what part of it."""
+
+    url: str = field(repr=False)
+    namespace: str
+    settings: Settings
+
+    @asynccontextmanager
+    async def store(self) -> AsyncGenerator[Store]:
+        """A connected store; raises as `barrier.connect` does."""
+        store = await connect_store(self.url, self.settings)
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+class UnknownInstance(RankgateError):
+    """There is no instance of that name."""
+
+
+# --- looking --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One instance as it is now.
+
+    Attributes:
+        name: the instance's name.
+        record: the desired state; ``None`` where there is none (any more), only an attempt's record.
+        snapshot: the barrier's picture.
+    """
+
+    name: str
+    record: InstanceRecord | None
+    snapshot: Snapshot
+
+    @property
+    def planned(self) -> bool:
+        """Whether a planner leads the instance now."""
+        return self.snapshot.leader is not None and self.snapshot.leader_left_ms > 0
+
+    @property
+    def attended(self) -> bool:
+        """Whether anybody is there for it now, a planner or a rank."""
+        return self.planned or any(view.report is not None for view in self.snapshot.ranks)
+
+    @property
+    def serving(self) -> bool:
+        """Whether all ranks serve."""
+        return is_serving(self.snapshot)
+
+    @property
+    def state(self) -> str:
+        """One word, or few, for a list."""
+        epoch = self.snapshot.epoch
+        if self.record is None or self.record.desired == "gone":
+            return "stopped"
+        if self.record.failure:
+            return "given up"
+        if self.record.desired == "down":
+            return "stopping"
+        if self.serving:
+            return "serving"
+        if epoch is None:
+            return "assembling"
+        if epoch.verdict is not None:
+            return "between attempts"
+        step = next_step(epoch.steps, self.snapshot.world_size)
+        return f"before {step.name}" if step else "warming up"
+
+    @property
+    def explanation(self) -> str:
+        """One sentence on what it waits for."""
+        if self.record is not None and self.record.failure:
+            return self.record.failure
+        said = explain_instance(self.snapshot)
+        return said if self.state in ("stopped", "serving") or self.planned else f"{said}; {_NOBODY_PLANS}"
+
+    @property
+    def picture(self) -> Picture:
+        """For the screen."""
+        spec = self.record.spec if self.record else None
+        return Picture(
+            instance=self.name,
+            world_size=self.snapshot.world_size,
+            layers=spec.model.total_layers if spec else 0,
+            title=(self.state, *([f"{spec.model.model_id}, {spec.model.total_layers} layers"] if spec else [])),
+            snapshot=self.snapshot,
+            reason=self.explanation,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints. Times in milliseconds."""
+        snapshot, record, epoch = self.snapshot, self.record, self.snapshot.epoch
+        return {
+            "instance": self.name,
+            "state": self.state,
+            "serving": self.serving,
+            "explanation": self.explanation,
+            "world_size": snapshot.world_size,
+            "desired": record.desired if record else None,
+            "failure": (record.failure or None) if record else None,
+            "model": record.spec.model.model_dump() if record else None,
+            "planner": snapshot.leader.holder if snapshot.leader and self.planned else None,
+            "epoch": None
+            if epoch is None
+            else {
+                "number": epoch.id.number,
+                "attempt": epoch.ordinal,
+                "steps": list(epoch.steps),
+                "verdict": epoch.verdict.model_dump() if epoch.verdict else None,
+            },
+            "ranks": [
+                {
+                    "rank": view.rank,
+                    "status": report.status if report else None,
+                    "node": report.node if report else None,
+                    "pid": report.pid if report else None,
+                    "incarnation": report.incarnation if report else None,
+                    "progress": list(report.progress) if report and report.progress else None,
+                    "age_ms": view.age_ms if report else None,
+                    "lease_left_ms": view.lease_left_ms if report else None,
+                    "error": (report.error or None) if report else (view.undecodable or None),
+                }
+                for view in snapshot.ranks
+                for report in (view.report,)
+            ],
+        }
+
+
+class Observer:
+    """Looks at instances and leads none.
+
+    Args:
+        store: where.
+        namespace: which cluster.
+    """
+
+    def __init__(self, store: Store, namespace: str) -> None:
+        self._store = store
+        self._namespace = namespace
+        self._barriers: dict[tuple[str, int], Barrier] = {}
+        self._clock = SystemClock()
+        self.registry = Registry(store, namespace)
+
+    async def __aenter__(self) -> Observer:
+        """Nothing is sent yet."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """End the waiting for hints."""
+        for barrier in self._barriers.values():
+            await barrier.close()
+
+    async def look(self, name: str) -> Seen:
+        """Look at one instance. Raises `UnknownInstance` where there is neither a desired state nor an attempt's record."""
+        record = await self.registry.get(name)
+        size = record.spec.world_size if record else await self._recorded_size(name)
+        return Seen(name, record, await self._barrier(name, size).inspect())
+
+    async def look_at_all(self) -> list[Seen]:
+        """Look at every instance that is not gone, sorted by name."""
+        records = await self.registry.all()
+        return [
+            Seen(name, record, await self._barrier(name, record.spec.world_size).inspect())
+            for name, record in sorted(records.items())
+            if record.desired != "gone"
+        ]
+
+    async def wait(self, seen: Seen, seconds: float) -> None:
+        """Wait until something happens to an instance, or the time has passed."""
+        await look_again(self._barrier(seen.name, seen.snapshot.world_size), seen.snapshot, seconds, self._clock)
+
+    def _barrier(self, name: str, world_size: int) -> Barrier:
+        key = name, world_size
+        if key not in self._barriers:
+            self._barriers[key] = Barrier(self._store, name, world_size=world_size, namespace=self._namespace)
+        return self._barriers[key]
+
+    async def _recorded_size(self, name: str) -> int:
+        with self._store.errors():
+            found = await self._store.commands.hget(Keys(self._namespace, name).epoch, "world_size")
+        if found is None:
+            known = ", ".join(sorted(await self.registry.all())) or "no others"
+            raise UnknownInstance(
+                f"there is no instance {name} in namespace {self._namespace}, where there are {known}. "
+                f"Launch it with rankgate launch {name} --world-size N"
+            )
+        return int(found)
+
+
+async def look_again(barrier: Barrier, snapshot: Snapshot, seconds: float, clock: SystemClock) -> None:
+    """Wait until something happens after a picture, or the time has passed; never return at once again and again."""
+    began = clock.now()
+    await barrier.watch(snapshot, (), seconds, any_change=True)
+    await clock.sleep(began + min(_LEAST_PAUSE, seconds) - clock.now())
+
+
+# --- asking ---------------------------------------------------------------------------------------------------------------
+
+
+async def plan(target: Target, policy: Policy) -> int:
+    """``rankgate planner``: plan every instance that shall be up, until asked to end."""
+    async with target.store() as store, Planner(store, namespace=target.namespace, policy=policy) as planner:
+        logger.info("planning the instances of namespace {} on {}", target.namespace, store.where)
+        await planner.run()
+    return 0
+
+
+async def launch(target: Target, spec: InstanceSpec, *, wait: bool, seconds: float) -> int:
+    """``rankgate launch``: ask for an instance, and tell how it comes up."""
+    async with target.store() as store, Observer(store, target.namespace) as observer:
+        await observer.registry.launch(spec)
+        if not wait:
+            print(f"{spec.name} is asked for; watch it with rankgate status {spec.name} --watch")
+            return 0
+        await _until_serving(observer, spec.name, seconds)
+        print(f"{spec.name} serves")
+    return 0
+
+
+async def stop(target: Target, name: str, *, seconds: float) -> int:
+    """``rankgate stop``: ask for the end of an instance, and wait until every rank has torn down."""
+    async with target.store() as store, Observer(store, target.namespace) as observer:
+        seen = await observer.look(name)
+        record = seen.record
+        if record is not None and record.desired != "gone":
+            await observer.registry.stop(record)
+            if record.failure or not seen.attended:  # it is down already, and nobody is there to say so
+                await observer.registry.carried_out(record)
+        await _until_stopped(observer, name, seconds)
+        print(f"{name} is stopped")
+    return 0
+
+
+async def _until_serving(observer: Observer, name: str, seconds: float) -> None:
+    def serves(seen: Seen) -> bool:
+        if seen.record is not None and seen.record.failure:
+            raise InstanceFailed(seen.record.failure)
+        if seen.record is None or seen.record.desired != "up":
+            raise InstanceFailed(f"{name} was stopped before it was ready")
+        return seen.serving
+
+    await _until(observer, name, seconds, serves, "was not ready")
+
+
+async def _until_stopped(observer: Observer, name: str, seconds: float) -> None:
+    def stopped(seen: Seen) -> bool:
+        epoch = seen.snapshot.epoch
+        busy = any(view.report and epoch and view.report.epoch == epoch.id for view in seen.snapshot.ranks)
+        return seen.state == "stopped" and not busy
+
+    await _until(observer, name, seconds, stopped, "did not stop")
+
+
+async def _until(observer: Observer, name: str, seconds: float, reached: Callable[[Seen], bool], missed: str) -> None:
+    """Look until an instance is where it shall be, and tell on stderr what it waits for whenever that changes.
+
+    Raises:
+        InstanceFailed: the time has passed; with the explanation.
+    """
+    clock = SystemClock()
+    began = clock.now()
+    told: object = None
+    while not reached(seen := await observer.look(name)):
+        waited = clock.now() - began
+        if waited >= seconds:
+            raise InstanceFailed(f"{name} {missed} within {seconds:g} s: {_waits_for(seen)}")
+        key = sentence_key(seen.picture), seen.planned
+        if key != told and waited >= TICK:  # what is over sooner is not worth a line
+            print(_waits_for(seen), file=sys.stderr, flush=True)
+            told = key
+        await observer.wait(seen, min(seconds - waited, TICK))
+
+
+def _waits_for(seen: Seen) -> str:
+    said = sentence(seen.picture)
+    return said if seen.planned or said.endswith(_NOBODY_PLANS) else f"{said}; {_NOBODY_PLANS}"
+
+
+async def generate(target: Target, name: str, prompt: str, *, max_tokens: int, seconds: float) -> int:
+    """``rankgate generate``: print the text as it comes."""
+    async with target.store() as store, Observer(store, target.namespace) as observer:
+        seen = await observer.look(name)
+        if seen.record is None or seen.record.failure or seen.record.desired != "up":
+            raise InstanceFailed(f"{name} does not serve ({seen.state}): {seen.explanation}")
+        if not seen.serving:
+            print(f"{name} does not serve yet: {_waits_for(seen)}", file=sys.stderr, flush=True)
+        requests = RequestQueue(store, Keys(target.namespace, name), SystemClock())
+        written = False
+        try:
+            async with aclosing(requests.generate(prompt, max_tokens=max_tokens, seconds=seconds)) as pieces:
+                async for piece in pieces:
+                    written = True
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        finally:
+            if written:
+                print(flush=True)
+    return 0
+
+
+async def race() -> int:
+    """``rankgate race``: three runs of one scenario; 0 if the barrier kept its promise in the last of them."""
+    from planner.race import run_race  # noqa: PLC0415 - no other command needs it
+
+    console = Console(highlight=False)
+    figures = await run_race(lambda line: tell(console, [line]))
+    kept = figures.with_barrier
+    return 0 if kept.ready_after is not None and not (kept.deaths or kept.rejections or kept.breaches) else 1
+
+
+# --- telling --------------------------------------------------------------------------------------------------------------
+
+
+async def explain(target: Target, name: str) -> int:
+    """``rankgate explain``: one sentence."""
+    async with target.store() as store, Observer(store, target.namespace) as observer:
+        print((await observer.look(name)).explanation)
+    return 0
+
+
+async def status(target: Target, name: str | None, *, as_json: bool) -> int:
+    """``rankgate status``: every instance, or the ranks of one."""
+    console = Console()
+    async with target.store() as store, Observer(store, target.namespace) as observer:
+        if name is not None:
+            seen = await observer.look(name)
+            if as_json:
+                _print_json(seen.as_json())
+            else:
+                console.print(
+                    heading(seen.picture),
+                    table(rows(seen.picture), width=console.size.width),
+                    Text(seen.explanation),
+                    sep="\n",
+                )
+            return 0
+        everything = await observer.look_at_all()
+        if as_json:
+            _print_json([seen.as_json() for seen in everything])
+        else:
+            console.print(overview(everything, target.namespace))
+    return 0
+
+
+async def watch(target: Target, name: str | None) -> int:
+    """``rankgate status --watch``: the same again whenever it changes, until Ctrl-C. Without a terminal, a line a change."""
+    console = Console()
+    async with target.store() as store, Observer(store, target.namespace) as observer:
+        if name is not None:
+            await observer.look(name)  # a wrong name is an error before anything is drawn
+        if can_draw(console):
+            await _watch_live(console, observer, name, target.namespace)
+        elif name is not None:
+            await _watch_plainly(console, observer, name)
+        else:
+            raise UnknownInstance("to watch all instances takes a terminal; name one of them, or use --json in a loop")
+    return 0
+
+
+async def _watch_live(console: Console, observer: Observer, name: str | None, namespace: str) -> None:
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            seen: Seen | None = None
+            shown: RenderableType
+            try:
+                if name is None:
+                    shown = overview(await observer.look_at_all(), namespace)
+                else:
+                    seen = await observer.look(name)
+                    shown = render(seen.picture, width=console.size.width, height=console.size.height)
+            except (StoreError, UnknownInstance) as error:
+                shown = Text(str(error), style="red")
+            live.update(Group(shown, Text("Ctrl-C ends this", style="dim")), refresh=True)
+            await (observer.wait(seen, TICK) if seen is not None else asyncio.sleep(TICK))
+
+
+async def _watch_plainly(console: Console, observer: Observer, name: str) -> None:
+    clock = SystemClock()
+    began = clock.now()
+    with PlainShow(console, with_text=False) as show:
+        while True:
+            seen = await observer.look(name)
+            show.update(replace(seen.picture, elapsed=clock.now() - began))
+            await observer.wait(seen, TICK)
+
+
+def overview(everything: list[Seen], namespace: str) -> RenderableType:
+    """The table of all instances."""
+    if not everything:
+        return Text(f"no instance in namespace {namespace}; launch one with rankgate launch NAME --world-size N")
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("instance", "state", "ranks", "attempt", "model", "planner"):
+        result.add_column(column, no_wrap=True, justify="right" if column == "attempt" else "left")
+    for seen in everything:
+        here = sum(view.report is not None for view in seen.snapshot.ranks)
+        style = "green" if seen.serving else "red" if seen.state == "given up" else "yellow"
+        leader = seen.snapshot.leader
+        result.add_row(
+            seen.name,
+            Text(seen.state, style=style),
+            f"{here} of {seen.snapshot.world_size}",
+            str(attempt(seen.snapshot) or "-"),
+            seen.record.spec.model.model_id if seen.record else "-",
+            leader.holder if leader and seen.planned else "none",
+        )
+    return result
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,192 @@
+"""The options that several commands share, and how their texts are read. Only here and in `app` is the environment looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from barrier import InvalidName, InvalidSettings, Settings
+from barrier.keys import MAX_WORLD_SIZE, valid_name
+
+DEFAULT_NAMESPACE = "rankgate"
+
+
+def _name(value: str) -> str:
+    try:
+        return valid_name("this", value)
+    except InvalidName as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def between(least: float, most: float = float("inf")) -> Callable[[float | None], float | None]:
+    """A callback that refuses a number out of range, and names it. ``None`` passes."""
+
+    def check(value: float | None) -> float | None:
+        if value is None or (least <= value <= most and value < float("inf")):
+            return value
+        limits = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:,.0f}"
+        raise typer.BadParameter(f"it is {value:g}; it must be {limits}")
+
+    return check
+
+
+POSITIVE = 0.001
+"""The shortest time that an option takes, in seconds."""
+
+
+def _name_or_none(value: str | None) -> str | None:
+    return None if value is None else _name(value)
+
+
+Redis: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--redis",
+        metavar="URL",
+        envvar="RANKGATE_REDIS",
+        help="The Redis or Valkey server: redis://[user:password@]host:port/0, rediss://…, unix:///path or "
+        "redis+sentinel://host:port,…/service/0.",
+    ),
+]
+Namespace: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--namespace",
+        metavar="NAME",
+        envvar="RANKGATE_NAMESPACE",
+        callback=_name,
+        help="Keeps several clusters on one server apart.",
+    ),
+]
+Lease: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--lease",
+        metavar="SECONDS",
+        envvar="RANKGATE_LEASE",
+        help="A rank that is silent for so long counts as gone. The same for all.",
+    ),
+]
+Heartbeat: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--heartbeat",
+        metavar="SECONDS",
+        envvar="RANKGATE_HEARTBEAT",
+        help="How often a rank reports; at most a third of the lease.",
+    ),
+]
+CommandTimeout: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--command-timeout",
+        metavar="SECONDS",
+        envvar="RANKGATE_COMMAND_TIMEOUT",
+        help="The longest that one command to the server may take; a fifth of the lease by default.",
+    ),
+]
+Verbose: TypeAlias = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log more; -vv for everything.")]
+Quiet: TypeAlias = Annotated[bool, typer.Option("-q", "--quiet", help="Log errors only.")]
+Name: TypeAlias = Annotated[str, typer.Argument(metavar="INSTANCE", callback=_name, help="The instance's name.")]
+AnyName: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[INSTANCE]", callback=_name_or_none, help="One instance's ranks; all instances without it."
+    ),
+]
+NameOption: TypeAlias = Annotated[
+    str, typer.Option("--instance", metavar="NAME", callback=_name, help="The instance's name.")
+]
+WorldSize: TypeAlias = Annotated[
+    int, typer.Option("--world-size", callback=between(1, MAX_WORLD_SIZE), metavar="N", help="Number of ranks.")
+]
+Model: TypeAlias = Annotated[
+    str, typer.Option("--model", metavar="ID", help="The name that the engine knows the model by.")
+]
+Layers: TypeAlias = Annotated[
+    int, typer.Option("--layers", callback=between(1, 10_000), metavar="N", help="How many layers the model has.")
+]
+MaxTokens: TypeAlias = Annotated[
+    int, typer.Option("--max-tokens", callback=between(1, 100_000), metavar="N", help="The longest text, in tokens.")
+]
+HoldBack: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hold-back",
+        metavar="RANK:SECONDS",
+        help="That rank's simulated engine takes so many seconds longer to connect. May be given several times.",
+    ),
+]
+
+
+def times(lease: float | None, heartbeat: float | None, command_timeout: float | None, *, usual: Settings) -> Settings:
+    """The times that the options ask for. A heartbeat that was not given follows the lease.
+
+    Raises:
+        typer.BadParameter: they contradict one another; with both values.
+    """
+    chosen = usual.lease if lease is None else lease
+    try:
+        return Settings(
+            lease=chosen,
+            heartbeat=min(usual.heartbeat, chosen / 3) if heartbeat is None else heartbeat,
+            command_timeout=command_timeout,
+        )
+    except InvalidSettings as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def needed_url(url: str | None) -> str:
+    """The server's URL; raises typer.BadParameter where none was given."""
+    if not url:
+        raise typer.BadParameter("no server is given: pass --redis URL, or set RANKGATE_REDIS")
+    return url
+
+
+def held_back(texts: list[str] | None, ranks: range) -> dict[int, float]:
+    """Read ``--hold-back``: extra seconds by rank. Raises typer.BadParameter for a text or a rank that makes no sense."""
+    extra: dict[int, float] = {}
+    for text in texts or ():
+        rank_text, _, seconds_text = text.partition(":")
+        try:
+            rank, seconds = int(rank_text), float(seconds_text)
+        except ValueError:
+            raise typer.BadParameter(f"--hold-back {text!r} is not RANK:SECONDS, for example 3:2") from None
+        if rank not in ranks:
+            raise typer.BadParameter(f"--hold-back {text!r} names rank {rank}; the ranks here are {rank_span(ranks)}")
+        if not 0 <= seconds < float("inf"):
+            raise typer.BadParameter(f"--hold-back {text!r}: the seconds must be a finite number, 0 or more")
+        extra[rank] = seconds
+    return extra
+
+
+def rank_span(ranks: range) -> str:
+    """Ranks for people: ``3``, or ``0 to 7``."""
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def rank_range(text: str) -> range:
+    """Read ``A-B``, both included. Raises typer.BadParameter."""
+    first_text, dash, last_text = text.partition("-")
+    try:
+        first, last = int(first_text), int(last_text if dash else first_text)
+    except ValueError:
+        raise typer.BadParameter(f"--ranks {text!r} is not FIRST-LAST, for example 0-15") from None
+    if not 0 <= first <= last < MAX_WORLD_SIZE:
+        raise typer.BadParameter(
+            f"--ranks {text!r}: the first must not be above the last, and ranks are 0 to {MAX_WORLD_SIZE - 1}"
+        )
+    return range(first, last + 1)
+
+
+def text_or_file(text: str) -> str:
+    """The text itself, or that of the file which ``@path`` names. Raises typer.BadParameter where it cannot be read."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{text[1:]} cannot be read: {error}") from None

@@ -1,0 +1,137 @@
+"""What every command needs from the process it runs in: signals, the log, the connection, and errors told in one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
+from urllib.parse import urlsplit
+
+from loguru import logger
+
+from barrier import InvalidSettings, Settings, Store, connect
+from barrier.errors import RankgateError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+LineSink: TypeAlias = Callable[[str], None]
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP while a command runs. The first one asks it to end, the next ones to hurry.
+
+    What the first one does unless `on_first` says otherwise: it cancels the command, which then cleans up.
+
+    Attributes:
+        received: the first signal.
+        hurry: whether there was another one.
+        expected: set by a command for which a signal is the usual end; then its own exit code counts.
+    """
+
+    def __init__(self, first: Callable[[], object]) -> None:
+        self.received: signal.Signals | None = None
+        self.hurry = False
+        self.expected = False
+        self._first = first
+        self._again: Callable[[], object] = lambda: None
+
+    def on_first(self, callback: Callable[[], object]) -> None:
+        """Do this at the first signal; at once if it has come already."""
+        self._first = callback
+        if self.received is not None:
+            callback()
+
+    def on_again(self, callback: Callable[[], object]) -> None:
+        """Do this at every further signal."""
+        self._again = callback
+
+    def receive(self, number: signal.Signals) -> None:
+        """Take a signal in."""
+        if self.received is None:
+            self.received = number
+            self._first()
+        else:
+            self.hurry = True
+            self._again()
+
+
+def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_sigterm: int = 0) -> int:
+    """Run a command to its end; returns its exit code, or 130 after Ctrl-C, or `exit_at_sigterm` after SIGTERM and SIGHUP.
+
+    An error of ours or of the operating system is told in one sentence, and the exit code is 1.
+    """
+
+    async def shell() -> int:
+        task = asyncio.current_task()
+        interrupts = Interrupts(lambda: task.cancel() if task else None)
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, interrupts.receive, number)
+        code = 1
+        try:
+            code = await command(interrupts)
+        except asyncio.CancelledError:
+            if interrupts.received is None:
+                raise
+        except RankgateError as error:
+            complain(str(error))
+        except OSError as error:
+            complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        if interrupts.received is not None and not interrupts.expected:
+            return 130 if interrupts.received is signal.SIGINT else exit_at_sigterm
+        return code
+
+    return asyncio.run(shell())
+
+
+def complain(sentence: str) -> None:
+    """Tell an error to the user."""
+    sys.stdout.flush()
+    print(f"rankgate: {sentence}", file=sys.stderr, flush=True)
+
+
+def configure_log(level: str, sink: LineSink | None = None) -> None:
+    """Send the log to stderr, or to a sink that takes finished lines; the one place that configures it.
+
+    Values of variables stay out of it, whatever fails: they may hold a prompt or a password.
+    """
+    logger.remove()
+    form = "{time:HH:mm:ss.SSS} {level:<8}{message}"
+    if sink is not None:
+        logger.add(lambda line: sink(str(line).rstrip("\n")), level=level, format=form, diagnose=False, backtrace=False)
+        return
+    if sys.stderr.isatty():
+        form = "<dim>{time:HH:mm:ss.SSS}</dim> <level>{level:<8}</level>{message}"
+    logger.add(sys.stderr, level=level, format=form, diagnose=False, backtrace=False)
+
+
+def log_level(verbose: int, quiet: bool, usual: str) -> str:
+    """The level that ``-v``, ``-vv`` and ``-q`` ask for."""
+    if quiet:
+        return "ERROR"
+    levels = ("ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
+    return levels[min(levels.index(usual) + verbose, len(levels) - 1)]
+
+
+def redacted(url: str) -> str:
+    """A URL without user and password, for people."""
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    secret = "***@" if "@" in parts.netloc else ""
+    return f"{parts.scheme}://{secret}{place}{parts.path}"
+
+
+async def connect_store(url: str, settings: Settings) -> Store:
+    """Connect; raises as `barrier.connect` does, and never quotes the URL, whose wrong part may be the password."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("redis", "rediss"):
+            _ = parts.hostname, parts.port
+    except ValueError:
+        raise InvalidSettings(
+            "the store URL is not readable: it must be redis://[user:password@]host:port/0, rediss://…, unix:///path or "
+            "redis+sentinel://host:port,…/service/0, with special characters in the password percent-encoded"
+        ) from None
+    return await connect(url, settings=settings)

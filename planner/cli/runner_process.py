@@ -1,0 +1,175 @@
+"""``rankgate runner``: one process that is one rank, or several."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from barrier import InvalidSettings, Member, Settings, Store
+from barrier.errors import RankgateError
+from planner.cli.process import Interrupts, connect_store
+from runner import Engine, EngineHost, EngineSpec, InlineHost, ProcessHost, Runner
+
+SIMULATED = "simulated"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Which engine to run.
+
+    Attributes:
+        name: ``simulated``, or ``module:factory`` of a callable that takes the configuration and returns a `runner.Engine`.
+        config: the engine's configuration, as JSON says it.
+        inline: whether it lives in this process instead of one of its own.
+        hold_back: extra seconds that a rank's simulated engine takes to connect.
+    """
+
+    name: str = SIMULATED
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
+    inline: bool = False
+    hold_back: Mapping[int, float] = field(default_factory=dict[int, float])
+
+    def __post_init__(self) -> None:
+        """Refuse what no engine would do."""
+        if self.hold_back and self.name != SIMULATED:
+            raise InvalidSettings(f"hold-back is for the simulated engine, and this one is {self.name}")
+
+    def host(self, rank: int, world_size: int | None) -> EngineHost:
+        """A host for one rank's engine; nothing is started yet. `world_size` is ``None`` where the runner was not told.
+
+        Raises:
+            InvalidSettings: the factory cannot be imported, or its configuration is wrong.
+        """
+        if self.name == SIMULATED:
+            return self._simulated(rank, world_size)
+        if self.inline:
+            factory = import_factory(self.name)
+            return InlineHost(lambda: factory(dict(self.config)), rank=rank)
+        try:
+            spec = EngineSpec(factory=self.name, config=dict(self.config))
+        except ValueError as error:
+            raise _wrong(error) from None
+        return ProcessHost(spec, rank=rank)
+
+    def _simulated(self, rank: int, world_size: int | None) -> EngineHost:
+        from runner.engines.simulated import (  # noqa: PLC0415 - a runner of another engine need not load it
+            SimulatedConfig,
+            SimulatedEngine,
+            simulated_spec,
+        )
+
+        place = None if world_size is None else rank  # it takes both or neither
+        try:
+            config = SimulatedConfig.model_validate_json(json.dumps(dict(self.config)))
+            if extra := self.hold_back.get(rank, 0.0):
+                # No jitter, so that the rank is held back by just so much.
+                config = config.model_copy(update={"connect_seconds": config.connect_seconds + extra, "jitter": 0.0})
+            if not self.inline:
+                spec = simulated_spec(config, rank=place, world_size=world_size)
+                return ProcessHost(spec, rank=rank, output_is_safe=True)  # it prints nothing but its own faults
+
+            def make() -> SimulatedEngine:
+                return SimulatedEngine(config, rank=place, world_size=world_size)
+
+            make()  # a wrong configuration is an error now, and not in every attempt
+            return InlineHost(make, rank=rank)
+        except ValueError as error:
+            raise _wrong(error) from None
+
+
+def import_factory(name: str) -> Any:  # noqa: ANN401 - what it returns is checked by whoever calls it
+    """Look up ``module:factory``; raises `InvalidSettings` with the reason."""
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidSettings(f"engine {name!r} cannot be imported: {error}") from None
+    return cast("type[Engine]", found)
+
+
+def _wrong(error: ValueError) -> InvalidSettings:
+    text = " ".join(str(error).split())
+    return InvalidSettings(f"the engine's configuration is wrong: {text[:500]}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """What ``rankgate runner`` was told. `ranks` is ``None`` for any free rank below `world_size`."""
+
+    instance: str
+    ranks: range | None
+    world_size: int | None
+    url: str = field(repr=False)
+    namespace: str
+    settings: Settings
+    engine: EngineChoice
+    node: str | None = None
+    address: str = ""
+
+
+async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
+    """Serve until asked to end; then every rank is given back.
+
+    Raises:
+        RankgateError: the store is not fit or cannot be reached, or a rank is taken or was taken over.
+    """
+    first = options.ranks[0] if options.ranks else 0
+    options.engine.host(first, options.world_size)  # what is wrong with the engine is said before anything is sent
+    store = await connect_store(options.url, options.settings)
+    try:
+        ranks, incarnation = (options.ranks, None) if options.ranks else await _any_free_rank(options, store)
+        runners = [
+            Runner(_member(options, store, rank, incarnation), options.engine.host(rank, options.world_size))
+            for rank in ranks
+        ]
+        await run_all(runners, interrupts)
+    finally:
+        await store.close()
+    return 0
+
+
+async def _any_free_rank(options: RunnerOptions, store: Store) -> tuple[range, str]:
+    """Claim any rank that is free; returns it and the incarnation that holds it, under which it is claimed once more."""
+    member = _member(options, store, None, None)
+    rank = await member.claim()
+    return range(rank, rank + 1), member.incarnation
+
+
+def _member(options: RunnerOptions, store: Store, rank: int | None, incarnation: str | None) -> Member:
+    return Member(
+        store,
+        options.instance,
+        rank=rank,
+        world_size=options.world_size,
+        namespace=options.namespace,
+        node=options.node,
+        address=options.address,
+        incarnation=incarnation,
+    )
+
+
+async def run_all(runners: list[Runner], interrupts: Interrupts) -> None:
+    """Run several ranks until all have ended. The first one that fails ends the others, and its error is raised."""
+    tasks = [asyncio.create_task(runner.run()) for runner in runners]
+
+    def stop() -> None:
+        for runner in runners:
+            runner.stop()
+
+    interrupts.on_first(stop)
+    # A rank ends in a bounded time. Whoever cannot wait for that cancels it, and the engine is killed.
+    interrupts.on_again(lambda: [task.cancel() for task in tasks])
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        stop()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, RankgateError) or (isinstance(end, BaseException) and interrupts.received is None):
+            raise end

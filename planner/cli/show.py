@@ -1,0 +1,161 @@
+"""Where pictures go: a table that stays in its place on a terminal, or one plain line a change everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from planner.cli.screen import Picture, Row, attempt, changes, render, rows, sentence, sentence_key, serves, shortened
+
+_WORTH_A_LINE = 0.3
+"""Seconds that a wait must last before it is told on a line of its own: shorter ones the changes tell."""
+
+_LINE_CHARS = 400
+
+
+class Show(Protocol):
+    """Shows what goes on. A context manager: what was drawn last stays when it ends."""
+
+    def __enter__(self) -> Show:
+        """Begin."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the terminal back."""
+        ...
+
+    def update(self, picture: Picture) -> None:
+        """Show the newest picture."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Tell a line that is not part of the picture."""
+        ...
+
+    def text(self, piece: str) -> None:
+        """Tell the next piece of the generated text, which `Picture.text` holds as well."""
+        ...
+
+
+def make_show(console: Console) -> Show:
+    """The table where the console is a terminal that can move its cursor, otherwise lines."""
+    return LiveShow(console) if can_draw(console) else PlainShow(console, with_text=True)
+
+
+def can_draw(console: Console) -> bool:
+    """Whether a table can stay in its place on the console."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def tell(console: Console, lines: Iterable[str]) -> None:
+    """Print lines: wrapped between words on a terminal, as they are everywhere else."""
+    for line in lines:
+        console.print(Text(line), soft_wrap=not console.is_terminal)
+    console.file.flush()
+
+
+class LiveShow:
+    """A table that is drawn over and over; lines scroll by above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+
+    def __enter__(self) -> LiveShow:
+        """Hide the cursor."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last table where it is, and show the cursor."""
+        self._live.stop()
+
+    def update(self, picture: Picture) -> None:
+        """Draw."""
+        size = self._console.size
+        self._live.update(render(picture, width=size.width, height=size.height), refresh=True)
+
+    def say(self, line: str) -> None:
+        """Print above the table."""
+        self._console.print(Text(line), highlight=False)
+
+    def text(self, piece: str) -> None:
+        """The picture has it."""
+
+
+class PlainShow:
+    """One line a change, without any escape code; for files, pipes and logs.
+
+    Args:
+        console: where to.
+        with_text: whether a text is told as well, by `text`.
+    """
+
+    def __init__(self, console: Console, *, with_text: bool) -> None:
+        self._console = console
+        self._rows: list[Row] = []
+        self._served = False
+        self._attempt = 0
+        self._elapsed = 0.0
+        self._key: object = None
+        self._since = 0.0
+        self._told: object = None
+        self._open_line = False
+        self._with_text = with_text
+
+    def __enter__(self) -> PlainShow:
+        """Nothing to prepare."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End a line that is not complete."""
+        self._end_line()
+
+    def update(self, picture: Picture) -> None:
+        """Tell what is new since the last picture."""
+        self._elapsed = picture.elapsed or 0.0
+        number = attempt(picture.snapshot)
+        if number > self._attempt:
+            self._attempt = number
+            self.say(f"attempt {number} begins")
+        now = rows(picture)
+        # That ranks run while a text comes out of them goes without saying, and would tear the text apart.
+        between_texts = self._with_text and self._served and serves(picture)
+        for line in [] if between_texts else changes(self._rows, now):
+            self.say(line)
+        self._rows, self._served = now, serves(picture)
+        key = sentence_key(picture)
+        if key != self._key:
+            self._key, self._since = key, self._elapsed
+        if key != self._told and (self._served or self._elapsed - self._since >= _WORTH_A_LINE):
+            self._told = key
+            self.say(shortened(sentence(picture), _LINE_CHARS))
+
+    def say(self, line: str) -> None:
+        """Print one line, with the time since the beginning."""
+        self._end_line()
+        self._console.out(f"{self._elapsed:8.2f} s  {line}", highlight=False)
+        self._console.file.flush()
+
+    def text(self, piece: str) -> None:
+        """Print the piece as it is."""
+        if self._with_text:
+            self._console.file.write(piece)
+            self._console.file.flush()
+            self._open_line = not piece.endswith("\n")
+
+    def _end_line(self) -> None:
+        if self._open_line:
+            self._console.file.write("\n")
+            self._open_line = False

@@ -1,0 +1,350 @@
+"""``rankgate up``: a whole cluster on this machine, for as long as one generation takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loguru import logger
+from rich.console import Console
+
+from barrier import Barrier, Settings, Snapshot, StoreError, SystemClock
+from barrier.errors import RankgateError
+from barrier.keys import Keys
+from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, Planner
+from planner.cli.commands import TICK, Observer, UnknownInstance, look_again
+from planner.cli.options import DEFAULT_NAMESPACE, rank_span
+from planner.cli.process import Interrupts, configure_log, connect_store, redacted
+from planner.cli.report import check_report, time_report
+from planner.cli.screen import Picture
+from planner.cli.show import Show, can_draw, make_show, tell
+from planner.embedded import EmbeddedServer
+from planner.history import read_history, timeline
+from planner.launcher import Launcher, ProcessState, Program, own_command, own_environment
+
+_STOP_SECONDS = 10.0
+"""How long the ranks may take to tear down before their processes are ended all the same."""
+
+_GENERATIONS = 3
+"""How often the text is asked for: a rank that dies meanwhile costs the attempt, and so the text."""
+
+
+class UpFailed(RankgateError):
+    """A part of the cluster that cannot be done without is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    """What ``rankgate up`` was told."""
+
+    spec: InstanceSpec
+    url: str | None = field(repr=False)
+    namespace: str
+    settings: Settings
+    prompt: str = field(repr=False)
+    max_tokens: int
+    timeout: float
+    hold_back: dict[int, float]
+    ranks_per_process: int
+    engine_config: dict[str, Any]
+    keep: bool
+    level: str
+
+
+def programs(options: UpOptions, url: str) -> list[Program]:
+    """The runner processes: one per rank, or one for several."""
+    size, each = options.spec.world_size, options.ranks_per_process
+    return [_program(options, url, range(first, min(first + each, size))) for first in range(0, size, each)]
+
+
+def _program(options: UpOptions, url: str, ranks: range) -> Program:
+    settings = options.settings
+    arguments = [
+        *("--instance", options.spec.name),
+        *("--ranks", f"{ranks[0]}-{ranks[-1]}"),
+        *("--world-size", str(options.spec.world_size)),
+        *("--namespace", options.namespace),
+        *("--lease", repr(settings.lease)),
+        *("--heartbeat", repr(settings.heartbeat)),
+        *("--command-timeout", repr(settings.command_seconds)),
+        *("--engine-config", json.dumps(options.engine_config)),
+        *("--log", options.level),
+        *("--parent", str(os.getpid())),
+    ]
+    if options.ranks_per_process > 1:
+        arguments.append("--inline-engine")
+    for rank in ranks:
+        if rank in options.hold_back:
+            arguments += ["--hold-back", f"{rank}:{options.hold_back[rank]!r}"]
+    return Program(
+        name=f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {rank_span(ranks)}",
+        command=own_command("runner", *arguments),
+        # Not an argument, since it may hold a password.
+        environment={**own_environment(), "RANKGATE_REDIS": url},
+        ranks=ranks,
+    )
+
+
+async def up(options: UpOptions, interrupts: Interrupts) -> int:
+    """Bring everything up, generate, tell, and leave no process behind; returns the exit code.
+
+    Raises:
+        RankgateError: a part could not be started, the instance was given up, or the text could not be generated.
+    """
+    console = Console(highlight=False)
+    cluster = Cluster(options, console, interrupts)
+    # While the table is on a terminal, lines that go to the same terminal must scroll by above it.
+    shared = can_draw(console) and Console(stderr=True).is_terminal
+    configure_log(options.level, cluster.say if shared else None)
+    try:
+        async with AsyncExitStack() as stack:
+            await cluster.start(stack)
+            await _first_of(cluster.work(), cluster.trouble())
+            if options.keep:
+                await _first_of(cluster.keep(), cluster.trouble())
+        return cluster.exit_code
+    finally:
+        configure_log(options.level)
+
+
+class Cluster:
+    """Server, runners and planner of one ``up``."""
+
+    def __init__(self, options: UpOptions, console: Console, interrupts: Interrupts) -> None:
+        self._options = options
+        self._console = console
+        self._interrupts = interrupts
+        self._show: Show = make_show(console)
+        self._clock = SystemClock()
+        self._began = self._clock.now()
+        self._server: EmbeddedServer | None = None
+        self._url = ""
+        self._text = ""
+        self._job = asyncio.current_task()
+        self._let_go = False
+        self.exit_code = 1
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Start everything. All of it is ended, in the opposite order, when the stack is left."""
+        options, spec = self._options, self._options.spec
+        if options.url is None:
+            self._server = await stack.enter_async_context(EmbeddedServer())
+        self._url = self._server.url if self._server else options.url or ""
+        self._store = await connect_store(self._url, options.settings)
+        stack.push_async_callback(self._store.close)
+        await self._make_sure_that_nobody_else_has_it()
+        self._launcher = Launcher(
+            programs(options, self._url), on_change=self._process_changed, on_line=self._runner_said
+        )
+        await stack.enter_async_context(self._launcher)
+        self._interrupts.on_again(self._hurry)
+        self._interrupts.on_first(self._end)
+        planner = await stack.enter_async_context(Planner(self._store, namespace=options.namespace))
+        self._instance: Instance = await planner.launch(spec, wait=False)
+        stack.push_async_callback(self._stop_instance)
+
+    async def _make_sure_that_nobody_else_has_it(self) -> None:
+        """An instance may be on record whose ``up`` was killed: that is nobody's any more once its leases have lapsed."""
+        name, settings = self._options.spec.name, self._options.settings
+        deadline = self._clock.now() + settings.lease + settings.command_seconds
+        async with Observer(self._store, self._options.namespace) as observer:
+            while True:
+                try:
+                    seen = await observer.look(name)
+                except UnknownInstance:
+                    return
+                if seen.record is None or seen.record.desired != "up" or seen.record.failure or not seen.attended:
+                    return
+                if self._clock.now() >= deadline:
+                    raise UpFailed(
+                        f"instance {name} is up on this server already: stop it with rankgate stop {name}, or choose another "
+                        "name with --instance"
+                    )
+                await observer.wait(seen, TICK)
+
+    def say(self, line: str) -> None:
+        """Tell a line, above the table where there is one."""
+        self._show.say(line)
+
+    async def work(self) -> None:
+        """The job itself: wait until all ranks serve, generate, and tell."""
+        with self._show:
+            async with self._looking() as look_now:
+                await self._instance.ready()
+                await look_now()  # that all serve is told before the text begins
+                await self._generate()
+        if can_draw(self._console):
+            tell(self._console, ["", self._text])
+        self._text = ""
+        history = await read_history(self._store, Keys(self._options.namespace, self._instance.name))
+        lines, breaches = check_report(history)
+        tell(self._console, ["", *time_report(timeline(history)), *lines])
+        self.exit_code = 1 if breaches else 0
+
+    async def keep(self) -> None:
+        """Stay up until asked to end, or until the instance is stopped or given up."""
+        name, namespace = self._instance.name, self._options.namespace
+        tell(self._console, ["", f"{name} serves until Ctrl-C. From another terminal:"])
+        if "@" not in self._url:  # otherwise it holds a password, and who gave it knows it
+            self._console.out(f"  export RANKGATE_REDIS={shlex.quote(self._url)}", highlight=False)
+        if namespace != DEFAULT_NAMESPACE:
+            self._console.out(f"  export RANKGATE_NAMESPACE={namespace}", highlight=False)
+        tell(self._console, [f"  rankgate status {name} --watch", f"  rankgate generate {name} 'a prompt'", ""])
+        self._interrupts.expected = True
+        if can_draw(self._console):
+            self._show = make_show(self._console)  # a table of its own, below what was told
+        with self._show:
+            async with self._looking():
+                while not self._let_go and not self._instance.state.over:
+                    await self._clock.sleep(TICK / 5)
+        state = self._instance.state
+        if state.over and not state.stopped:
+            raise InstanceFailed(state.failure or state.left or f"{name}: {state.error}")
+
+    async def trouble(self) -> None:
+        """Wait for the end of a part that cannot be done without, and raise."""
+        giving_up = asyncio.create_task(self._launcher.given_up())
+        try:
+            while not giving_up.done():
+                if self._server is not None and not self._server.running:
+                    raise UpFailed(f"the embedded server ended; its last words:\n{self._server.log_tail()}")
+                await asyncio.wait({giving_up}, timeout=TICK)
+        finally:
+            giving_up.cancel()
+        state = giving_up.result()
+        raise UpFailed(
+            f"the process of {state.program.name} died {state.restarts + 1} times in a row ({state.last_exit}); "
+            f"its last words: {state.last_words or '(none)'}"
+        )
+
+    # --- the parts of the job -----------------------------------------------------------------------------------------
+
+    async def _generate(self) -> None:
+        options = self._options
+        for ordinal in range(1, _GENERATIONS + 1):
+            self._text = ""
+            pieces = self._instance.generate(options.prompt, max_tokens=options.max_tokens, timeout=options.timeout)
+            try:
+                async with aclosing(pieces) as open_pieces:
+                    async for piece in open_pieces:
+                        self._text += piece
+                        self._show.text(piece)
+                return
+            except GenerationFailed as error:
+                if ordinal == _GENERATIONS or self._instance.state.over:
+                    raise
+                self._show.say(f"the text is asked for again: {error}")
+                await self._instance.ready()
+
+    async def _stop_instance(self) -> None:
+        """Every rank tears down and is given back; what goes wrong with that is told, and ends nothing else."""
+        if self._interrupts.hurry or self._instance.state.over:
+            return
+        try:
+            await self._instance.stop(_STOP_SECONDS)
+        except (StoreError, InstanceFailed) as error:
+            logger.warning("{}", error)
+
+    def _end(self) -> None:
+        """At the first signal: what is under way is cancelled, and everything is ended in order."""
+        self.say("ending everything; Ctrl-C once more hurries")
+        if self._interrupts.expected:
+            self._let_go = True
+        elif self._job is not None:
+            self._job.cancel()
+
+    def _hurry(self) -> None:
+        """At every further signal: the processes are killed, and nothing is waited for any more."""
+        self._launcher.kill()
+        if self._job is not None:
+            self._job.cancel()
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _looking(self) -> AsyncGenerator[Callable[[], Awaitable[None]]]:
+        """Show what goes on meanwhile, and the end of it. What comes of `async with` shows it now."""
+        spec = self._options.spec
+        async with Barrier(
+            self._store, spec.name, world_size=spec.world_size, namespace=self._options.namespace
+        ) as barrier:
+            looking = asyncio.create_task(self._look(barrier))
+
+            async def look_now() -> None:
+                self._show.update(self._compose(await barrier.inspect(), self._instance.state.reason))
+
+            try:
+                yield look_now
+                last = self._compose(await self._at_rest(barrier), self._instance.state.reason)
+                self._show.update(replace(last, text=""))
+            finally:
+                looking.cancel()
+                await asyncio.gather(looking, return_exceptions=True)
+
+    async def _look(self, barrier: Barrier) -> None:
+        """Whenever something changes, and every tick for the leases and the layers."""
+        tick = min(self._options.settings.heartbeat / 2, TICK)
+        while True:
+            try:
+                snapshot = await barrier.inspect()
+            except StoreError as error:
+                self._show.update(self._compose(None, str(error)))
+                await self._clock.sleep(TICK)
+                continue
+            self._show.update(self._compose(snapshot, self._instance.state.reason))
+            await look_again(barrier, snapshot, tick, self._clock)
+
+    async def _at_rest(self, barrier: Barrier) -> Snapshot:
+        """The picture once the ranks have noticed that the text is complete, which takes them a moment."""
+        deadline = self._clock.now() + TICK
+        while True:
+            snapshot = await barrier.inspect()
+            busy = any(view.report and view.report.status == "Running" for view in snapshot.ranks)
+            left = deadline - self._clock.now()
+            if not busy or left <= 0:
+                return snapshot
+            await look_again(barrier, snapshot, left, self._clock)
+
+    def _compose(self, snapshot: Snapshot | None, reason: str) -> Picture:
+        spec = self._options.spec
+        where = f"embedded Valkey, pid {self._server.pid}" if self._server else redacted(self._url)
+        return Picture(
+            instance=spec.name,
+            world_size=spec.world_size,
+            layers=spec.model.total_layers,
+            title=(f"{spec.model.model_id}, {spec.model.total_layers} layers", where),
+            snapshot=snapshot,
+            processes=self._launcher.states,
+            elapsed=self._clock.now() - self._began,
+            reason=reason,
+            text=self._text,
+        )
+
+    def _process_changed(self, state: ProcessState) -> None:
+        if state.phase == "pausing" and state.last_exit:
+            words = f"; its last words: {state.last_words}" if state.last_words else ""
+            self._show.say(f"the process of {state.program.name} ended ({state.last_exit}{words}) and is started again")
+
+    def _runner_said(self, program: str, line: str) -> None:
+        self._show.say(f"[{program}] {line}")
+
+
+async def _first_of(work: Coroutine[Any, Any, None], trouble: Coroutine[Any, Any, None]) -> None:
+    """Do the work, unless trouble comes first, which always raises."""
+    working, watching = asyncio.create_task(work), asyncio.create_task(trouble)
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done() and not working.done():
+            watching.result()
+        else:
+            working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)

@@ -1,0 +1,636 @@
+"""The command line for real: processes, a real Valkey, signals, kills; and at the end of each test, nobody is left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import pytest
+from redis.asyncio import Redis
+
+from barrier.keys import Keys
+from barrier.testing import wait_until
+from planner.launcher import own_command, own_environment
+from tests.integration.servers import RealServer
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE = 60.0
+"""Seconds after which something counts as hanging; nothing is measured with it."""
+
+PROMPT = "the secret of the mountain"
+PASSWORD = "hunter2 / and more"
+ESCAPE = "\x1b"
+
+# Runs a command in a terminal of its own, which this program's stdin types into; its exit code is the command's.
+IN_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+class Command:
+    """One command line under test. Every process that was ever below it is remembered.
+
+    Args:
+        directory: for what it writes.
+        arguments: after ``rankgate``.
+        url: the server's URL for RANKGATE_REDIS; none where it starts its own.
+        terminal: whether it runs in a terminal of its own.
+    """
+
+    def __init__(self, directory: Path, *arguments: str, url: str = "", terminal: bool = False) -> None:
+        self._stdout, self._stderr = directory / "stdout", directory / "stderr"
+        self._arguments = arguments
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKGATE_")}
+        self._environment |= {**own_environment(), "COLUMNS": "80", "LINES": "30", "TERM": "xterm"}
+        if url:
+            self._environment["RANKGATE_REDIS"] = url
+        # Not below pytest's own directory, whose path is too long for a server's socket.
+        self._temporary = tempfile.TemporaryDirectory(prefix="rg-")
+        self._environment["TMPDIR"] = self._temporary.name
+        self._terminal = terminal
+        self._seen: set[psutil.Process] = set()
+
+    async def __aenter__(self) -> Command:
+        command = own_command(*self._arguments)
+        if self._terminal:
+            command = (sys.executable, "-c", IN_TERMINAL, *command)
+        with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
+            self.process = await asyncio.create_subprocess_exec(
+                *command,
+                env=self._environment,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self._looking = asyncio.create_task(self._look())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._looking.cancel()
+        for process in {*self._seen, *self.below()}:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        self._temporary.cleanup()
+        if error is not None:
+            error.add_note(f"stdout:\n{self.out}\nstderr:\n{self.err}")
+
+    @property
+    def out(self) -> str:
+        """What it wrote to stdout so far; see `raw` for the escape codes."""
+        return re.sub(rf"{ESCAPE}\[[0-9;?]*[A-Za-z]", "", self.raw)
+
+    @property
+    def raw(self) -> str:
+        """What it wrote to stdout so far, to the letter."""
+        return self._stdout.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """What it wrote to stderr so far."""
+        return self._stderr.read_text(errors="replace")
+
+    def below(self) -> list[psutil.Process]:
+        """The processes below it now."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def find(self, part: str) -> psutil.Process:
+        """The one process below it whose command line holds a text."""
+        (found,) = [one for one in self.below() if part in command_line(one)]
+        return found
+
+    async def says(self, text: str) -> None:
+        """Wait until it has written a text to stdout."""
+        await wait_until(lambda: text in self.out or self.process.returncode is not None, f"{text!r}", DEADLINE)
+        assert text in self.out, f"it ended with exit code {self.process.returncode} before it said {text!r}"
+
+    async def code(self) -> int:
+        """Wait for its end; returns its exit code. Then nobody may be left."""
+        async with asyncio.timeout(DEADLINE):
+            code = await self.process.wait()
+        await self.nobody_is_left()
+        if code != -signal.SIGKILL:
+            assert os.listdir(self._temporary.name) == [], "nothing is left in the temporary directory"
+        return code
+
+    async def nobody_is_left(self) -> None:
+        """Every process that was ever below it has ended: by itself already, or by the kernel just now."""
+        assert self._seen, "there were processes to look at"
+        await wait_until(lambda: not [one for one in self._seen if not has_ended(one)], "the last process to end", 10)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    async def _look(self) -> None:
+        while True:
+            self._seen.update(self.below())
+            await asyncio.sleep(0.05)  # a look at every process of the machine is not free
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also where who inherited it has not reaped it yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncGenerator[RealServer]:
+    """A server with a password, as an operator would have."""
+    async with RealServer(transport="tcp", password=PASSWORD, directory=tmp_path) as server:
+        yield server
+
+
+# --- up -------------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_demo(tmp_path: Path) -> None:
+    """One rank is held back and waited for, LoadModel goes out once and after it, a text comes out, nobody is left."""
+    arguments = ("--world-size", "4", "--hold-back", "3:1", "--layers", "4", "--prompt", PROMPT)
+    async with Command(tmp_path, "up", *arguments) as up:
+        assert await up.code() == 0
+
+        assert "waiting for 1 of 4 ranks: rank 3 on " in up.out
+        assert "[simulated text] " in up.out
+        assert re.search(r"arrival skew \d+: rank 3 came last", up.out)
+        assert "LoadModel dispatched 1×, after the last of 4 RunnerConnected" in up.out
+        assert "rejections 0, breaches 0" in up.out
+        assert ESCAPE not in up.raw
+        assert up.err == ""
+        assert PROMPT not in up.out
+
+
+@pytest.mark.slow
+async def test_a_single_rank(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "1", "--layers", "2") as up:
+        assert await up.code() == 0
+        assert "[simulated text] " in up.out
+        assert "LoadModel dispatched 1×, after the only rank was Idle" in up.out
+
+
+async def test_in_a_terminal_a_table_stays_in_its_place(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", "--layers", "4", terminal=True) as up:
+        assert await up.code() == 0
+        assert "rank  node" in up.out
+        assert "██████████ 4/4" in up.out
+        assert up.out.count("demo serves") >= 1
+        hidden, shown = up.raw.rindex(f"{ESCAPE}[?25l"), up.raw.rindex(f"{ESCAPE}[?25h")
+        assert hidden < shown, "the cursor is shown again"
+        assert "breaches 0" in up.out
+
+
+@pytest.mark.slow
+async def test_several_ranks_share_a_process(tmp_path: Path) -> None:
+    arguments = ("--world-size", "5", "--ranks-per-process", "2", "--layers", "2", "--hold-back", "4:0.2")
+    async with Command(tmp_path, "up", *arguments, "--keep") as up:
+        await up.says("serves until Ctrl-C")
+        assert len([one for one in up.below() if " runner " in command_line(one)]) == 3
+        up.send(signal.SIGINT)
+        assert await up.code() == 0
+        assert "LoadModel dispatched 1×, after the last of 5 RunnerConnected" in up.out
+
+
+@pytest.mark.slow
+async def test_64_ranks_in_4_processes(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "64", "--ranks-per-process", "16", "--layers", "4") as up:
+        assert await up.code() == 0
+        assert "LoadModel dispatched 1×, after the last of 64 RunnerConnected" in up.out
+        assert "breaches 0" in up.out
+
+
+LONG_CONNECT = ("--hold-back", "0:600")
+LONG_LOAD = ("--layers", "10000")
+
+
+@pytest.mark.parametrize(
+    ("moment", "options"),
+    [
+        pytest.param("ranks 0-1: starting", (), marks=pytest.mark.slow),
+        pytest.param("ranks 0-1: Connecting", LONG_CONNECT, marks=pytest.mark.slow),
+        ("ranks 0-1: Loading", LONG_LOAD),
+        pytest.param("[simulated text]", (), marks=pytest.mark.slow),
+    ],
+)
+async def test_ctrl_c_leaves_nobody_behind(tmp_path: Path, moment: str, options: tuple[str, ...]) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", *options) as up:
+        await up.says(moment)
+        up.send(signal.SIGINT)
+        assert await up.code() == 130
+        assert "ending everything" in up.out
+        assert "Traceback" not in up.err
+
+
+@pytest.mark.slow
+async def test_ctrl_c_in_a_terminal_reaches_up_alone(tmp_path: Path) -> None:
+    """The runners lead sessions of their own: none of them dies of the key, and none is started again."""
+    async with Command(tmp_path, "up", "--world-size", "2", *LONG_LOAD, terminal=True) as up:
+        await up.says("Loading")
+        assert up.process.stdin is not None
+        up.process.stdin.write(b"\x03")
+        assert await up.code() == 130
+        assert "is started again" not in up.out
+        assert "Traceback" not in up.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+async def test_other_signals_leave_nobody_behind(tmp_path: Path, number: signal.Signals) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", *LONG_LOAD) as up:
+        await up.says("ranks 0-1: Loading")
+        up.send(number)
+        assert await up.code() == 143
+        assert up.err == ""
+
+
+@pytest.mark.slow
+async def test_a_second_ctrl_c_does_not_wait_for_a_runner_that_does_not_answer(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", "--lease", "600", *LONG_LOAD) as up:
+        await up.says("ranks 0-1: Loading")
+        up.find("--ranks 1-1").suspend()  # its lease holds, so the stop waits for it
+        up.send(signal.SIGINT)
+        await up.says("ending everything")
+        up.send(signal.SIGINT)
+        assert await up.code() == 130
+        assert up.err == "", "nothing was waited for until its time was up"
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the server outlives a parent that is killed with SIGKILL"
+)
+@pytest.mark.parametrize("moment", [pytest.param("ranks 0-1: starting", marks=pytest.mark.slow), "ranks 0-1: Loading"])
+async def test_sigkill_of_up_leaves_nobody_behind(tmp_path: Path, moment: str) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", *LONG_LOAD) as up:
+        await up.says(moment)
+        up.send(signal.SIGKILL)
+        assert await up.code() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+async def test_a_runner_that_is_killed_heals(tmp_path: Path) -> None:
+    """Everything goes on with a second attempt, in which the others are the same processes."""
+    arguments = ("--world-size", "3", "--layers", "40", "--lease", "1", "--heartbeat", "0.2")
+    async with Command(tmp_path, "up", *arguments) as up:
+        await up.says("ranks 0-2: Loading")
+        others = [up.find("--ranks 0-0"), up.find("--ranks 2-2")]
+        up.find("--ranks 1-1").kill()
+        await up.says("the process of rank 1 ended (SIGKILL, signal 9) and is started again")
+        await up.says("[simulated text]")
+        assert [one.pid for one in others] == [up.find("--ranks 0-0").pid, up.find("--ranks 2-2").pid]
+        assert await up.code() == 0
+        assert "Where the time went in attempt 2" in up.out
+        assert "LoadModel dispatched 1×, after the last of 3 RunnerConnected" in up.out
+        assert "breaches 0" in up.out
+
+
+@pytest.mark.slow
+async def test_an_engine_that_is_killed_heals(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", "--layers", "20") as up:
+        await up.says("ranks 0-1: Loading")
+        runners = [up.find("--ranks 0-0"), up.find("--ranks 1-1")]
+        up.find("engine-of-rank-1").kill()
+        await up.says("[simulated text]")
+        assert [one.pid for one in runners] == [up.find("--ranks 0-0").pid, up.find("--ranks 1-1").pid]
+        assert await up.code() == 0
+        assert "engine of rank 1 died (signal 9) while loading" in up.out
+        assert "Where the time went in attempt 2" in up.out
+        assert "breaches 0" in up.out
+
+
+@pytest.mark.slow
+async def test_the_end_of_the_server_is_the_end_of_up(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", *LONG_LOAD) as up:
+        await up.says("ranks 0-1: Loading")
+        up.find("valkey-server").kill()
+        assert await up.code() == 1
+        assert "rankgate: the embedded server ended; its last words:" in up.err
+
+
+async def test_a_rank_that_refuses_for_good_is_named(tmp_path: Path) -> None:
+    refuses = {"faults": [{"phase": "load", "action": "refuse", "rank": 1}]}
+    async with Command(tmp_path, "up", "--world-size", "2", "--engine-config", json.dumps(refuses)) as up:
+        assert await up.code() == 1
+        said = up.err.removeprefix("rankgate: ")
+        assert said.startswith("demo cannot be brought up: rank 1 on ")
+        assert "refused for good" in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+async def test_kept_up_it_answers_other_commands_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", "--layers", "2", "--keep") as up:
+        await up.says("demo serves until Ctrl-C")
+        url = re.findall(r"export RANKGATE_REDIS=(\S+)", up.out)[0]
+        assert "[simulated text] " in (await ask(url, "generate", "demo", PROMPT))[0]
+        up.send(signal.SIGINT)
+        assert await up.code() == 0
+
+
+@pytest.mark.slow
+async def test_a_password_is_not_among_the_hints(tmp_path: Path, store: RealServer) -> None:
+    arguments = ("--world-size", "1", "--layers", "2", "--keep", "--namespace", "blue")
+    async with Command(tmp_path, "up", *arguments, url=store.url) as up:
+        await up.says("rankgate generate demo")
+        assert "export RANKGATE_NAMESPACE=blue" in up.out
+        assert "RANKGATE_REDIS" not in up.out
+        assert "hunter2" not in up.out
+        up.send(signal.SIGINT)
+        assert await up.code() == 0
+
+
+@pytest.mark.slow
+async def test_an_instance_that_somebody_else_stops_ends_up(tmp_path: Path, store: RealServer) -> None:
+    async with Command(tmp_path, "up", "--world-size", "2", "--layers", "2", "--keep", url=store.url) as up:
+        await up.says("demo serves until Ctrl-C")
+        await ask(store.url, "stop", "demo")
+        assert await up.code() == 0
+
+
+async def test_up_on_a_server_of_ones_own(tmp_path: Path, store: RealServer) -> None:
+    """Nothing of it says the password, and its ranks are free at once."""
+    async with Command(tmp_path, "up", "--world-size", "2", "--layers", "20", url=store.url) as up:
+        await up.says("Loading")
+        lines = [command_line(one) for one in up.below()]
+        assert len([one for one in lines if "engine-of-rank" in one]) == 2
+        environments = [environment(one) for one in up.below() if "engine-of-rank" in command_line(one)]
+        assert await up.code() == 0
+        assert "hunter2" not in up.out + up.err + "".join(lines)
+        assert not any("RANKGATE_REDIS" in one for one in environments)
+    assert await held_ranks(store, "demo", 2) == []
+
+
+def environment(process: psutil.Process) -> Mapping[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+@pytest.mark.slow
+async def test_what_a_killed_up_leaves_on_the_server_is_in_nobodys_way(tmp_path: Path, store: RealServer) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    times = ("--lease", "1", "--heartbeat", "0.2")
+    async with Command(first, "up", "--world-size", "2", *times, *LONG_LOAD, url=store.url) as up:
+        await up.says("ranks 0-1: Loading")
+        up.send(signal.SIGKILL)
+        assert await up.code() == -signal.SIGKILL
+    async with Command(second, "up", "--world-size", "2", *times, "--layers", "2", url=store.url) as again:
+        assert await again.code() == 0
+        assert "breaches 0" in again.out
+
+
+@pytest.mark.slow
+async def test_up_refuses_an_instance_that_is_up_already(tmp_path: Path, store: RealServer) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    async with Command(first, "up", "--world-size", "1", "--layers", "2", "--keep", url=store.url) as up:
+        await up.says("demo serves until Ctrl-C")
+        async with Command(second, "up", "--world-size", "1", url=store.url) as other:
+            assert await other.process.wait() == 1
+            assert "rankgate: instance demo is up on this server already: stop it with rankgate stop demo" in other.err
+        up.send(signal.SIGTERM)
+        assert await up.code() == 0
+
+
+@pytest.mark.parametrize(
+    "command", [["up", "--world-size", "2"], ["status"], ["runner", "--instance", "a", "--rank", "0"]]
+)
+async def test_a_wrong_password_is_one_sentence_without_it(store: RealServer, command: list[str]) -> None:
+    out, err, code = await run(f"redis://:letmein@127.0.0.1:{store.port}", *command)
+    assert (out, code) == ("", 1)
+    assert err.startswith("rankgate: the store at 127.0.0.1:")
+    assert "refused" in err
+    assert "letmein" not in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+async def test_ctrl_c_in_the_race_leaves_nobody_behind(tmp_path: Path) -> None:
+    async with Command(tmp_path, "race") as race:
+        await race.says("its process is killed")
+        race.send(signal.SIGINT)
+        assert await race.code() == 130
+        assert race.err == ""
+
+
+# --- the parts, one by one ------------------------------------------------------------------------------------------------
+
+
+async def run(url: str, *arguments: str) -> tuple[str, str, int]:
+    """Run one command to its end; returns stdout, stderr and exit code."""
+    names = {name: value for name, value in os.environ.items() if not name.startswith("RANKGATE_")}
+    process = await asyncio.create_subprocess_exec(
+        *own_command(*arguments),
+        env={**names, **own_environment(), "RANKGATE_REDIS": url, "COLUMNS": "200"},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(DEADLINE):
+            out, err = await process.communicate()
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    return out.decode(), err.decode(), process.returncode or 0
+
+
+async def ask(url: str, *arguments: str) -> tuple[str, str]:
+    """Run one command that must succeed; returns stdout and stderr."""
+    out, err, code = await run(url, *arguments)
+    assert code == 0, f"exit code {code}: {err}"
+    return out, err
+
+
+async def held_ranks(store: RealServer, instance: str, world_size: int) -> list[int]:
+    """The ranks that somebody claims or reports for."""
+    keys = Keys("rankgate", instance)
+    async with Redis(port=store.port, password=PASSWORD) as client:
+        return [rank for rank in range(world_size) if await client.exists(keys.claim(rank), keys.rank(rank))]
+
+
+@asynccontextmanager
+async def operator(directory: Path, url: str) -> AsyncGenerator[dict[str, Command]]:
+    """A planner and two runners, each started by its own command."""
+    times = ("--lease", "1.5", "--heartbeat", "0.3")
+    lines = {
+        "planner": ("planner", *times),
+        "rank 0": ("runner", "--instance", "blue", "--rank", "0", "--world-size", "2", *times),
+        "rank 1": ("runner", "--instance", "blue", "--rank", "1", "--world-size", "2", "--node", "box-1", *times),
+    }
+    commands: dict[str, Command] = {}
+    for name, line in lines.items():
+        place = directory / name
+        place.mkdir()
+        commands[name] = Command(place, *line, url=url)
+    async with commands["planner"], commands["rank 0"], commands["rank 1"]:
+        yield commands
+
+
+@pytest.mark.slow
+async def test_an_operators_day(tmp_path: Path, store: RealServer) -> None:
+    url = store.url
+    async with operator(tmp_path, url) as commands:
+        assert (await ask(url, "status"))[0].startswith("no instance in namespace rankgate")
+        assert (await ask(url, "launch", "blue", "--world-size", "2", "--layers", "4"))[0] == "blue serves\n"
+        assert (await ask(url, "explain", "blue"))[0] == "blue, attempt 1: all 2 ranks are Ready or Running\n"
+
+        listed = (await ask(url, "status"))[0].splitlines()
+        assert re.fullmatch(r"blue +serving +2 of 2 +1 +simulated +\S+ *", listed[1])
+        ranks = (await ask(url, "status", "blue"))[0].splitlines()
+        assert re.fullmatch(r" +1 +box-1 +\d+ +Ready +█{10} 4/4 +\d\.\d s *", ranks[3])
+        told = json.loads((await ask(url, "status", "blue", "--json"))[0])
+        assert [rank["status"] for rank in told["ranks"]] == ["Ready", "Ready"]
+        assert told["ranks"][0]["pid"] == commands["rank 0"].process.pid
+        assert [one["instance"] for one in json.loads((await ask(url, "status", "--json"))[0])] == ["blue"]
+
+        out, err = await ask(url, "generate", "blue", PROMPT)
+        assert re.fullmatch(r"\[simulated text\]( \w+)+\n", out)
+        assert err == ""
+
+        assert await ask(url, "stop", "blue") == ("blue is stopped\n", "")
+        assert (await ask(url, "stop", "blue"))[0] == "blue is stopped\n", "twice does no harm"
+        out, err, code = await run(url, "generate", "blue", PROMPT)
+        assert (out, code) == ("", 1)
+        assert err.startswith("rankgate: blue does not serve (stopped)")
+        assert (await ask(url, "launch", "blue", "--world-size", "2", "--layers", "2"))[0] == "blue serves\n"
+
+        # A runner that is asked to leave gives its rank back, and says 0.
+        rank = commands["rank 1"]
+        rank.send(signal.SIGTERM)
+        assert await rank.code() == 0
+        assert await held_ranks(store, "blue", 2) == [0]
+        said = (await ask(url, "explain", "blue"))[0]
+        assert said.startswith("blue, attempt 2")
+
+        commands["planner"].send(signal.SIGINT)
+        assert await commands["planner"].process.wait() == 130
+        said = (await ask(url, "explain", "blue"))[0]
+        assert "no planner looks after it: start one with rankgate planner" in said
+
+        everything = "".join(one.out + one.err for one in commands.values())
+        assert PROMPT not in everything
+        assert "hunter2" not in everything
+        assert "Traceback" not in everything
+
+
+async def test_a_launch_that_nobody_carries_out_says_what_is_missing_and_can_be_stopped(store: RealServer) -> None:
+    out, err, code = await run(store.url, "launch", "blue", "--world-size", "2", "--timeout", "1")
+    assert (out, code) == ("", 1)
+    *told, last = err.splitlines()
+    assert last.startswith(
+        "rankgate: blue was not ready within 1 s: blue: no attempt has been opened; 2 of 2 ranks not here"
+    )
+    assert last.endswith("no planner looks after it: start one with rankgate planner")
+    assert len(told) == 1, "and it said so when it began to wait, once"
+
+    assert await ask(store.url, "stop", "blue") == ("blue is stopped\n", "")
+    assert (await ask(store.url, "status"))[0].startswith("no instance in namespace rankgate")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["explain"], ["generate"], *(pytest.param([name], marks=pytest.mark.slow) for name in ("status", "stop"))],
+)
+async def test_an_instance_that_nobody_launched(store: RealServer, command: list[str]) -> None:
+    arguments = [*command, "nobody", *(["hello"] if command == ["generate"] else [])]
+    out, err, code = await run(store.url, *arguments)
+    assert (out, code) == ("", 1)
+    assert err == (
+        "rankgate: there is no instance nobody in namespace rankgate, where there are no others. Launch it with "
+        "rankgate launch nobody --world-size N\n"
+    )
+
+
+@pytest.mark.slow
+async def test_a_rank_that_is_taken(tmp_path: Path, store: RealServer) -> None:
+    times = ("--lease", "0.6", "--heartbeat", "0.2")
+    line = ("runner", "--instance", "blue", "--rank", "0", *times)
+    async with Command(tmp_path, *line, url=store.url) as first:
+        await wait_until(lambda: "this is rank 0" in first.err, "the first to hold the rank", DEADLINE)
+        out, err, code = await run(store.url, *line)
+        assert (out, code) == ("", 1)
+        assert "rankgate: group blue: held by other processes (rank 0: " in err
+
+
+@pytest.mark.slow
+async def test_runners_take_any_rank_that_is_free(tmp_path: Path, store: RealServer) -> None:
+    """Two of them for two ranks, told how many there are and nothing else; a third one finds none."""
+    times = ("--lease", "0.9", "--heartbeat", "0.3")
+    line = ("runner", "--instance", "blue", "--world-size", "2", *times)
+    places = [tmp_path / name for name in ("planner", "a", "b")]
+    for place in places:
+        place.mkdir()
+    async with (
+        Command(places[0], "planner", *times, url=store.url),
+        Command(places[1], *line, url=store.url) as one,
+        Command(places[2], *line, url=store.url) as other,
+    ):
+        await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2")
+        taken = [re.findall(r"this is rank (\d)", command.err) for command in (one, other)]
+        assert sorted(taken) == [["0"], ["1"]]
+        assert command_line(one.find("engine-of-rank-")).endswith(f"engine-of-rank-{taken[0][0]}")
+        out, err, code = await run(store.url, *line)
+        assert (out, code) == ("", 1)
+        assert "held by other processes (rank 0: " in err
+        one.send(signal.SIGTERM)
+        other.send(signal.SIGTERM)
+        assert (await one.code(), await other.code()) == (0, 0)
+
+
+@pytest.mark.slow
+async def test_watching_without_a_terminal_is_a_line_a_change(tmp_path: Path, store: RealServer) -> None:
+    day, watch = tmp_path / "day", tmp_path / "watch"
+    day.mkdir()
+    watch.mkdir()
+    async with operator(day, store.url):
+        await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2")
+        async with Command(watch, "status", "blue", "--watch", url=store.url) as watching:
+            await watching.says("blue serves")
+            await ask(store.url, "stop", "blue")
+            await watching.says("blue, attempt 1: Stopped: stop was asked for")
+            assert re.search(r"ranks? 0.*: Idle", watching.out)
+            watching.send(signal.SIGINT)
+            assert await watching.process.wait() == 130
+            assert ESCAPE not in watching.raw
+            assert watching.err == ""
+
+
+@pytest.mark.slow
+async def test_several_ranks_of_one_runner_end_together(tmp_path: Path, store: RealServer) -> None:
+    """One of them is taken: the process gives the others back, and says which."""
+    times = ("--lease", "0.6", "--heartbeat", "0.2")
+    line = ("runner", "--instance", "blue", "--inline-engine", *times)
+    async with Command(tmp_path, *line, "--rank", "1", url=store.url) as first:
+        await wait_until(lambda: "this is rank 1" in first.err, "the first to hold the rank", DEADLINE)
+        _, err, code = await run(store.url, *line, "--ranks", "0-2")
+        assert code == 1
+        assert "held by other processes (rank 1: " in err
+        assert await held_ranks(store, "blue", 3) == [1]
