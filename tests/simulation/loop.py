@@ -4,6 +4,9 @@ Every callback that is ready may run next: what asyncio runs in order of arrival
 real machines do. A *process* is whatever runs in one context: its callbacks can be held back (SIGSTOP) or dropped (SIGKILL).
 """
 
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
+# The workings of asyncio's loops, which this one replaces, are private and untyped.
 from __future__ import annotations
 
 import asyncio
@@ -73,6 +76,10 @@ class SeededLoop(asyncio.SelectorEventLoop):
         """Whether a process is stopped now."""
         return process in self._stopped
 
+    def is_killed(self, process: str) -> bool:
+        """Whether a process was killed."""
+        return process in self._killed
+
     def bury(self) -> None:
         """At the end of a history: let everything run again, so that it can be cancelled in good order."""
         self._killed.clear()
@@ -98,19 +105,19 @@ class SeededLoop(asyncio.SelectorEventLoop):
         self._moved_at = self._now
         if self._still > MOST_STEPS_AT_ONE_INSTANT:
             raise Stuck(f"{self._still} steps without time passing: somebody runs in circles, at last {handle}")
-        if not handle._cancelled:  # noqa: SLF001  a loop's own business
-            handle._run()  # noqa: SLF001
+        if not handle._cancelled:
+            handle._run()
 
     def _collect_due(self) -> None:
         while self._scheduled:
             timer = self._scheduled[0]
-            if timer._cancelled:  # noqa: SLF001
+            if timer._cancelled:
                 heapq.heappop(self._scheduled)
-                timer._scheduled = False  # noqa: SLF001
+                timer._scheduled = False
                 self._timer_cancelled_count = max(0, self._timer_cancelled_count - 1)
             elif timer.when() <= self._now:
                 heapq.heappop(self._scheduled)
-                timer._scheduled = False  # noqa: SLF001
+                timer._scheduled = False
                 self._ready.append(timer)
             else:
                 return
@@ -119,7 +126,7 @@ class SeededLoop(asyncio.SelectorEventLoop):
         """The place of a callback that may run; those of stopped processes are put aside, those of killed ones dropped."""
         while self._ready:
             index = self._rng.randrange(len(self._ready))
-            process = self._ready[index]._context.get(PROCESS, "")  # noqa: SLF001
+            process = self._ready[index]._context.get(PROCESS, "")
             if process in self._killed:
                 self._dropped.append(self._ready[index])
                 del self._ready[index]

@@ -10,9 +10,10 @@ import asyncio
 import gc
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from loguru import logger
 
@@ -26,7 +27,13 @@ from tests.simulation.loop import LoopClock, SeededLoop, Stuck
 LEASE = 3.0
 SETTINGS = Settings(lease=LEASE, heartbeat=1.0)
 POLICY = Policy(
-    assemble_timeout=300, connect_stall=15, load_stall=15, warmup_stall=15, generate_stall=15, max_failures=1_000, backoff_cap=2
+    assemble_timeout=300,
+    connect_stall=15,
+    load_stall=15,
+    warmup_stall=15,
+    generate_stall=15,
+    max_failures=1_000,
+    backoff_cap=2,
 )
 FAULTY_SECONDS = 30.0
 QUIET_SECONDS = 120.0
@@ -229,14 +236,14 @@ class World:
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
-    async def _supervise(self, name: str, be: Callable[[str], object]) -> None:
+    async def _supervise(self, name: str, be: Callable[[str], Coroutine[Any, Any, None]]) -> None:
         """Keep a process running: when it ends or is killed, another life of it begins after a while."""
         while True:
             self.lives[name] = self.lives.get(name, 0) + 1
             process = f"{name}#{self.lives[name]}"
             self.plans[process] = FaultPlan()
-            task = self.loop.spawn(process, be(process))  # type: ignore[arg-type]
-            while not task.done() and process not in self.loop._killed:  # noqa: SLF001
+            task = self.loop.spawn(process, be(process))
+            while not task.done() and not self.loop.is_killed(process):
                 await asyncio.sleep(0.05)
             if task.done() and not task.cancelled() and (error := task.exception()) is not None:
                 if not isinstance(error, ClaimLost | RankTaken | StoreError):
@@ -319,7 +326,6 @@ class World:
     def _end_faults(self) -> None:
         """From here on nothing goes wrong any more; what is dead stays dead until its supervisor has replaced it."""
         self.engines.say("quiet from here on")
-        self.store._cut_off = False  # noqa: SLF001
         for name, life in self.lives.items():
             process = f"{name}#{life}"
             self._heal(process)
@@ -350,21 +356,17 @@ class World:
         self.loop.call_later(seconds, self._heal, process)
 
     def _heal(self, process: str) -> None:
-        if process not in self.loop._killed:  # noqa: SLF001
+        if not self.loop.is_killed(process):
             self.store.heal(process)
 
     def _cut_all(self) -> None:
         seconds = self.rng.choice((0.2, 1, 2)) * LEASE
         self.engines.say(f"FAULT store unreachable for {seconds:g} s")
-        keep = self.rng.random() < 0.5
-        self.store._cut_off = True  # noqa: SLF001  `partition()` without its counterpart `heal()`, which would heal the dead too
-        self.store._break_connections(None)  # noqa: SLF001
-        self.store.restart(keep_data=keep)
-
-        def back() -> None:
-            self.store._cut_off = False  # noqa: SLF001
-
-        self.loop.call_later(seconds, back)
+        processes = [f"{name}#{life}" for name, life in self.lives.items()]
+        for process in processes:
+            self.store.partition(process)
+            self.loop.call_later(seconds, self._heal, process)
+        self.store.restart(keep_data=self.rng.random() < 0.5)
 
     def _flush(self) -> None:
         self.engines.say("FAULT flush")
