@@ -419,7 +419,7 @@ class Barrier:
     ) -> WaitOutcome | _T:
         seconds = _positive("timeout", timeout)
         failed = frozenset(failed_statuses)
-        deadline, progress = self.clock.now() + seconds, None
+        deadline, seen = self.clock.now() + seconds, dict[int, object]()
         while True:
             outcome = await attempt()
             if not isinstance(outcome, NotReady):
@@ -441,7 +441,7 @@ class Barrier:
                         return ended
                     case Fenced():
                         pass  # not ours to conclude: the leader's verdict will end this wait, or the deadline
-            if progress != (progress := _progress(snapshot)):
+            if _note_progress(snapshot, seen):
                 deadline = self.clock.now() + seconds
             if not missing_ranks(snapshot, requirement):
                 continue  # arrived between the attempt and the picture
@@ -500,12 +500,15 @@ def _count(hint: Hint, epoch: EpochRecord, requirement: Requirement, missing: se
     return True
 
 
-def _progress(snapshot: Snapshot) -> tuple[object, ...]:
-    """What changes when anything moves."""
-    return tuple(
-        (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress) if view.report else None
-        for view in snapshot.ranks
-    )
+def _note_progress(snapshot: Snapshot, seen: dict[int, object]) -> bool:
+    """Whether any rank moved since it was last seen. One that falls silent and comes back as it was has not."""
+    moved = False
+    for view in snapshot.ranks:
+        if view.report is not None:
+            mark = (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress)
+            moved = moved or seen.get(view.rank) != mark
+            seen[view.rank] = mark
+    return moved
 
 
 def _place(text: str) -> tuple[int, int]:

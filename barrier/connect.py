@@ -46,7 +46,10 @@ async def connect(url: str, *, settings: Settings | None = None) -> Store:
         StoreRefused: wrong password, or a right is missing.
         StoreUnsuitable: it evicts keys, is a replica, or is older than Redis 6.2 / Valkey 7.2.
     """
-    store = adopt(_client(url), settings=settings)
+    client = _client(url)
+    store = adopt(client, settings=settings)
+    pool: Any = client.connection_pool
+    store.belongings = (client, *(pool.sentinel_manager.sentinels if _is_sentinel(pool) else ()))
     try:
         await store.verify()
     except BaseException:

@@ -599,7 +599,7 @@ class Member:
                 f"the roster of epoch {epoch.number} names {mine or 'nobody'} for rank {self.rank}, not this process"
             )
         self.promised = epoch
-        self._report = replace(self._report, epoch=epoch, floor=epoch.number, applied=1)
+        self._report = replace(self._report, epoch=epoch, floor=epoch.number, applied=1, outcomes=())
         return Promised(epoch, int(world_size))
 
     def retire(self) -> None:

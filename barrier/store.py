@@ -99,6 +99,7 @@ class Store:
         commands: for commands that answer at once; retries are off, so nothing is sent twice.
         settings: the times that the clients were built for.
         where: the address without user and password, for messages.
+        belongings: clients that were made for this store and go with it, such as those that ask the sentinels.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Store:
         settings: Settings,
         where: str,
     ) -> None:
+        self.belongings: Sequence[Redis] = ()
         self.commands: Any = commands  # redis-py's annotations give every command both sync and async results
         self._make_reader = make_reader
         self.settings = settings
@@ -126,7 +128,7 @@ class Store:
     async def exchange(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Send commands in one go and read one reply each: raw, and an error reply as a value.
 
-        The way through the driver's client or pipeline costs two to three times the CPU, per reply mostly, and that is felt
+        A report sent through the driver's pipeline costs two to three times the CPU, mostly for its many replies, and that is felt
         between the last arrival and the dispatch. One deadline covers all replies; nothing is sent twice.
         """
         pool = self.commands.connection_pool
@@ -164,15 +166,19 @@ class Store:
             try:
                 with self.errors():
                     info: dict[str, Any] = await self.commands.info()
-            except StoreCorrupt:
+            except StoreCorrupt as error:
+                if "unknown command" not in str(error):
+                    raise  # a database that does not exist, for one
                 _say_unchecked()  # fakeredis, for one, has no INFO; a server that hides it cannot be judged
                 info = {}
             check_info(info, self.where)
             self._verified = True
 
     async def close(self) -> None:
-        """Close the command client."""
+        """Close the command client and what else was made for this store."""
         await self.commands.aclose()
+        for client in self.belongings:
+            await client.aclose()
 
 
 async def _reply(connection: Any) -> Any:  # noqa: ANN401  redis-py's connection, and whatever the command answers

@@ -9,6 +9,7 @@ As a library::
         await instance.stop()
 """
 
+from planner.gate import LoadGate
 from planner.planner import Instance, InstanceFailed, Planner, explain_instance
 from planner.requests import GenerationFailed
 from planner.spec import InstanceSpec, Policy
@@ -19,6 +20,7 @@ __all__ = [
     "Instance",
     "InstanceFailed",
     "InstanceSpec",
+    "LoadGate",
     "ModelSpec",
     "Planner",
     "Policy",

@@ -820,7 +820,7 @@ class _Walk:
         return f"{step.replace(' ', '-')[:80]}.{digest}"
 
     def _check_one_epoch(self, said: RankSaid, status: str) -> Iterator[Breach]:
-        if status not in _AT_WORK or said.epoch is None:
+        if status not in _AT_WORK or said.epoch is None or len(self._epochs) < 2:
             return
         for (rank, incarnation), last in self._last.items():
             if last is None or (rank, incarnation) == (said.rank, said.incarnation):

@@ -52,7 +52,6 @@ from planner.requests import RequestQueue
 from planner.spec import Policy
 from runner.messages import encode
 
-
 _AGES = re.compile(r"\d+\.\d s")
 """What changes in a reason at every look although nothing has happened: such a reason is not logged again."""
 
@@ -145,12 +144,11 @@ class InstanceLoop:
             return await self._run()
         except Exception as error:
             # A mistake of ours; its text may quote what a client sent. Whoever waits for this loop must not wait for ever.
-            self._leave(f"the planner failed ({type(error).__name__}); see its log")
+            self.leave(f"the planner failed ({type(error).__name__}); see its log")
             raise
-        finally:
-            self._leave("this planner does not look after it any more")
 
-    def _leave(self, why: str) -> None:
+    def leave(self, why: str) -> None:
+        """Say to all who wait that this planner does not look after the instance any more, unless it was over before."""
         if not self.state.over:
             self._publish(replace(self.state, left=why))
 
@@ -179,7 +177,10 @@ class InstanceLoop:
         now = self._clock.now()
         if snapshot.epoch is not None:
             self._ordinal = max(self._ordinal, snapshot.epoch.ordinal)
-        serving = is_serving(snapshot)
+        # An attempt of another spec may serve as well; it is about to be ended.
+        serving = (
+            is_serving(snapshot) and snapshot.epoch is not None and snapshot.epoch.digest == self._record.spec.digest
+        )
         self._memory = observe(
             self._memory, snapshot, self._policy, self._settings, now, serving=serving, jitter=self._rng.random()
         )
@@ -199,7 +200,7 @@ class InstanceLoop:
     async def _lead_if_due(self) -> Following | None:
         if self._barrier.leadership is not None and self._clock.now() < self._lead_at:
             return None
-        self._lead_at = self._clock.now() + self._settings.lease / 2
+        self._lead_at = self._clock.now() + self._settings.lease * 2 / 3  # the rest is for trying again
         match await self._barrier.lead():
             case Leading():
                 return None
@@ -227,7 +228,7 @@ class InstanceLoop:
             case Wait(until, _, requirement):
                 await self._watch(snapshot, requirement, until)
             case OpenEpoch():
-                await self._open()
+                await self._open(snapshot)
             case RestoreEpoch():
                 await self._restore(action, snapshot)
             case PassGate():
@@ -260,7 +261,7 @@ class InstanceLoop:
         if not self._memory.stopping:  # what is being stopped must not be asked for again
             await self._registry.heal(self._record)
 
-    async def _open(self) -> None:
+    async def _open(self, snapshot: Snapshot) -> None:
         spec = self._record.spec
         await self._heal_desired()
         outcome = await self._barrier.open(
@@ -269,7 +270,10 @@ class InstanceLoop:
         match outcome:
             case Unconcluded(epoch):
                 left_over = Verdict.aborted("left over from another spec or world size")
-                self._heed(await self._barrier.conclude(epoch, left_over))
+                concluded = await self._barrier.conclude(epoch, left_over)
+                self._heed(concluded)
+                if isinstance(concluded, Unknown):  # a record that says too little even for that
+                    await self._watch(snapshot, (), self._clock.now() + self._settings.heartbeat)
             case _:
                 self._heed(outcome)  # the next picture tells the rest
 

@@ -298,6 +298,8 @@ class Planner:
         while (known := self._planned.get(name)) is not None:  # another call may plan it while this one waits
             if known.record.launched_ms == record.launched_ms and not known.loop.state.over:
                 return known
+            if known.record.launched_ms > record.launched_ms:
+                raise InstanceFailed(f"{name} was launched anew while this launch began")
             await self._part_with(known)
         barrier = Barrier(
             self._store,
@@ -322,6 +324,7 @@ class Planner:
             del self._planned[planned.record.spec.name]
         planned.task.cancel()
         await asyncio.gather(planned.task, return_exceptions=True)
+        planned.loop.leave("this planner does not look after it any more")
         try:
             await planned.barrier.resign()
         except StoreError as error:

@@ -1,20 +1,22 @@
 """``rankgate race``: the race that the barrier ends, three times over, with real processes on a real server.
 
-The scenario is the same in every run. Three ranks connect; the last one takes a second longer. Rank 1 is killed (SIGKILL) as soon as
-it has said Connected, and its supervisor starts it again two seconds later. So there is a moment at which the two others are connected and
-rank 1 is not, though its last word, Connected, still stands.
+The scenario is the same in every run. Three ranks connect; the last one takes some seconds longer. Rank 1 is killed (SIGKILL) as soon
+as it has said Connected, and its supervisor starts it again a little later. So there is a moment at which the two others are connected
+and rank 1 is not, though its last word, Connected, still stands.
 
 1. **A planner that trusts stale statuses, and a runner that does not forgive.** The planner looks at a table of statuses every 100 ms,
    as exo's does, and sends a rank its next task when the table says that this rank is due and that all others have come as far.
    Runners write their status into the table every 200 ms. Nobody lies, and nobody is artificially late: the table simply
    says what every rank said last. The runner raises ``ValueError: Received LoadModel outside of state machine …``, as exo's
-   does, and its process dies of it.
+   does, and its process dies of it. Its supervisor, which mends one death in a row and mended the accident, gives it up.
 2. **The same planner, and rankgate's runner.** The runner refuses what it cannot do, and lives. The planner sends LoadModel again
    every half a second, and after three refusals it begins anew with all ranks. Its tasks go into the task log without asking the gate.
-3. **rankgate's planner and runner.** LoadModel passes the gate, which opens when every rank is connected at one instant.
+3. **rankgate's planner and runner.** LoadModel passes the gate, which opens when every rank is connected at one instant. A word of
+   rank 1 counts for one lease after its death, which is over before the late rank arrives. (Had the late rank come within that lease,
+   LoadModel would have gone out, the attempt been ended for all, and the next one begun: a lease cannot know of a death sooner.)
 
 Nothing is acted: deaths are counted by exit codes, refusals in the history that the store keeps, and if the race does not happen in some
-run, the table says so. The planner of the first two runs is no straw man: it does not send a task again within half a second, it does
+run, the output says so. The planner of the first two runs is no straw man: it does not send a task again within half a second, it does
 not go on while a rank is missing from the table, and it is told of every refusal. What it lacks is a way to know that a word is old.
 """
 
@@ -25,8 +27,8 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -43,7 +45,7 @@ from barrier import (
     Verdict,
     connect,
 )
-from barrier.errors import RankgateError
+from barrier.errors import RankgateError, StoreCorrupt
 from barrier.keys import Keys
 from planner.embedded import EmbeddedServer
 from planner.history import EpochConcluded, EpochOpened, History, StepDispatched, find_breaches, kind_of, read_history
@@ -59,7 +61,7 @@ from planner.launcher import (
 )
 from planner.planner import InstanceFailed, Planner
 from planner.spec import InstanceSpec
-from runner import EngineGroup, InlineHost, Runner
+from runner import Engine, EngineGroup, InlineHost, Runner
 from runner.engines.simulated import SimulatedConfig, SimulatedEngine
 from runner.messages import (
     ConnectToGroup,
@@ -91,21 +93,21 @@ PUBLISH = 0.2
 """Seconds between two words of a runner into the table of statuses."""
 RESEND = 0.5
 """Seconds after which the planner that polls sends a task again that has brought no change."""
-DOWN = 2.0
+DOWN = 4.0
 """Seconds for which a process that died stays down."""
-RESTARTS = 2
-"""How many deaths in a row a supervisor mends."""
+RESTARTS = 1
+"""How many deaths in a row a supervisor mends. With more, the fragile runner dies once for each LoadModel that waits for it."""
 PATIENCE = 3
 """Refusals after which the planner that polls begins anew."""
 CONNECT = 0.2
 """Seconds that a rank takes to connect."""
-HELD_BACK = 1.0
+HELD_BACK = 2.5
 """Seconds that the late rank takes longer."""
 LIMIT = 40.0
 """Seconds after which a run is over, ready or not."""
 
 MODEL = ModelSpec(model_id="simulated", total_layers=8)
-SETTINGS = Settings(lease=3.0, heartbeat=0.5)
+SETTINGS = Settings(lease=1.5, heartbeat=0.4)
 _LIFETIME = 600  # seconds; what the first two runs write beside the barrier's keys goes by itself
 
 Say: TypeAlias = Callable[[str], None]
@@ -315,15 +317,22 @@ class _Run:
         now = asyncio.get_running_loop().time()
         return 0.0 if self._began is None else now - self._began
 
-    def begin(self) -> None:
-        """The planner begins now."""
+    async def bring_up(
+        self, ready: Coroutine[Any, Any, None], status_of_killed: Callable[[], Awaitable[str]]
+    ) -> float | None:
+        """Wait for `ready`, while the accident happens; the seconds it took, or ``None`` where it never came."""
         self._began = asyncio.get_running_loop().time()
+        accident = asyncio.create_task(self._suffer(status_of_killed))
+        try:
+            return await self._until(ready)
+        finally:
+            await _cancelled(accident)
 
     def tell(self, what: str) -> None:
         """One line of what happens, with the time."""
         self._say(f"  {self.seconds:5.1f} s  {what}")
 
-    async def accident(self, status_of: Callable[[], Awaitable[str]]) -> None:
+    async def _suffer(self, status_of: Callable[[], Awaitable[str]]) -> None:
         """Kill rank `KILLED` as soon as it has said Connected."""
         while await status_of() != "Connected":
             await asyncio.sleep(0.01)
@@ -344,10 +353,9 @@ class _Run:
         self.last_words = self.last_words or state.last_words
         self.tell(f"{state.program.name} died ({state.last_exit}): {state.last_words}")
         if state.phase == "given up":
-            self.tell(f"{state.program.name} died {RESTARTS + 1} times in a row and is given up")
+            self.tell(f"{state.program.name} is not started again: its supervisor mends {RESTARTS} death in a row")
 
-    async def until(self, ready: Coroutine[Any, Any, None]) -> float | None:
-        """Wait for it; the seconds since the planner began, or ``None`` if a process was given up first, or the time is over."""
+    async def _until(self, ready: Coroutine[Any, Any, None]) -> float | None:
         waiting = asyncio.create_task(ready)
         hopeless = asyncio.create_task(self.launcher.given_up())
         try:
@@ -412,6 +420,10 @@ async def _read_table(store: Store, keys: Keys) -> dict[int, str]:
     return {int(rank): status.decode() for rank, status in found.items()}
 
 
+async def _status_in_table(store: Store, keys: Keys, rank: int) -> str:
+    return (await _read_table(store, keys)).get(rank, "")
+
+
 async def _until_all_are_here(store: Store, keys: Keys) -> None:
     """Wait until every process has come up, which takes as long as an interpreter does to start and is no part of the race."""
     async with asyncio.timeout(LIMIT):
@@ -419,7 +431,7 @@ async def _until_all_are_here(store: Store, keys: Keys) -> None:
             await asyncio.sleep(0.02)
 
 
-def _task(kind: Kind, instance: str, epoch: EpochId, term: int) -> Task:
+def make_task(kind: Kind, instance: str, epoch: EpochId, term: int) -> Task:
     """A task with a name of its own, as a planner makes it that does not derive names from steps."""
     common = {"task_id": f"{kind}-{uuid.uuid4().hex}", "instance": instance, "epoch": str(epoch), "term": term}
     match kind:
@@ -437,6 +449,33 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
         await task
 
 
+async def _send(store: Store, keys: Keys, kind: Kind, ranks: Sequence[int], epoch: EpochId, term: int) -> None:
+    """Put a task into the inboxes of some ranks."""
+    with store.errors():
+        async with store.commands.pipeline(transaction=True) as pipe:
+            for rank in ranks:
+                pipe.rpush(_inbox_key(keys, rank), encode(make_task(kind, keys.group, epoch, term)))
+                pipe.expire(_inbox_key(keys, rank), _LIFETIME)
+            await pipe.execute()
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return "all ranks" if len(ranks) == WORLD_SIZE else ", ".join(f"rank {rank}" for rank in ranks)
+
+
+async def _tasks_for(store: Store, keys: Keys, rank: int) -> AsyncGenerator[Task]:
+    """What comes into a rank's inbox, one after another."""
+    reader = store.reader()
+    try:
+        while True:
+            with store.errors():
+                popped: tuple[bytes, bytes] | None = await reader.blpop([_inbox_key(keys, rank)], timeout=1)
+            if popped is not None:
+                yield decode_task(popped[1])
+    finally:
+        await reader.aclose()
+
+
 # --- run 1 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -449,51 +488,30 @@ async def _stale_and_fragile(store: Store, url: str, say: Say) -> RunFigures:
 
     async def send(kind: Kind, ranks: list[int]) -> None:
         run.tell(f"{kind} to {_ranks(ranks)}")
-        with store.errors():
-            async with store.commands.pipeline(transaction=True) as pipe:
-                for rank in ranks:
-                    pipe.rpush(_inbox_key(keys, rank), encode(_task(kind, keys.group, nowhere, 0)))
-                    pipe.expire(_inbox_key(keys, rank), _LIFETIME)
-                await pipe.execute()
+        await _send(store, keys, kind, ranks, nowhere, 0)
 
-    async def never() -> bool:
+    async def is_refused() -> bool:
         return False
 
-    async def status_of_killed() -> str:
-        return (await _read_table(store, keys)).get(KILLED, "")
-
-    planner = _PollingPlanner(lambda: _read_table(store, keys), send, never)
+    planner = _PollingPlanner(lambda: _read_table(store, keys), send, is_refused)
     async with run.launcher:
         await _until_all_are_here(store, keys)
-        run.begin()
-        accident = asyncio.create_task(run.accident(status_of_killed))
-        try:
-            ready_after = await run.until(planner.until_ready())
-        finally:
-            await _cancelled(accident)
+        ready_after = await run.bring_up(planner.until_ready(), lambda: _status_in_table(store, keys, KILLED))
     return RunFigures(title, planner.load_dispatches, None, run.deaths, ready_after, run.last_words)
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return "all ranks" if len(ranks) == WORLD_SIZE else ", ".join(f"rank {rank}" for rank in ranks)
+class FragileRunner:
+    """A runner as exo's is: it takes one task after another, and raises when one comes out of state.
 
+    Args:
+        rank: which rank this is.
+        engine: what it drives.
+    """
 
-class _FragileRunner:
-    """A runner as exo's is: it takes one task after another, and raises when one comes out of state."""
-
-    def __init__(self, store: Store, keys: Keys, rank: int) -> None:
+    def __init__(self, rank: int, engine: Engine) -> None:
         self.status: RunnerStatus = RunnerIdle()
-        self._store = store
-        self._inbox = _inbox_key(keys, rank)
         self._rank = rank
-        self._engine = _engine(rank)
-
-    async def run(self) -> None:
-        reader = self._store.reader()
-        while True:
-            popped: tuple[bytes, bytes] | None = await reader.blpop([self._inbox], timeout=1)
-            if popped is not None:
-                await self.handle(decode_task(popped[1]))
+        self._engine = engine
 
     async def handle(self, task: Task) -> None:
         """Do it.
@@ -519,55 +537,13 @@ class _FragileRunner:
                 raise ValueError(f"Received {task.kind} outside of state machine in current_status={current}")
 
 
+async def _serve_fragile(runner: FragileRunner, store: Store, keys: Keys, rank: int) -> None:
+    async with aclosing(_tasks_for(store, keys, rank)) as tasks:
+        async for task in tasks:
+            await runner.handle(task)
+
+
 # --- run 2 ----------------------------------------------------------------------------------------------------------------
-
-
-class _UngatedLog:
-    """Puts tasks into the task log of a real epoch with a plain XADD, as a planner does that has no gate."""
-
-    def __init__(self, store: Store, barrier: Barrier) -> None:
-        self._store = store
-        self._barrier = barrier
-        self._epoch = EpochId(0, "0" * 32)
-        self._term = 0
-        self._n = 0
-
-    @property
-    def keys(self) -> Keys:
-        return self._barrier.keys
-
-    async def open(self) -> None:
-        """Open an epoch, which takes a live report of every rank, and waits for it."""
-        while True:
-            await self._barrier.lead()
-            outcome = await self._barrier.open(WORLD_SIZE, timeout=LIMIT)
-            if isinstance(outcome, Opened):
-                break
-            await asyncio.sleep(POLL)
-        self._epoch, self._n = outcome.epoch, 1
-        self._term = self._barrier.leadership.term if self._barrier.leadership else 0
-
-    async def send(self, kind: Kind, ranks: list[int]) -> None:
-        spans = [(0, WORLD_SIZE - 1)] if len(ranks) == WORLD_SIZE else [(rank, rank) for rank in ranks]
-        for first, last in spans:
-            task = _task(kind, self.keys.group, self._epoch, self._term)
-            fields: dict[str, str | bytes | int] = {
-                "kind": "task",
-                "nonce": self._epoch.nonce,
-                "prev": self._n,
-                "term": self._term,
-                "step": kind,
-                "to": f"{first}-{last}",
-                "task": encode(task),
-            }
-            self._n += 1
-            with self._store.errors():
-                await self._store.commands.xadd(self.keys.tasks, fields, id=f"{self._epoch.number}-{self._n}")
-
-    async def begin_anew(self) -> None:
-        await self._barrier.lead()
-        await self._barrier.conclude(self._epoch, Verdict.aborted(f"refused {PATIENCE} times"))
-        await self.open()
 
 
 async def _stale_and_graceful(store: Store, url: str, say: Say) -> RunFigures:
@@ -575,50 +551,78 @@ async def _stale_and_graceful(store: Store, url: str, say: Say) -> RunFigures:
     say(f"2. {title}")
     keys = Keys("rankgate", "race-graceful")
     run = _Run(title, _programs("graceful", keys.group, url), say)
-    seen = forgiven = 0
-
     async with Barrier(store, keys.group, world_size=WORLD_SIZE) as barrier, run.launcher:
-        log = _UngatedLog(store, barrier)
+        await _until_all_are_here(store, keys)
+        current = await _open(barrier)
+        seen = forgiven = 0
 
         async def send(kind: Kind, ranks: list[int]) -> None:
             run.tell(f"{kind} to {_ranks(ranks)}")
-            await log.send(kind, ranks)
+            term = barrier.leadership.term if barrier.leadership else 0
+            await _send(store, keys, kind, ranks, current, term)
 
         async def begin_anew_if_need_be() -> bool:
-            nonlocal seen, forgiven
+            nonlocal current, seen, forgiven
             refused = _rejections(await read_history(store, keys))
             for sentence in refused[seen:]:
                 run.tell(sentence)
             seen = len(refused)
             if seen - forgiven < PATIENCE:
                 return False
+            reason = f"refused {seen - forgiven} times"
             forgiven = seen
-            run.tell(f"refused {PATIENCE} times; all ranks begin anew")
-            await log.begin_anew()
+            run.tell(f"{reason}; all ranks begin anew")
+            await barrier.lead()
+            await barrier.conclude(current, Verdict.aborted(reason))
+            current = await _open(barrier)
             return True
 
-        async def status_of_killed() -> str:
-            return (await _read_table(store, keys)).get(KILLED, "")
-
-        await _until_all_are_here(store, keys)
-        await log.open()
-        run.begin()
         planner = _PollingPlanner(lambda: _read_table(store, keys), send, begin_anew_if_need_be)
-        accident = asyncio.create_task(run.accident(status_of_killed))
-        try:
-            ready_after = await run.until(planner.until_ready())
-        finally:
-            await _cancelled(accident)
+        ready_after = await run.bring_up(planner.until_ready(), lambda: _status_in_table(store, keys, KILLED))
         history = await read_history(store, keys)
     return RunFigures(
         title,
         planner.load_dispatches,
-        len(_rejections(history)),
+        len(history.rejections),
         run.deaths,
         ready_after,
         run.last_words,
         len(find_breaches(history)),
     )
+
+
+async def _open(barrier: Barrier) -> EpochId:
+    """Open an epoch, which takes a live report of every rank, and waits for it."""
+    while True:
+        await barrier.lead()
+        outcome = await barrier.open(WORLD_SIZE, timeout=LIMIT)
+        if isinstance(outcome, Opened):
+            return outcome.epoch
+        await asyncio.sleep(POLL)
+
+
+async def _forward(store: Store, member: Member, rank: int) -> None:
+    """Put what comes into a rank's inbox into the task log, where rankgate's runner reads: a plain XADD that asks no gate."""
+    while not member.trusted:  # it reads the log from the moment at which it has its rank
+        await asyncio.sleep(0.02)
+    keys = member.keys
+    async with aclosing(_tasks_for(store, keys, rank)) as tasks:
+        async for task in tasks:
+            epoch = EpochId.parse(task.epoch)
+            fields: dict[str, str | bytes | int] = {
+                "kind": "task",
+                "nonce": epoch.nonce,
+                "prev": 0,
+                "term": task.term,
+                "step": task.kind,
+                "to": f"{rank}-{rank}",
+                "task": encode(task),
+            }
+            with (
+                suppress(StoreCorrupt),
+                store.errors(),
+            ):  # the log has gone on to a later epoch: this task is too late for it
+                await store.commands.xadd(keys.tasks, fields, id=f"{epoch.number}-*")
 
 
 def _rejections(history: History) -> list[str]:
@@ -644,15 +648,12 @@ async def _with_barrier(store: Store, url: str, say: Say) -> RunFigures:
         async with asyncio.timeout(LIMIT):
             while not all(view.report for view in (await looker.inspect()).ranks):
                 await asyncio.sleep(0.02)
-        run.begin()
         async with Planner(store) as planner:
             instance = await planner.launch(spec, wait=False)
-            accident = asyncio.create_task(run.accident(status_of_killed))
             telling = asyncio.create_task(_tell_history(store, keys, run))
             try:
-                ready_after = await run.until(instance.ready())
+                ready_after = await run.bring_up(instance.ready(), status_of_killed)
             finally:
-                await _cancelled(accident)
                 await _cancelled(telling)
             history = await read_history(store, keys)
             with suppress(InstanceFailed, StoreError):  # the figures stand, and the processes end with this block
@@ -661,7 +662,7 @@ async def _with_barrier(store: Store, url: str, say: Say) -> RunFigures:
     return RunFigures(
         title,
         len(loads),
-        len(_rejections(history)),
+        len(history.rejections),
         run.deaths,
         ready_after,
         run.last_words,
@@ -726,20 +727,18 @@ async def _publish(store: Store, keys: Keys, rank: int, status: Callable[[], str
 async def _run_process(role: Role, keys: Keys, rank: int, url: str) -> None:
     store = await connect(url, settings=SETTINGS)
     try:
+        serving: tuple[Coroutine[Any, Any, None], ...]
         if role == "fragile":
-            fragile = _FragileRunner(store, keys, rank)
-            serving, status = fragile.run(), lambda: fragile.status.kind
+            fragile = FragileRunner(rank, _engine(rank))
+            serving, status = (_serve_fragile(fragile, store, keys, rank),), lambda: fragile.status.kind
         else:
-            runner = Runner(
-                Member(store, keys.group, rank=rank, world_size=WORLD_SIZE),
-                InlineHost(lambda: _engine(rank), rank=rank),
-            )
-            serving, status = runner.run(), lambda: runner.status.kind
-        publishing = asyncio.create_task(_publish(store, keys, rank, status))
-        try:
-            await serving
-        finally:
-            await _cancelled(publishing)
+            member = Member(store, keys.group, rank=rank, world_size=WORLD_SIZE)
+            runner = Runner(member, InlineHost(lambda: _engine(rank), rank=rank))
+            serving, status = (runner.run(), _forward(store, member, rank)), lambda: runner.status.kind
+        tasks = [asyncio.create_task(one) for one in (*serving, _publish(store, keys, rank, status))]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # raises what ended this process
     finally:
         await store.close()
 

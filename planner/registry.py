@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, ValidationError
+from redis.exceptions import WatchError
 
 from barrier.errors import StoreCorrupt
 from barrier.keys import Keys, NamespaceKeys
@@ -54,14 +56,18 @@ class Registry:
             StoreError: unknown; ask again.
         """
         await self._refuse_wrong_types(spec.name)
-        current = await self.get(spec.name)
-        if current is not None and current.desired == "up" and not current.failure and current.spec == spec:
-            return current
-        launched_ms = await self._now_ms()
-        if current is not None:
-            launched_ms = max(launched_ms, current.launched_ms + 1)  # it tells two launches apart, also within one millisecond
-        record = InstanceRecord(spec=spec, launched_ms=launched_ms)
-        await self._write(record)
+
+        def begin(current: InstanceRecord | None, now_ms: int) -> InstanceRecord:
+            if current is None:
+                return InstanceRecord(spec=spec, launched_ms=now_ms)
+            if current.desired == "up" and not current.failure and current.spec == spec:
+                return current
+            # Which launch it is must differ from the one before, within a millisecond and after a clock that went back too.
+            return InstanceRecord(spec=spec, launched_ms=max(now_ms, current.launched_ms + 1))
+
+        record = await self._change(spec.name, begin)
+        if record is None:
+            raise AssertionError("a launch always leaves a record")
         return record
 
     async def stop(self, record: InstanceRecord) -> bool:
@@ -70,24 +76,34 @@ class Registry:
         Returns:
             Whether this launch is still the one on record.
         """
-        current = await self.get(record.spec.name)
-        if current is not None and current.launched_ms != record.launched_ms:
-            return False
-        if current is None or current.desired == "up":
-            await self._write(record.model_copy(update={"desired": "down"}))
-        return True
+
+        def take_down(current: InstanceRecord | None, _: int) -> InstanceRecord:
+            found = current or record
+            ours = found.launched_ms == record.launched_ms and found.desired == "up"
+            return found.model_copy(update={"desired": "down"}) if ours else found
+
+        stopped = await self._change(record.spec.name, take_down)
+        return stopped is not None and stopped.launched_ms == record.launched_ms
 
     async def give_up(self, record: InstanceRecord, failure: str) -> None:
         """Say why an instance was given up, unless it was launched anew meanwhile."""
-        current = await self.get(record.spec.name)
-        if current is not None and current.launched_ms == record.launched_ms:
-            await self._write(current.model_copy(update={"failure": failure}))
+
+        def fail(current: InstanceRecord | None, _: int) -> InstanceRecord | None:
+            if current is None or current.launched_ms != record.launched_ms:
+                return current
+            return current.model_copy(update={"failure": failure})
+
+        await self._change(record.spec.name, fail)
 
     async def carried_out(self, record: InstanceRecord) -> None:
         """Say that an instance that was to be down is gone, unless it was launched anew meanwhile."""
-        current = await self.get(record.spec.name)
-        if current is not None and current.launched_ms == record.launched_ms and current.desired == "down":
-            await self._write(current.model_copy(update={"desired": "gone", "gone_ms": await self._now_ms()}))
+
+        def bury(current: InstanceRecord | None, now_ms: int) -> InstanceRecord | None:
+            if current is None or current.launched_ms != record.launched_ms or current.desired != "down":
+                return current
+            return current.model_copy(update={"desired": "gone", "gone_ms": now_ms})
+
+        await self._change(record.spec.name, bury)
 
     async def heal(self, record: InstanceRecord) -> None:
         """Write the desired state of an instance back if the store forgot it; never over what it has."""
@@ -153,16 +169,43 @@ class Registry:
                         f"{key} holds a {actual.decode()} where a {kind} belongs; move or delete that key, then try again"
                     )
 
-    async def _write(self, record: InstanceRecord) -> None:
-        signals = Keys(self._namespace, record.spec.name).signals
+    async def _change(
+        self, name: str, change: Callable[[InstanceRecord | None, int], InstanceRecord | None]
+    ) -> InstanceRecord | None:
+        """Make of an instance's record what `change` says, and wake the planners if that is something else.
+
+        The record is watched from reading to writing: two who change it at once do not overwrite one another.
+
+        Args:
+            name: the instance.
+            change: gets the record on file and the store's time in milliseconds; returns the same one to leave it as it is.
+        """
+        while True:
+            now_ms = await self._now_ms()
+            with self._store.errors():
+                async with self._store.commands.pipeline(transaction=True) as pipe:
+                    await pipe.watch(self.keys.instances)
+                    raw = await pipe.hget(self.keys.instances, name)
+                    current = None if raw is None else _decode(name, raw)
+                    changed = change(current, now_ms)
+                    if changed is current or changed is None:
+                        return changed
+                    pipe.multi()
+                    pipe.hset(self.keys.instances, name, changed.model_dump_json())
+                    pipe.pexpire(self.keys.instances, self._lifetime_ms)
+                    pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
+                    pipe.pexpire(self.keys.changes, self._lifetime_ms)
+                    try:
+                        await pipe.execute()
+                    except WatchError:
+                        continue  # somebody else was quicker; look again
+            await self._wake_group(name)
+            return changed
+
+    async def _wake_group(self, name: str) -> None:
+        """The group lies in a slot of its own, so its hint goes apart."""
+        signals = Keys(self._namespace, name).signals
         with self._store.errors():
-            async with self._store.commands.pipeline(transaction=True) as pipe:
-                pipe.hset(self.keys.instances, record.spec.name, record.model_dump_json())
-                pipe.pexpire(self.keys.instances, self._lifetime_ms)
-                pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
-                pipe.pexpire(self.keys.changes, self._lifetime_ms)
-                await pipe.execute()
-            # The group lies in a slot of its own, so its hint is a command of its own.
             await self._store.commands.xadd(
                 signals, {"kind": "desired"}, maxlen=self._store.settings.signal_entries, approximate=True
             )

@@ -439,13 +439,13 @@ class Runner:
 
     async def _check_engine(self) -> None:
         """Raise if the engine has died since the task was judged: a load would start a fresh one that is in no group."""
-        watching, self._watching = self._watching, None
         if self._failure is not None:
             raise self._failure
-        if watching is None:
+        if self._watching is None:
             return  # no engine yet
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        self._watching = None
         dead = asyncio.create_task(self._host.died())
         await asyncio.sleep(0)  # enough for a death that has happened already
         if dead.done():
@@ -521,6 +521,7 @@ class Runner:
                 if answers:
                     await self._write(Chunk(task_id=task.task_id, index=index, text=_speakable(text)))
                     index += 1
+                    self._member.note_progress(index, task.max_tokens)  # a long text is no stall
         if answers:
             finish = "length" if index >= task.max_tokens else "stop"
             await self._write(Chunk(task_id=task.task_id, index=index, finish=finish))

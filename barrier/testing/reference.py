@@ -208,10 +208,12 @@ def restore(
         return state, Superseded(None)
     reports = [state.live(rank, now_ms) for rank in range(state.world_size)]
     place = next((report.applied for report in reports if report is not None), 0)
+    in_log = newest.id.n if newest is not None and newest.id.number == epoch.number else 0
     missing = tuple(
         rank
         for rank, report in enumerate(reports)
         if report is None
+        or report.applied < in_log  # something was dispatched that nobody has read yet
         or (report.epoch, report.status, report.applied, report.floor) != (epoch, status, place, epoch.number)
         or report.digest not in ("", digest)
     )

@@ -108,12 +108,13 @@ class ScriptedRunner:
         }
         self._deviations: list[_Deviation] = []
         self._running: asyncio.Task[None] | None = None
+        self._spent = False
         self._begin_life()
 
     def _begin_life(self) -> None:
-        life = next(
-            _lives
-        )  # lives must sort after one another, and two of them may begin within one millisecond of a test
+        self._spent = False
+        # Lives must sort after one another, and two of them may begin within one millisecond of a test.
+        life = next(_lives)
         self._member = _MortalMember(self._redis, self._group, incarnation=f"{life:012x}{life:016x}", **self._options)
         self.host = ScriptedHost(self.engine, rank=self.rank)
         self._runner = _DeviatingRunner(self._member, self.host, clock=self._clock, script=self)
@@ -173,7 +174,7 @@ class ScriptedRunner:
         await self.stop()
 
     async def start(self) -> None:
-        """Claim the rank and begin to serve; returns once it has said hello.
+        """Claim the rank and begin to serve; returns once it has said hello. After `stop` or `die` this is a new incarnation.
 
         Raises:
             RankTaken: another process keeps holding the rank.
@@ -181,6 +182,9 @@ class ScriptedRunner:
         """
         if self._running is not None:
             return
+        if self._spent:
+            self._begin_life()
+        self._spent = True
         running = self._running = asyncio.create_task(self._runner.run(), name=f"scripted rank {self.rank}")
         saying_hello = asyncio.ensure_future(self._member.said_hello.wait())
         try:
@@ -215,7 +219,6 @@ class ScriptedRunner:
     async def restart(self) -> None:
         """Become a new incarnation. One that serves leaves first; one that died has to wait for its old claim to lapse."""
         await self.stop()
-        self._begin_life()
         await self.start()
 
     # --- what the test sees -------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""The gate alone, for a planner that already exists.
+
+Such a planner polls statuses that may be stale, believes that all runners are connected, and sends ``LoadModel``. Keep it, and let
+every step pass the gate first, which asks the store and not the planner's memory::
+
+    async with LoadGate(redis, "demo", world_size=4) as gate:
+        match await gate.open(timeout=60):
+            case Opened():
+                await gate.pass_step("connect", timeout=60)
+                outcome = await gate.pass_step("load", timeout=120)
+
+Ranks report through `barrier.Member` (or are runners of ours) and read their tasks from the group's log, where a task that passes
+is put at the very instant at which all ranks have arrived. To send tasks in a way of your own, use `LoadGate.arrived`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from loguru import logger
+from redis.asyncio import Redis
+
+from barrier import (
+    Barrier,
+    Clock,
+    Concluded,
+    EpochId,
+    Fenced,
+    Leading,
+    Opened,
+    Settings,
+    Store,
+    StoreError,
+    Superseded,
+    Unconcluded,
+    Unknown,
+    Verdict,
+)
+from barrier.errors import InvalidName
+from barrier.keys import shown
+from barrier.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
+from planner.lifecycle import Step, StepName, predecessor, steps_for, task_for
+from planner.spec import InstanceSpec
+from runner.messages import ModelSpec, Task, encode
+
+_CLOSED = Unknown("no attempt was opened here: call open() first, and go on only if it answers Opened")
+
+
+class LoadGate:
+    """One instance's gate: the steps of `planner.lifecycle`, each behind what it waits for. Use it as an async context manager.
+
+    Every method may be called again with the same arguments, by as many callers as like: a step goes out once in an attempt.
+    What to do after anything but ``Released`` is the caller's to decide: conclude the attempt, pause, open the next one.
+
+    Args:
+        redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``.
+        instance: the instance's name, which is the barrier's group.
+        world_size: number of ranks.
+        model: what the gate's own LoadModel says; not needed by those who bring their own tasks.
+        namespace: keeps several clusters on one store apart.
+        settings: the times; those of the store where a store is given.
+        clock: time, for tests.
+        holder: how this planner calls itself; unique per planner.
+
+    Attributes:
+        epoch: the attempt that `open` began; ``None`` before.
+
+    Raises:
+        ValueError: the name or the world size may not be used.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | Store,
+        instance: str,
+        *,
+        world_size: int,
+        model: ModelSpec | None = None,
+        namespace: str = "rankgate",
+        settings: Settings | None = None,
+        clock: Clock | None = None,
+        holder: str | None = None,
+    ) -> None:
+        model = model or ModelSpec(model_id="simulated")
+        self._spec = InstanceSpec(name=instance, world_size=world_size, model=model)
+        self._barrier = Barrier(
+            redis, instance, world_size=world_size, namespace=namespace, settings=settings, clock=clock, holder=holder
+        )
+        self._renewing: asyncio.Task[None] | None = None
+        self.epoch: EpochId | None = None
+
+    async def __aenter__(self) -> LoadGate:
+        """Make sure that the guarantees hold on this store."""
+        try:
+            await self._barrier.store.verify()
+        except BaseException:
+            await self._barrier.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Give leadership back, so that another planner need not wait for it, and close. The attempt goes on."""
+        await self._stop_renewing()
+        try:
+            await self._barrier.resign()
+        except StoreError as error:
+            logger.warning("leadership of {} was not given back, it will lapse: {}", self._spec.name, error)
+        await self._barrier.close()
+
+    async def open(self, *, timeout: float) -> OpenOutcome:  # noqa: ASYNC109  by the injected clock
+        """Take the lead and begin an attempt, whose roster are the ranks that are live. An attempt that goes on is ended first.
+
+        Args:
+            timeout: seconds to wait for ranks that are not here yet.
+
+        Returns:
+            ``Opened``; ``NotReady`` with the ranks that did not come; ``Disagree`` where ranks were started for another spec;
+            ``Fenced`` where another planner leads; ``Unconcluded`` where an attempt that goes on could not be ended.
+
+        Raises:
+            StoreError: could not find out; call again.
+        """
+        deadline = self._barrier.clock.now() + timeout
+        while True:
+            left = max(deadline - self._barrier.clock.now(), 0.001)
+            outcome = await self._barrier.open(self._spec.world_size, digest=self._spec.digest, timeout=left)
+            if isinstance(outcome, Unconcluded):
+                match await self._barrier.conclude(outcome.epoch, Verdict.aborted("a new attempt was asked for")):
+                    case Concluded():
+                        continue
+                    case Fenced() as fenced:
+                        return fenced
+                    case Superseded() | Unknown():
+                        return outcome
+            if isinstance(outcome, Opened):
+                self.epoch = outcome.epoch
+                await self._stop_renewing()
+                self._renewing = asyncio.create_task(self._renew(), name=f"rankgate gate of {self._spec.name}")
+            return outcome
+
+    async def pass_step(
+        self,
+        step: StepName,
+        task: Task | str | None = None,
+        *,
+        timeout: float,  # noqa: ASYNC109  by the injected clock
+    ) -> ReleaseOutcome:
+        """Wait until all ranks have arrived for a step, and dispatch its task at that very instant, once in the attempt.
+
+        Args:
+            step: a row of `planner.lifecycle`.
+            task: what to dispatch: a task, any text that your ranks understand, or ``None`` for the row's own task.
+            timeout: seconds without any progress after which to give up: slow is not stalled.
+
+        Returns:
+            ``Released`` with the task's place in the log; ``TimedOut`` with a sentence that names every missing rank; ``Aborted``
+            with the verdict, where a rank failed or the attempt was ended; ``Superseded``; ``Fenced``; ``Unknown``.
+
+        Raises:
+            InvalidName: there is no such step for this number of ranks; nothing was sent.
+            StoreError: unknown; call again with the same arguments.
+        """
+        row, size, leadership = self._row(step), self._spec.world_size, self._barrier.leadership
+        if self.epoch is None:
+            return _CLOSED
+        if task is None and leadership is not None:
+            task = task_for(row, self._spec, self.epoch, leadership.term, await self._barrier.inspect())
+        payload = task if isinstance(task, str) else encode(task).decode() if task is not None else ""
+        return await self._barrier.release(
+            self.epoch,
+            row.name,
+            payload,
+            row.waits_for(size),
+            timeout=timeout,
+            to=row.to(size),
+            after=predecessor(row, size),
+        )
+
+    async def arrived(self, step: StepName, *, timeout: float) -> WaitOutcome:  # noqa: ASYNC109  by the injected clock
+        """Wait as `pass_step` does, and dispatch nothing.
+
+        For those who send tasks in a way of their own: a rank may fail or restart between this answer and what you send then, so
+        the runner must still refuse what comes out of state. Raises as `pass_step` does.
+        """
+        row = self._row(step)
+        if self.epoch is None:
+            return _CLOSED
+        return await self._barrier.wait(self.epoch, row.waits_for(self._spec.world_size), timeout=timeout)
+
+    async def conclude(self, verdict: Verdict) -> ConcludeOutcome:
+        """End the attempt for all ranks, which tear down. The first verdict wins, and every later call answers with it."""
+        return _CLOSED if self.epoch is None else await self._barrier.conclude(self.epoch, verdict)
+
+    def _row(self, step: str) -> Step:
+        rows = steps_for(self._spec.world_size)
+        found = next((row for row in rows if row.name == step), None)
+        if found is None:
+            names = ", ".join(row.name for row in rows)
+            raise InvalidName(f"step {shown(step)} is none of those for {self._spec.world_size} ranks: {names}")
+        return found
+
+    async def _renew(self) -> None:
+        """Keep the lead while steps are waited for. Once another planner has it, only `open` asks for it again."""
+        while True:
+            await self._barrier.clock.sleep(self._barrier.settings.lease / 2)
+            try:
+                if not isinstance(await self._barrier.lead(), Leading):
+                    return
+            except StoreError as error:
+                logger.warning("leadership of {} was not renewed: {}", self._spec.name, error)
+
+    async def _stop_renewing(self) -> None:
+        renewing, self._renewing = self._renewing, None
+        if renewing is not None:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)

@@ -1,0 +1,516 @@
+"""A real engine: one rank's share of a language model on MLX (github.com/ml-explore/mlx-lm), on Apple silicon or a Linux processor.
+
+One rank loads the whole model. Several form a ring over TCP and share every layer among them (tensor parallelism, as mlx-lm's own
+``sharded_load`` does it), so the model's architecture must know how to share its layers, and its attention heads must divide
+evenly among the ranks.
+
+What to know before running it:
+
+- MLX's ring neither encrypts nor authenticates: the ranks' ports belong on a network that is trusted.
+- A process can enter one ring in its life, and leaves it only by ending; while it waits for the others to come, MLX holds the
+  interpreter. So the host is to be a `runner.host.ProcessHost`, which can end the process whatever it does.
+- A model that is not on this machine is downloaded while loading, and a download shows no progress in layers. The planner takes
+  one that outlasts its ``load_stall`` for a stall, so put large models in place beforehand.
+- Decoding is greedy (temperature 0): the same prompt gives the same text.
+
+MLX is imported when the first call needs it; this module needs nothing beyond the runner's own dependencies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import queue
+import tempfile
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from runner.engine import EngineFailure, EngineGroup, GenerationRequest
+from runner.messages import ModelSpec
+
+DEFAULT_PORT_BASE = 41_500
+"""The port at which rank 0 listens for the ring where nothing else is said; rank r listens r above it."""
+
+_HIGHEST_PORT = 65_535
+_WARM_UP_TOKENS = 2
+_HEAD_COUNTS = ("n_heads", "n_kv_heads", "num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads")
+
+T = TypeVar("T")
+
+
+class MlxConfig(BaseModel):
+    """How an MLX engine runs; the same for every rank. Reads JSON with ``model_validate_json``.
+
+    Attributes:
+        model: a directory or a Hugging Face id to load instead of the one that the instance names, for machines that keep their
+            models in different places.
+        hosts: where each rank listens for the ring, in rank order: ``host`` or ``host:port``. By default the nodes that the ranks
+            report, which then must be names or IPv4 addresses that all ranks can reach.
+        port_base: rank r listens on port_base + r where no port is given; instances that share a machine need ranges apart.
+        use_chat_template: put a prompt into the model's own chat template, if it has one.
+        prefill_step_size: how many tokens of a prompt are read at a time; a generation can be stopped only between two such parts,
+            and one that takes longer than the host's grace to stop costs the loaded model. mlx-lm's own default is 2,048.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    model: str | None = Field(default=None, min_length=1)
+    hosts: tuple[str, ...] = ()
+    port_base: int = Field(default=DEFAULT_PORT_BASE, ge=1024, le=_HIGHEST_PORT)
+    use_chat_template: bool = True
+    prefill_step_size: int = Field(default=512, ge=1)
+
+
+def mlx_engine(config: dict[str, JsonValue]) -> MlxEngine:
+    """The factory for an `EngineSpec`: ``EngineSpec(factory="runner.engines.mlx:mlx_engine", config={...})``.
+
+    Args:
+        config: the fields of `MlxConfig`.
+
+    Raises:
+        EngineFailure: permanent, if the configuration is wrong.
+    """
+    try:
+        return MlxEngine(MlxConfig.model_validate_json(json.dumps(config)))
+    except ValueError as error:
+        raise EngineFailure(f"wrong configuration of an MLX engine: {error}", permanent=True) from error
+
+
+class MlxEngine:
+    """One rank's share of a model on MLX. An `Engine`; see the module for what it can and cannot do.
+
+    Args:
+        config: where the model and the other ranks are.
+    """
+
+    def __init__(self, config: MlxConfig | None = None) -> None:
+        self._config = config or MlxConfig()
+        self._thread = _OneThread()
+        self._share = _Share(
+            use_chat_template=self._config.use_chat_template, prefill_step_size=self._config.prefill_step_size
+        )
+        self._group: EngineGroup | None = None
+        self._loaded = False
+        self._warm = False
+        self._closed = False
+
+    async def connect(self, group: EngineGroup) -> None:
+        """Enter the ring; returns once the ranks at both sides are in it.
+
+        Raises:
+            EngineFailure: permanent: MLX is not installed, or the addresses cannot be used. Otherwise: a neighbour did not come,
+                a port is taken, or the call is out of order.
+        """
+        self._check_open("connect")
+        if self._group is not None:
+            raise EngineFailure("connect is out of order: this engine is in a group already")
+        addresses = ring_addresses(self._config, group)
+        await self._thread.run(self._share.import_mlx)
+        if group.world_size > 1:
+            await self._thread.run(lambda: self._share.join_ring(addresses, group.rank))
+        self._group = group
+
+    async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
+        """Load this rank's share, layer by layer.
+
+        A layer counts as loaded once its weights are in memory: reading is what takes the time, and MLX puts it off until they are
+        asked for. Where the model has more or fewer layers than ``model.total_layers`` says, the count is scaled to end there.
+
+        Raises:
+            EngineFailure: permanent: MLX is not installed, there is no such model, its files are damaged, its architecture is
+                unknown or cannot be shared among so many ranks. Otherwise: not enough memory, the hub cannot be reached, or the
+                call is out of order.
+        """
+        self._check_open("load")
+        if self._loaded:
+            raise EngineFailure("load is out of order: a model is loaded already")
+        steps = self._share.load(self._config.model or model.model_id)
+        said = 0
+        while (step := await self._thread.run(partial(next, steps, None))) is not None:
+            done, layers = step
+            reached = scaled_progress(done, layers, model.total_layers)
+            if reached > said:
+                said = reached
+                yield reached
+        self._loaded = True
+
+    async def warm_up(self) -> None:
+        """Meet the other ranks, then generate a few tokens together, so that what is made at first use is made now.
+
+        Raises:
+            EngineFailure: no model is loaded, or another rank was lost.
+        """
+        self._check_open("warm_up")
+        if not self._loaded:
+            raise EngineFailure("warm_up is out of order: no model is loaded")
+        await self._thread.run(self._share.warm_up)
+        self._warm = True
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
+        """Generate; yields text on rank 0 and nothing on the others.
+
+        Leaving early stops the generation between two tokens, or between two parts of a long prompt. All ranks stop at the same
+        one, whichever of them was asked, so that nobody is left alone in the collective.
+
+        Raises:
+            EngineFailure: not warmed up.
+            RuntimeError: MLX's, if another rank was lost.
+        """
+        self._check_open("generate")
+        if not self._warm:
+            raise EngineFailure("generate is out of order: warm_up has not been done")
+        stop = threading.Event()
+        pieces = self._share.generate(request.prompt, request.max_tokens, stop)
+        try:
+            while (piece := await self._thread.run(partial(next, pieces, None))) is not None:
+                if piece and self._share.rank == 0:
+                    yield piece
+        finally:
+            # On the other ranks the collective goes on until all have agreed to stop, so this one takes part until then.
+            stop.set()
+            await self._thread.run(lambda: deque(pieces, maxlen=0))
+
+    async def close(self) -> None:
+        """Give up the model and its memory; idempotent. The ring is left when the process ends: MLX knows no other way."""
+        if not self._closed:
+            self._closed = True
+            await self._thread.run(self._share.release)
+            self._thread.end()
+
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise EngineFailure(f"{call} is out of order: the engine is closed")
+
+
+def ring_addresses(config: MlxConfig, group: EngineGroup) -> list[str]:
+    """Where every rank listens, as ``host:port`` in rank order: the same on all ranks, or the ring never closes.
+
+    ``config.hosts`` comes first. Otherwise rank 0 is at ``group.coordinator`` and the others at ``group.rank_order``.
+
+    Raises:
+        EngineFailure: permanent: too few hosts, an empty or an IPv6 one, a port out of range, or two ranks at one address.
+    """
+    places = list(config.hosts or (group.coordinator or group.rank_order[0], *group.rank_order[1:]))
+    if len(places) != group.world_size:
+        raise EngineFailure(
+            f"hosts names {len(places)} addresses for {group.world_size} ranks; give one for each, in rank order",
+            permanent=True,
+        )
+    addresses = [_address(place, rank, config.port_base) for rank, place in enumerate(places)]
+    for rank, address in enumerate(addresses):
+        if address in addresses[:rank]:
+            raise EngineFailure(
+                f"ranks {addresses.index(address)} and {rank} would both listen at {address}; give each its own port in hosts",
+                permanent=True,
+            )
+    return addresses
+
+
+def _address(place: str, rank: int, port_base: int) -> str:
+    host, _, given = place.partition(":")
+    if not host or ":" in given:
+        raise EngineFailure(
+            f"rank {rank} has the address {place!r}; MLX's ring takes a host name or an IPv4 address, and host:port",
+            permanent=True,
+        )
+    port = int(given) if given.isdecimal() else port_base + rank if not given else 0
+    if not 0 < port <= _HIGHEST_PORT:
+        raise EngineFailure(
+            f"rank {rank} would listen on port {given or port} of {host}; ports are 1 to {_HIGHEST_PORT}, and without one "
+            f"it is port_base, which is {port_base}, plus the rank",
+            permanent=True,
+        )
+    return f"{host}:{port}"
+
+
+def scaled_progress(done: int, layers: int, total: int) -> int:
+    """How many of `total` layers to report when `done` of the `layers` that a model really has are loaded; `total` at the end."""
+    return done * total // layers
+
+
+class _OneThread:
+    """One thread that does one job after the other: MLX's streams belong to the thread that made them.
+
+    A daemon, which concurrent.futures cannot offer: a collective that waits for a rank that is gone must not keep the process.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Do the job and return its result. A job whose caller is cancelled is still done, before the next one."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def settle(value: T | None, error: BaseException | None) -> None:
+            if result.done():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)  # pyright: ignore[reportArgumentType] - None only if the job returned it
+
+        def work() -> None:
+            value, error = None, None
+            try:
+                value = job()
+            except BaseException as caught:  # noqa: BLE001 - whatever it is, it is the caller's and not this thread's
+                error = caught
+            with suppress(RuntimeError):  # the loop may be closed: then nobody waits
+                loop.call_soon_threadsafe(settle, value, error)
+
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="mlx", daemon=True)
+            self._thread.start()
+        self._jobs.put(work)
+        return await result
+
+    def end(self) -> None:
+        """Let the thread end after the jobs that it has."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+class _Stopped(Exception):
+    """All ranks have agreed to stop in the middle of a prompt."""
+
+
+class _Share:
+    """This rank's share of the model: everything that touches MLX. Every method, and every step of a generator, on one thread.
+
+    MLX's modules are held as Any: they are not installed where the types are checked.
+    """
+
+    def __init__(self, *, use_chat_template: bool, prefill_step_size: int) -> None:
+        self.rank = 0
+        self._use_chat_template = use_chat_template
+        self._prefill_step_size = prefill_step_size
+        self._world_size = 1
+        self._group: Any = None
+        self._mx: Any = None
+        self._mlx_lm: Any = None
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def import_mlx(self) -> None:
+        """Import MLX, which takes seconds; once."""
+        try:
+            self._mx = importlib.import_module("mlx.core")
+            self._mlx_lm = importlib.import_module("mlx_lm")
+        except ImportError as error:
+            raise EngineFailure(
+                f"the MLX engine needs MLX, which cannot be imported here ({error}): pip install 'rankgate[mlx]', which has it for "
+                "macOS on Apple silicon and for Linux",
+                permanent=True,
+            ) from error
+
+    def join_ring(self, addresses: list[str], rank: int) -> None:
+        """Enter the ring as one rank. MLX takes its arguments from the environment and from a file."""
+        names = ("MLX_HOSTFILE", "MLX_RANK")
+        before = {name: os.environ.get(name) for name in names}
+        with tempfile.TemporaryDirectory(prefix="rankgate-ring-") as folder:
+            hosts = Path(folder) / "hosts.json"
+            hosts.write_text(json.dumps([[address] for address in addresses]), encoding="utf-8")
+            os.environ.update(MLX_HOSTFILE=str(hosts), MLX_RANK=str(rank))
+            try:
+                group = self._mx.distributed.init(strict=True, backend="ring")
+            except (RuntimeError, ValueError) as error:
+                raise EngineFailure(
+                    f"rank {rank} could not enter the ring {', '.join(addresses)}: {error}; each rank must be able to listen at its "
+                    "own address and to reach the next one's"
+                ) from error
+            finally:
+                for name, value in before.items():
+                    if value is None:
+                        del os.environ[name]
+                    else:
+                        os.environ[name] = value
+        if (group.rank(), group.size()) != (rank, len(addresses)):
+            raise EngineFailure(
+                f"this process is rank {group.rank()} of {group.size()} of another ring already, and MLX allows one in the life of a "
+                "process: keep each engine in a process of its own (ProcessHost)",
+                permanent=True,
+            )
+        self.rank, self._world_size, self._group = rank, len(addresses), group
+
+    def load(self, name: str) -> Generator[tuple[int, int], None, None]:
+        """Load; yields how many layers are in memory, and of how many."""
+        self.import_mlx()
+        try:
+            model, tokenizer = self._mlx_lm.load(_located(name), lazy=True)
+            if self._group is not None:
+                self._shard(model, name)
+            layers = list(model.layers)
+            for done, layer in enumerate(layers[:-1], start=1):
+                self._mx.eval(layer.parameters())
+                yield done, len(layers)
+            # With the last one comes what belongs to no layer: embeddings, norm, head.
+            self._mx.eval(model.parameters())
+        except Exception as error:  # loading runs code of many origins; each failure is classed, and raised on
+            raise _classed(error, name) from error
+        self._model, self._tokenizer = model, tokenizer
+        yield len(layers), len(layers)
+
+    def _shard(self, model: Any, name: str) -> None:  # noqa: ANN401 - MLX has no types here
+        if not hasattr(model, "shard"):
+            raise EngineFailure(
+                f"mlx-lm cannot share the layers of {name} (architecture {getattr(model, 'model_type', 'unknown')}) among ranks; "
+                "launch it with world_size 1, or choose an architecture that has tensor parallelism",
+                permanent=True,
+            )
+        before = _head_counts(model)
+        model.shard(self._group)
+        after = _head_counts(model)
+        for place, count in before.items():
+            # mlx-lm divides and drops the remainder, which gives a wrong model and no error. Some architectures repeat heads
+            # until there are enough, so it is the outcome that is looked at.
+            if after.get(place, count) * self._world_size < count:
+                raise EngineFailure(
+                    f"{name} has {place.rpartition('.')[2]} = {count}, which cannot be shared evenly among {self._world_size} ranks; "
+                    f"choose a world_size that divides {count}",
+                    permanent=True,
+                )
+
+    def warm_up(self) -> None:
+        """Meet, then generate a little."""
+        if self._group is not None:
+            # On the processor's stream, as in mlx-lm: a graphics processor is not to wait, for it has a watchdog.
+            met = self._mx.distributed.all_sum(self._mx.array(1), group=self._group, stream=self._mx.cpu).item()
+            if met != self._world_size:
+                raise EngineFailure(f"{met} ranks met in the warm-up of {self._world_size}")
+        deque(self._tokens([0, 0], _WARM_UP_TOKENS, threading.Event()), maxlen=0)
+
+    def generate(self, prompt: str, max_tokens: int, stop: threading.Event) -> Generator[str, None, None]:
+        """Generate until the end of the text, `max_tokens`, or until `stop` is set on any rank; a step is one token."""
+        yield from self._tokens(self._prompt_ids(prompt), max_tokens, stop)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if self._use_chat_template and tokenizer.has_chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        # As stream_generate does it: a prompt that brings its own first token gets no second one.
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        # An empty prompt of a model without a first token would have nothing to go on from.
+        return list(tokenizer.encode(prompt, add_special_tokens=special)) or [tokenizer.eos_token_id or 0]
+
+    def _tokens(self, ids: list[int], max_tokens: int, stop: threading.Event) -> Generator[str, None, None]:
+        """The text of each token. Several ranks follow rank 0's choice and stop together.
+
+        Each rank computes the same numbers up to rounding, which may differ between kinds of machines. A rank that chose
+        another token, or stopped at another one, would hang the rest: so tokens and wishes to stop go round with every token.
+        """
+        mx = self._mx
+        ballots: deque[Any] = deque()
+
+        # From an array of shape (1, vocabulary) to one of shape (1,).
+        def choose(log_probabilities: Any) -> Any:  # noqa: ANN401 - MLX has no types here
+            token = mx.argmax(log_probabilities, axis=-1)
+            if self._group is None:
+                return token
+            mine = token if self.rank == 0 else mx.zeros_like(token)
+            wish = mx.array([int(stop.is_set())], dtype=token.dtype)
+            ballot = mx.distributed.all_sum(mx.concatenate([mine, wish]), group=self._group)
+            ballots.append(ballot)
+            return ballot[:1]
+
+        def between_parts(done: int, total: int) -> None:
+            if 0 < done < total and self._any_wants(stop):
+                raise _Stopped
+
+        try:
+            for response in self._mlx_lm.stream_generate(
+                self._model,
+                self._tokenizer,
+                ids,
+                max_tokens=max_tokens,
+                sampler=choose,
+                prefill_step_size=self._prefill_step_size,
+                prompt_progress_callback=between_parts,
+            ):
+                yield response.text
+                # What was agreed with this token, and not what is wished by now: all ranks must read the same.
+                if ballots.popleft()[1].item() if self._group is not None else stop.is_set():
+                    return
+        except _Stopped:
+            return
+
+    def _any_wants(self, stop: threading.Event) -> bool:
+        if self._group is None:
+            return stop.is_set()
+        wishes = self._mx.array(int(stop.is_set()))
+        return bool(self._mx.distributed.all_sum(wishes, group=self._group).item())
+
+    def release(self) -> None:
+        """Drop the model; what MLX keeps for reuse goes back to the system."""
+        self._model = self._tokenizer = self._group = None
+        if self._mx is not None:
+            self._mx.clear_cache()
+
+
+def _head_counts(model: Any) -> dict[str, int]:  # noqa: ANN401 - MLX has no types here
+    """How many attention heads each part of a model says that it has, by where it says so."""
+    return {
+        f"{index}.{path}.{name}": count
+        for index, layer in enumerate(model.layers)
+        for path, module in layer.named_modules()
+        for name in _HEAD_COUNTS
+        if isinstance(count := getattr(module, name, None), int)
+    }
+
+
+def _located(name: str) -> str:
+    """A model's directory, or its id on the hub. What can only be a path never reaches the network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise EngineFailure(f"the model {name} is a file; name the directory that has its config.json", permanent=True)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise EngineFailure(
+            f"there is no model directory {name} on this machine; put it there, or set model in the engine's configuration",
+            permanent=True,
+        )
+    return name
+
+
+def _classed(error: Exception, name: str) -> EngineFailure:
+    """A failure to load, and whether trying again can help."""
+    if isinstance(error, EngineFailure):
+        return error
+    hub: Any = importlib.import_module("huggingface_hub.errors")  # mlx-lm depends on it
+    text = " ".join(str(error).split()) or type(error).__name__
+    said = f"the model {name} could not be loaded: {type(error).__name__}: {text}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _about_memory(text)):
+        return EngineFailure(f"{said}; free memory on this machine, or share the model among more ranks")
+    if isinstance(error, hub.LocalEntryNotFoundError):  # before FileNotFoundError, which it is too
+        return EngineFailure(f"{said}; it is not on this machine, and the hub cannot be reached")
+    if isinstance(error, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError)):
+        return EngineFailure(
+            f"{said}; name a directory with the model, or an id that exists on the hub", permanent=True
+        )
+    if isinstance(error, (FileNotFoundError, LookupError, TypeError, ValueError)):
+        # A file that is missing, or contents that this version of mlx-lm does not understand: the same at every attempt.
+        return EngineFailure(said, permanent=True)
+    if isinstance(error, RuntimeError) and "safetensors" in text:
+        return EngineFailure(f"{said}; fetch its files again", permanent=True)
+    return EngineFailure(said)
+
+
+def _about_memory(text: str) -> bool:
+    return any(
+        word in text.lower() for word in ("malloc", "out of memory", "insufficient memory", "unable to allocate")
+    )
