@@ -107,9 +107,7 @@ def test_seed_model_prompt_and_max_tokens_each_change_the_text(other: tuple[int,
 
 
 @given(seed=st.integers(), prompt=st.text(), max_tokens=st.integers(1, 200))
-def test_any_text_is_marked_never_empty_and_no_longer_than_asked_for(
-    seed: int, prompt: str, max_tokens: int
-) -> None:
+def test_any_text_is_marked_never_empty_and_no_longer_than_asked_for(seed: int, prompt: str, max_tokens: int) -> None:
     pieces = simulated_text(seed, "toy", prompt, max_tokens)
     assert pieces[0] == MARK
     assert min(12, max_tokens) <= len(pieces) <= min(48, max_tokens)
@@ -178,9 +176,7 @@ async def test_delays_stay_within_the_jitter_and_are_fixed_by_seed_and_rank() ->
 
 
 async def test_load_before_connect_is_refused_as_a_collective_would_crash() -> None:
-    with pytest.raises(
-        EngineFailure, match=r"load is out of order on rank 1 of 2: connect has not been done"
-    ):
+    with pytest.raises(EngineFailure, match=r"load is out of order on rank 1 of 2: connect has not been done"):
         await collect(engine(rank=1).load(MODEL))
 
 
