@@ -11,6 +11,10 @@ PY := .venv/bin/python
 # The name says which folder the environment was made for: its scripts do not survive a move or a copy.
 STAMP := .venv/.ready-$(shell pwd | cksum | cut -d ' ' -f 1)
 
+# MLX has an environment of its own: its hundreds of megabytes are for those who test that engine.
+MLX_PY := .venv-mlx/bin/python
+MLX_STAMP := .venv-mlx/$(notdir $(STAMP))
+
 .PHONY: help
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +29,15 @@ race: $(STAMP) ## the race that this project ends, side by side and for real
 
 .PHONY: test
 test: $(STAMP) ## the quick tests, the wheel's included (ARGS="-k name" for some of them)
-	$(PY) -m pytest -m "not redis and not slow and not bench" $(ARGS)
+	$(PY) -m pytest -m "not redis and not slow and not bench and not mlx" $(ARGS)
+
+.PHONY: simulate
+simulate: $(STAMP) ## random histories of the real code under faults (SEED=7 replays one, SEED="0 500" plays many)
+	$(PY) -m tests.simulation $(or $(SEED),0 100)
+
+.PHONY: test-mlx
+test-mlx: $(MLX_STAMP) ## the MLX engine's tests with a real model, in an environment of their own
+	$(MLX_PY) -m pytest -m mlx $(ARGS) tests/mlx
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, pyright and the import contracts
@@ -68,6 +80,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev]'; \
 	touch $(STAMP)
 
+$(MLX_STAMP): pyproject.toml constraints.txt | $(STAMP)
+	@echo "Installing MLX and what its tests need into .venv-mlx (some 150 MB to download) …"
+	@$(PY) -m venv --clear .venv-mlx
+	@$(MLX_PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    --editable '.[mlx,testing]' anyio psutil pytest
+	@touch $(MLX_STAMP)
+
 .PHONY: lock
 lock: ## renew constraints.txt with the newest versions that pyproject.toml allows
 	@set -e; room=$$(mktemp -d); trap 'rm -rf "$$room"' EXIT; \
@@ -78,5 +97,5 @@ lock: ## renew constraints.txt with the newest versions that pyproject.toml allo
 
 .PHONY: clean
 clean: ## remove what these targets made, .venv included
-	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results
+	rm -rf .venv .venv-mlx dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
