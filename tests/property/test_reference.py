@@ -151,7 +151,12 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
             if isinstance(real, scripts.Opened):
                 both.epochs.append(real.epoch)
         case "restore":
-            arguments: dict[str, Any] = {"leadership": leadership, "epoch": epoch, "status": a["status"], "steps": ["connect"]}
+            arguments: dict[str, Any] = {
+                "leadership": leadership,
+                "epoch": epoch,
+                "status": a["status"],
+                "steps": ["connect"],
+            }
             arguments |= {"ordinal": a["n"], "digest": a["digest"], "notes": "x"}
             both.state, answer = ref.restore(both.state, now, **arguments)
             same(answer, await scripts.restore(both.store, both.keys, world_size=WORLD, **arguments), kind)

@@ -29,7 +29,13 @@ def test_an_example_runs_as_it_stands(name: str, said: str, tmp_path: Path) -> N
     program.write_text(EXAMPLES[name], "utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=False, env=environment, cwd=tmp_path
+        [sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
