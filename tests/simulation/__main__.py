@@ -6,11 +6,14 @@ import sys
 import time
 from collections import Counter
 
+from loguru import logger
+
 from tests.simulation.world import Breach, World
 
 
 def main(arguments: list[str]) -> int:
     """Play the seeds from the first argument up to, but not, the second; one seed alone is printed."""
+    logger.remove()
     first = int(arguments[0])
     end = int(arguments[1]) if len(arguments) > 1 else first + 1
     began, broken, faults = time.monotonic(), list[int](), Counter[str]()

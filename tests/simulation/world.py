@@ -415,10 +415,14 @@ class World:
 
 
 def simulate(seed: int, *, faults: int | None = None) -> World:
-    """Play one seed; returns the world, for its history. Raises `Breach`."""
-    logger.disable("barrier")
-    logger.disable("runner")
-    logger.disable("planner")
+    """Play one seed, without its log; returns the world, for its history. Raises `Breach`."""
     world = World(seed, faults=faults)
-    world.run()
+    packages = ("barrier", "runner", "planner")
+    for package in packages:
+        logger.disable(package)
+    try:
+        world.run()
+    finally:
+        for package in packages:
+            logger.enable(package)
     return world

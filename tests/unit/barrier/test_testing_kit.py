@@ -688,3 +688,20 @@ def test_the_library_does_not_import_its_test_kit() -> None:
 def test_every_verb_has_a_name_that_a_plan_understands() -> None:
     for verb in scripts.VERBS:
         FaultPlan().lose_reply(verb)
+
+
+async def test_every_call_takes_a_turn_of_the_event_loop_as_on_a_real_network(store: FakeStore) -> None:
+    """Code that asks in a tight loop must not shut everybody else out, and other tasks come in between."""
+    redis, turns = client(store), 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    for _ in range(20):
+        await redis.ping()
+    assert turns >= 20
+    counting.cancel()

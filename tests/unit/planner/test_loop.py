@@ -783,11 +783,11 @@ async def test_of_different_launches_at_the_same_time_the_last_one_wins(store: F
         await made.run(planner.launch(made.spec))
         specs = [
             made.spec.model_copy(update={"model": made.spec.model.model_copy(update={"total_layers": layers})})
-            for layers in (2, 3, 4)
+            for layers in (2, 3, 5)
         ]
         found = await made.run(asyncio.gather(*(planner.launch(one) for one in specs), return_exceptions=True))
-        assert [type(one) for one in found if isinstance(one, BaseException)].count(InstanceFailed) == 2
-        (winner,) = [one for one in found if isinstance(one, Instance)]
+        assert {type(one) for one in found} <= {Instance, InstanceFailed}
+        (winner,) = [one for one in found if isinstance(one, Instance) and not one.state.left]
         record = await planner_record(store, made)
         assert winner.spec == record, "it is the one on record"
         assert [task.get_name() for task in asyncio.all_tasks()].count("rankgate plan demo") == 1
