@@ -33,6 +33,11 @@ async def serves(made: Cluster, instance: Instance) -> None:
     assert max(made.loads_per_epoch()) == 1, "LoadModel goes out once in an attempt"
 
 
+def with_layers(made: Cluster, layers: int) -> InstanceSpec:
+    """The same instance with another model."""
+    return made.spec.model_copy(update={"model": made.spec.model.model_copy(update={"total_layers": layers})})
+
+
 # --- ranks that fail ------------------------------------------------------------------------------------------------------
 
 
@@ -723,7 +728,7 @@ async def test_a_planner_whose_instance_was_launched_anew_elsewhere_lets_go_of_i
 ) -> None:
     async with cluster(store, clock, 2, told=False) as made, made.planner("a") as first, made.planner("b") as second:
         old = await made.run(first.launch(made.spec))
-        another = made.spec.model_copy(update={"model": made.spec.model.model_copy(update={"total_layers": 2})})
+        another = with_layers(made, 2)
         new = await made.run(second.launch(another), limit=60)
         await serves(made, new)
         assert old.state.left
@@ -738,7 +743,7 @@ async def test_planners_that_adopt_follow_what_is_launched_stopped_and_launched_
         async with running(made.planner("a")), running(made.planner("b")):
             async with made.planner("client") as client:
                 instance = await made.run(client.launch(made.spec))
-                another = made.spec.model_copy(update={"model": made.spec.model.model_copy(update={"total_layers": 2})})
+                another = with_layers(made, 2)
                 again = await made.run(client.launch(another), limit=60)
                 await serves(made, again)
                 await made.run(again.stop())
@@ -770,7 +775,7 @@ async def test_a_planner_that_adopts_and_launches_itself_plans_each_instance_onc
 async def test_launches_at_the_same_time_are_one_launch_and_one_loop(store: FakeStore, clock: ManualClock) -> None:
     async with cluster(store, clock, 2, told=False) as made, made.planner() as planner:
         await made.run(planner.launch(made.spec))
-        another = made.spec.model_copy(update={"model": made.spec.model.model_copy(update={"total_layers": 2})})
+        another = with_layers(made, 2)
         first, second = await made.run(asyncio.gather(planner.launch(another), planner.launch(another)))
         assert first.state is second.state
         assert [task.get_name() for task in asyncio.all_tasks()].count("rankgate plan demo") == 1
@@ -781,26 +786,54 @@ async def test_launches_at_the_same_time_are_one_launch_and_one_loop(store: Fake
 async def test_of_different_launches_at_the_same_time_the_last_one_wins(store: FakeStore, clock: ManualClock) -> None:
     async with cluster(store, clock, 2, told=False) as made, made.planner() as planner:
         await made.run(planner.launch(made.spec))
-        specs = [
-            made.spec.model_copy(update={"model": made.spec.model.model_copy(update={"total_layers": layers})})
-            for layers in (2, 3, 5)
-        ]
-        found = await made.run(asyncio.gather(*(planner.launch(one) for one in specs), return_exceptions=True))
+        launches = (planner.launch(with_layers(made, layers)) for layers in (2, 3, 5))
+        found = await made.run(asyncio.gather(*launches, return_exceptions=True))
         assert {type(one) for one in found} <= {Instance, InstanceFailed}
         (winner,) = [one for one in found if isinstance(one, Instance) and not one.state.left]
-        record = await planner_record(store, made)
-        assert winner.spec == record, "it is the one on record"
+        adopted = adopt(store.client("reader"))
+        record = await Registry(adopted, "rankgate").get("demo")
+        await adopted.close()
+        assert record is not None
+        assert winner.spec == record.spec, "it is the one on record"
         assert [task.get_name() for task in asyncio.all_tasks()].count("rankgate plan demo") == 1
         await serves(made, winner)
 
 
-async def planner_record(store: FakeStore, made: Cluster) -> InstanceSpec:
-    """What the desired state says is to be up."""
-    adopted = adopt(store.client("reader"))
-    record = await Registry(adopted, "rankgate").get(made.spec.name)
-    await adopted.close()
-    assert record is not None
-    return record.spec
+async def test_a_launch_that_is_overtaken_by_a_later_one_does_not_replace_it(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    later: list[Instance] = []
+    faults = FaultPlan()
+    async with cluster(store, clock, 2, told=False) as made, made.planner(faults=faults) as planner:
+        await made.run(planner.launch(made.spec))
+
+        async def overtake() -> None:
+            later.append(await planner.launch(with_layers(made, 3)))
+
+        faults.before("xadd", overtake, touching=":signals")  # it is on record, and the planner does not plan it yet
+        with pytest.raises(InstanceFailed, match="demo was launched anew while this launch began"):
+            await made.run(planner.launch(with_layers(made, 2)))
+        faults.assert_fired()
+        await serves(made, later[0])
+
+
+async def test_a_stop_that_is_overtaken_by_a_launch_leaves_it_alone(store: FakeStore, clock: ManualClock) -> None:
+    later: list[Instance] = []
+    faults = FaultPlan()
+    async with cluster(store, clock, 2) as made:
+        async with made.planner(faults=faults) as planner:
+            instance = await made.run(planner.launch(made.spec))
+
+            async def overtake() -> None:
+                later.append(await planner.launch(made.spec))
+
+            # The third look at the record: after the stop was asked for and carried out, before the planner lets go.
+            faults.before("watch", overtake, nth=3)
+            await made.run(instance.stop())
+            faults.assert_fired()
+            assert planner.instances.keys() == {"demo"}
+            await serves(made, later[0])
+        assert "rankgate plan demo" not in [task.get_name() for task in asyncio.all_tasks()]
 
 
 async def test_an_adopting_planner_keeps_what_a_client_launched_and_left(store: FakeStore, clock: ManualClock) -> None:

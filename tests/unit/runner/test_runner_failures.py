@@ -350,6 +350,35 @@ async def current(rig: Rig) -> EpochId:
     return snapshot.epoch.id
 
 
+async def test_a_phase_that_is_still_being_told_does_not_hide_the_next_one() -> None:
+    """Told late, the end of connecting must not take the load that has begun meanwhile from the sight of the tear-down."""
+    plan = FaultPlan()
+    async with runner_rig(faults=plan) as rig:
+        await rig.reach("Connecting")
+        loading, told_all = asyncio.Event(), asyncio.Event()
+
+        async def until_the_load_goes_on() -> None:
+            await loading.wait()
+            told_all.set()
+
+        plan.refuse("exec", touching=":out:")  # an end that goes with the next report, and makes it late
+        plan.before("exec", until_the_load_goes_on, nth=2, touching=":out:")
+        await rig.ask_late(make_task("TextGeneration", other_nonce(rig.epoch)))
+        rig.engine.finish("connect")
+        await settle()
+        await rig.ask(make_task("LoadModel", rig.epoch))
+        assert rig.engine.active("load")
+        loading.set()
+        await settle()
+        plan.assert_fired()
+        assert told_all.is_set()
+        await rig.tell()
+
+        await rig.conclude()
+        assert kinds(await rig.tell()) == ["=> Idle"], "ended by the tear-down, which is no failure of the engine"
+        assert "load cancelled" in rig.journal
+
+
 async def test_a_verdict_of_another_epoch_ends_nothing() -> None:
     async with runner_rig() as rig:
         await rig.reach("Loaded")
@@ -392,9 +421,14 @@ async def test_work_that_ends_during_a_shutdown_does_not_turn_it_back() -> None:
         rig.engine.hold("close")
         told = await rig.ask(make_task("Shutdown", rig.epoch))
         plan.assert_fired()
-        assert [one for one in kinds(told) if one.startswith("=>")] == ["=> ShuttingDown", "=> ShuttingDown"]
+        assert rig.status == "ShuttingDown"
         rig.engine.release("close")
+        told += await rig.tell()
         await rig.ended()
+        passed = [one for one in kinds(told) if one.startswith("=>")]
+        assert passed[0] == "=> ShuttingDown"
+        assert passed[-1] == "=> Shutdown"
+        assert "=> Connected" not in passed
 
 
 async def test_the_engine_is_told_who_it_is() -> None:
