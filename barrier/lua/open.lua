@@ -21,12 +21,13 @@ local refusal = fenced(KEYS[2], term, holder)
 if refusal then
   return refusal
 end
-local record = redis.call('HMGET', KEYS[1], 'number', 'nonce', 'verdict', 'ordinal')
+local record = redis.call('HMGET', KEYS[1], 'number', 'nonce', 'verdict', 'ordinal', 'world_size')
 if record[1] and record[2] == nonce then
   return { 'OPENED', record[1], nonce, record[4] }
 end
-if record[1] and not record[3] then
-  return { 'UNCONCLUDED', record[1], record[2] or '' }
+-- One that lacks a field counts as missing, here as for every verb: it could not be concluded either.
+if record[1] and record[2] and record[5] and not record[3] then
+  return { 'UNCONCLUDED', record[1], record[2] }
 end
 
 local reports = read_reports(FIRST_RANK)

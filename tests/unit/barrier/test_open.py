@@ -290,3 +290,12 @@ def fresh_planner(group: Group) -> Barrier:
 async def test_a_digest_that_no_report_could_carry_is_refused(group: Group, digest: str) -> None:
     with pytest.raises(InvalidName, match="is not a digest: use up to 64 of 0-9 and a-f"):
         await group.barrier.open(3, digest=digest)
+
+
+@pytest.mark.parametrize("field", ["nonce", "world_size"])
+async def test_a_record_that_lacks_a_field_is_opened_over(group: Group, field: str) -> None:
+    epoch = await group.all_connected()
+    await group.barrier.store.commands.hdel(group.barrier.keys.epoch, field)
+    outcome = await group.barrier.open()
+    assert isinstance(outcome, Opened), "it could be neither concluded nor opened over, and nobody would ever recover"
+    assert outcome.epoch.number > epoch.number
