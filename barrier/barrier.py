@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from redis.asyncio import Redis
 
@@ -44,7 +44,7 @@ from barrier.outcomes import (
 )
 from barrier.settings import Settings
 from barrier.store import Store
-from barrier.wakeups import Hint, Subscription, Wakeups
+from barrier.wakeups import Hint, Subscription, Wakeups, decode_hint
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 MAX_NOTES_BYTES = 64 * 1024
@@ -104,6 +104,7 @@ class Barrier:
         self._owns_wakeups = wakeups is None
         self._wakeups = wakeups or Wakeups(self.store, self.clock)
         self._kept: Subscription | None = None
+        self._gate_reader: Any = None  # made when a dispatch is first left with the store
         self._world_size = None if world_size is None else valid_world_size(world_size)
         self._floor = 0
         self._term_floor = 0
@@ -125,6 +126,9 @@ class Barrier:
         if self._kept is not None:
             await self._kept.close()
             self._kept = None
+        if self._gate_reader is not None:
+            await self._gate_reader.aclose()
+            self._gate_reader = None
         if self._owns_wakeups:
             await self._wakeups.close()
         if self._owns_store:
@@ -268,39 +272,10 @@ class Barrier:
             InvalidName: step, status or payload may not be used; nothing was sent.
             StoreError: unknown. The task may be in the log; call again with the same arguments.
         """
-        leadership = await self._authority(take=False)
-        if isinstance(leadership, Fenced):
-            return leadership
-        size = await self._size()
-        if len(payload.encode()) > MAX_PAYLOAD_BYTES:
-            raise InvalidName(
-                f"the payload has {len(payload.encode()):,} bytes; at most {MAX_PAYLOAD_BYTES:,} are dispatched"
-            )
-        known_n, known_attempt = self._steps.get(valid_step(step), (0, 0)) if self._current == epoch else (0, 0)
-        outcome = await scripts.dispatch(
-            self.store,
-            self.keys,
-            leadership=leadership,
-            epoch=epoch,
-            step=step,
-            payload=payload,
-            requirement=self._requirement(statuses, size),
-            to=to or (0, size - 1),
-            world_size=size,
-            attempt=attempt,
-            after=after,
-            repeatable=repeatable,
-            seen_n=self._seen_n if self._current == epoch else 0,
-            known_n=known_n if known_attempt == attempt else 0,
-        )
-        match outcome:
-            case Dispatched(entry) | Already(entry):
-                self._adopt(epoch, seen_n=entry.n)
-                if not repeatable:
-                    self._steps[step] = (entry.n, attempt)
-            case _:
-                pass
-        return outcome
+        args = await self._dispatch_args(epoch, step, payload, statuses, to, attempt, after, repeatable=repeatable)
+        if isinstance(args, Fenced):
+            return args
+        return self._note(args, await scripts.dispatch(self.store, self.keys, **args))
 
     async def conclude(self, epoch: EpochId, verdict: Verdict) -> ConcludeOutcome:
         """End the epoch for all ranks. The first verdict wins; `Concluded.verdict` is that one."""
@@ -356,7 +331,10 @@ class Barrier:
             size = await self._size()
             return await scripts.check(self.store, self.keys, epoch=epoch, requirement=requirement, world_size=size)
 
-        return await self._gate(epoch, requirement, timeout, failed_statuses, look)
+        async def watch(snapshot: Snapshot, seconds: float) -> Wake:
+            return await self.watch(snapshot, requirement, seconds)
+
+        return await self._gate(epoch, requirement, timeout, failed_statuses, look, watch)
 
     async def release(
         self,
@@ -374,14 +352,15 @@ class Barrier:
         requirement = self._requirement(statuses, await self._size())
 
         async def try_to_dispatch() -> CheckOutcome | Fenced:
-            outcome = await self.dispatch(epoch, step, payload, requirement, to=to, after=after)
-            match outcome:
-                case Dispatched(entry) | Already(entry):
-                    return Released(epoch, entry)
-                case _:
-                    return outcome
+            return _released(epoch, await self.dispatch(epoch, step, payload, requirement, to=to, after=after))
 
-        return await self._gate(epoch, requirement, timeout, failed_statuses, try_to_dispatch)
+        async def dispatch_on_arrival(snapshot: Snapshot, seconds: float) -> CheckOutcome | Fenced | Wake:
+            outcome = await self.dispatch_on_arrival(
+                snapshot, epoch, step, payload, requirement, seconds, to=to, after=after
+            )
+            return outcome if isinstance(outcome, Wake) else _released(epoch, outcome)
+
+        return await self._gate(epoch, requirement, timeout, failed_statuses, try_to_dispatch, dispatch_on_arrival)
 
     async def watch(
         self, snapshot: Snapshot, requirement: Requirement, seconds: float, *, any_change: bool = False
@@ -391,23 +370,77 @@ class Barrier:
         Where all have arrived already, only something else counts, which then includes a rank that withdraws. With
         `any_change`, every change of any rank's status counts. Nothing here is the truth: after `Wake.COMPLETE` let `dispatch` judge, after anything else `inspect`.
         """
-        if self._kept is None:  # keeps the reader going between waits
-            self._kept = self._wakeups.subscribe(self.keys.signals, snapshot.signals_end)
-        place = _place(snapshot.signals_end)
-        missing = set(missing_ranks(snapshot, requirement))
-        complete = not missing
+        tally = _Tally(snapshot, requirement)
+        complete = not tally.missing
         deadline = self.clock.now() + seconds
-        async with self._wakeups.subscribe(self.keys.signals, snapshot.signals_end) as subscription:
+        async with self._subscribe(snapshot) as subscription:
             while (left := deadline - self.clock.now()) > 0:
-                for hint in await subscription.next(left, after=place):
-                    place = max(place, hint.id)
-                    if any_change or snapshot.epoch is None or not _count(hint, snapshot.epoch, requirement, missing):
-                        return Wake.DISTURBED
-                if complete and missing:
+                hints = await subscription.next(left, after=tally.place)
+                if not tally.take(hints) or (any_change and hints) or (complete and tally.missing):
                     return Wake.DISTURBED
-                if not complete and not missing:
+                if not complete and not tally.missing:
                     return Wake.COMPLETE
         return Wake.QUIET
+
+    async def dispatch_on_arrival(
+        self,
+        snapshot: Snapshot,
+        epoch: EpochId,
+        step: str,
+        payload: str,
+        statuses: Statuses,
+        seconds: float,
+        *,
+        to: tuple[int, int] | None = None,
+        attempt: int = 1,
+        after: str = "",
+    ) -> DispatchOutcome | Wake:
+        """Wait, from a snapshot, for the last arrival, and dispatch at that very instant; see `dispatch` and `watch`.
+
+        Once a single rank is missing, the dispatch itself is left with the store, behind a blocking read of the hints: the store runs
+        it when that rank arrives, and no round trip of ours lies between. It is the same dispatch, with the same checks, so one that
+        comes too early, too late or twice does no harm.
+
+        Returns:
+            What the dispatch answered; or, if it was not tried or refused as `NotReady`, why the wait ended. Then `inspect`.
+        """
+        args = await self._dispatch_args(epoch, step, payload, statuses, to, attempt, after)
+        if isinstance(args, Fenced):
+            return args
+        tally = _Tally(snapshot, args["requirement"])
+        deadline = self.clock.now() + seconds
+        outcome: DispatchOutcome | None = None
+        while tally.missing and (left := deadline - self.clock.now()) > 0:
+            if len(tally.missing) == 1:
+                hints, outcome = await self._leave_dispatch(args, tally.place, left)
+                if outcome is None:
+                    return Wake.DISTURBED
+            else:
+                async with self._subscribe(snapshot) as subscription:
+                    hints = await subscription.next(left, after=tally.place)
+            undisturbed = tally.take(hints)
+            if outcome is not None and not isinstance(outcome, NotReady):
+                return self._note(args, outcome)
+            if not undisturbed:
+                return Wake.DISTURBED
+        if tally.missing:
+            return Wake.QUIET
+        return self._note(args, await scripts.dispatch(self.store, self.keys, **args))
+
+    async def _leave_dispatch(
+        self, args: scripts.DispatchArgs, place: tuple[int, int], seconds: float
+    ) -> tuple[list[Hint], DispatchOutcome | None]:
+        if self._gate_reader is None:
+            self._gate_reader = self.store.reader()
+        entries, outcome = await scripts.dispatch_when_pushed(
+            self.store, self._gate_reader, self.keys, hints_after=f"{place[0]}-{place[1]}", seconds=seconds, **args
+        )
+        return [decode_hint(entry_id, fields) for entry_id, fields in entries], outcome
+
+    def _subscribe(self, snapshot: Snapshot) -> Subscription:
+        if self._kept is None:  # keeps the reader going between waits
+            self._kept = self._wakeups.subscribe(self.keys.signals, snapshot.signals_end)
+        return self._wakeups.subscribe(self.keys.signals, snapshot.signals_end)
 
     async def _gate(
         self,
@@ -416,6 +449,7 @@ class Barrier:
         timeout: float,  # noqa: ASYNC109  the deadline of the outcome, by the injected clock
         failed_statuses: Iterable[str],
         attempt: Callable[[], Awaitable[CheckOutcome | _T]],
+        waiting: Callable[[Snapshot, float], Awaitable[CheckOutcome | Wake | _T]],
     ) -> WaitOutcome | _T:
         seconds = _positive("timeout", timeout)
         failed = frozenset(failed_statuses)
@@ -447,7 +481,9 @@ class Barrier:
                 continue  # arrived between the attempt and the picture
             if self.clock.now() >= deadline:
                 return TimedOut(epoch, missing_ranks(snapshot, requirement), explain(snapshot, requirement))
-            await self.watch(snapshot, requirement, min(self.settings.backstop, deadline - self.clock.now()))
+            found = await waiting(snapshot, min(self.settings.backstop, deadline - self.clock.now()))
+            if not isinstance(found, NotReady | Wake):
+                return found
 
     # --- what this planner knows --------------------------------------------------------------------------------------
 
@@ -458,6 +494,53 @@ class Barrier:
             self._steps.clear()
         self._seen_n = max(self._seen_n, seen_n)
         self._floor = max(self._floor, epoch.number)
+
+    async def _dispatch_args(
+        self,
+        epoch: EpochId,
+        step: str,
+        payload: str,
+        statuses: Statuses,
+        to: tuple[int, int] | None,
+        attempt: int,
+        after: str,
+        *,
+        repeatable: bool = False,
+    ) -> scripts.DispatchArgs | Fenced:
+        leadership = await self._authority(take=False)
+        if isinstance(leadership, Fenced):
+            return leadership
+        size = await self._size()
+        if len(payload.encode()) > MAX_PAYLOAD_BYTES:
+            raise InvalidName(
+                f"the payload has {len(payload.encode()):,} bytes; at most {MAX_PAYLOAD_BYTES:,} are dispatched"
+            )
+        known_n, known_attempt = self._steps.get(valid_step(step), (0, 0)) if self._current == epoch else (0, 0)
+        return {
+            "leadership": leadership,
+            "epoch": epoch,
+            "step": step,
+            "payload": payload,
+            "requirement": self._requirement(statuses, size),
+            "to": to or (0, size - 1),
+            "world_size": size,
+            "attempt": attempt,
+            "after": after,
+            "repeatable": repeatable,
+            "seen_n": self._seen_n if self._current == epoch else 0,
+            "known_n": known_n if known_attempt == attempt else 0,
+        }
+
+    def _note(self, args: scripts.DispatchArgs, outcome: DispatchOutcome) -> DispatchOutcome:
+        """Remember what was dispatched, and where in the log it stands."""
+        match outcome:
+            case Dispatched(entry) | Already(entry):
+                self._adopt(args["epoch"], seen_n=entry.n)
+                if not args.get("repeatable"):
+                    self._steps[args["step"]] = (entry.n, args.get("attempt", 1))
+            case _:
+                pass
+        return outcome
 
     async def _authority(self, *, take: bool = True) -> Leadership | Fenced:
         if self.leadership is None and take:
@@ -486,18 +569,41 @@ class Barrier:
         return tuple(item for item in items if not isinstance(item, str))
 
 
-def _count(hint: Hint, epoch: EpochRecord, requirement: Requirement, missing: set[int]) -> bool:
-    """Count one arrival or withdrawal; whether the hint was no more than that."""
-    if hint.kind != "report" or hint.alarm or not 0 <= hint.rank < epoch.world_size:
-        return False
-    if hint.epoch != str(epoch.id) or hint.incarnation != epoch.roster[hint.rank]:
-        return False
-    arrived = any(rule.first <= hint.rank <= rule.last and hint.status in rule.statuses for rule in requirement)
-    if arrived:
-        missing.discard(hint.rank)
-    else:
-        missing.add(hint.rank)
-    return True
+class _Tally:
+    """Who is missing, by a picture and the hints that came after it."""
+
+    def __init__(self, snapshot: Snapshot, requirement: Requirement) -> None:
+        self.place = _place(snapshot.signals_end)
+        self.missing = set(missing_ranks(snapshot, requirement))
+        self._epoch = snapshot.epoch
+        self._requirement = requirement
+
+    def take(self, hints: Iterable[Hint]) -> bool:
+        """Count arrivals and withdrawals; whether the hints were no more than that."""
+        for hint in hints:
+            self.place = max(self.place, hint.id)
+            if self._epoch is None or not self._count(hint, self._epoch):
+                return False
+        return True
+
+    def _count(self, hint: Hint, epoch: EpochRecord) -> bool:
+        if hint.kind != "report" or hint.alarm or not 0 <= hint.rank < epoch.world_size:
+            return False
+        if hint.epoch != str(epoch.id) or hint.incarnation != epoch.roster[hint.rank]:
+            return False
+        if any(rule.first <= hint.rank <= rule.last and hint.status in rule.statuses for rule in self._requirement):
+            self.missing.discard(hint.rank)
+        else:
+            self.missing.add(hint.rank)
+        return True
+
+
+def _released(epoch: EpochId, outcome: DispatchOutcome) -> CheckOutcome | Fenced:
+    match outcome:
+        case Dispatched(entry) | Already(entry):
+            return Released(epoch, entry)
+        case _:
+            return outcome
 
 
 def _note_progress(snapshot: Snapshot, seen: dict[int, object]) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 from pydantic import ValidationError
 from redis.exceptions import NoScriptError, RedisError
@@ -47,9 +47,14 @@ from barrier.outcomes import (
 from barrier.prompt import Arguments
 from barrier.report import MAX_REPORT_BYTES, Report, UndecodableReport
 from barrier.settings import Settings
-from barrier.store import Store
+from barrier.store import Store, StreamEntry, raw_entries
+
+READ_ONLY = ("check", "inspect")
+"""Verbs that write nothing: sent as such where the server knows how, so that they need no right to write."""
 
 VERBS = ("lead", "open", "restore", "dispatch", "check", "conclude", "inspect")
+_HINTS = 2_000
+"""Hints taken in one read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +107,24 @@ async def _run(
 ) -> list[Any]:
     """Run one verb: EVALSHA, and EVAL with the whole text where the server does not know it (it may have been flushed)."""
     loaded = script(name)
-    words = _ordered(loaded.keys, keys)
-    count = sum(word.count if isinstance(word, Arguments) else 1 for word in words)
-    words += _ordered(loaded.args, args)
+    words = _call(loaded, keys, args)
+    suffix = "_RO" if name in READ_ONLY and store.read_only_scripts else ""
     with store.errors():
-        [reply] = await store.exchange([("EVALSHA", loaded.sha, count, *words)])
+        [reply] = await store.exchange([(f"EVALSHA{suffix}", loaded.sha, *words)])
         if isinstance(reply, NoScriptError):
-            [reply] = await store.exchange([("EVAL", loaded.text, count, *words)])
+            [reply] = await store.exchange([(f"EVAL{suffix}", loaded.text, *words)])
         if isinstance(reply, RedisError):
             raise reply
         return reply
+
+
+def _call(
+    loaded: Script, keys: Mapping[str, str | Arguments], args: Mapping[str, str | int | Sequence[str]]
+) -> list[str | int | Arguments]:
+    """What follows a script's name: the number of keys, the keys, the arguments."""
+    named = _ordered(loaded.keys, keys)
+    count = sum(word.count if isinstance(word, Arguments) else 1 for word in named)
+    return [count, *named, *_ordered(loaded.args, args)]
 
 
 def _ordered(names: tuple[str, ...], values: Mapping[str, Any]) -> list[str | Arguments]:
@@ -228,40 +241,87 @@ async def restore(
             return _refusal("restore", words, Superseded, Fenced)
 
 
-async def dispatch(
+class DispatchArgs(TypedDict, total=False):
+    """What `dispatch` is told; see `barrier.Barrier.dispatch` and the script's header."""
+
+    leadership: Required[Leadership]
+    epoch: Required[EpochId]
+    step: Required[str]
+    payload: Required[str]
+    requirement: Required[Requirement]
+    to: Required[tuple[int, int]]
+    world_size: Required[int]
+    attempt: int
+    after: str
+    repeatable: bool
+    seen_n: int
+    known_n: int
+
+
+async def dispatch(store: Store, keys: Keys, **args: Unpack[DispatchArgs]) -> DispatchOutcome:
+    """Check every rank and append the task, at one instant, once per step."""
+    return _dispatched(await _run(store, "dispatch", *_dispatch_call(store, keys, args)))
+
+
+async def dispatch_when_pushed(
     store: Store,
+    reader: Any,  # noqa: ANN401  as `Store.reader` makes it
     keys: Keys,
     *,
-    leadership: Leadership,
-    epoch: EpochId,
-    step: str,
-    payload: str,
-    requirement: Requirement,
-    to: tuple[int, int],
-    world_size: int,
-    attempt: int = 1,
-    after: str = "",
-    repeatable: bool = False,
-    seen_n: int = 0,
-    known_n: int = 0,
-) -> DispatchOutcome:
-    """Check every rank and append the task, at one instant, once per step."""
-    args = _under(leadership) | _caps(store.settings, "log", "event") | _naming(epoch)
-    args |= {
-        "step": step,
-        "attempt": attempt,
-        "after": after,
-        "repeatable": int(repeatable),
-        "to": f"{to[0]}-{to[1]}",
-        "seen_n": seen_n,
-        "known_n": known_n,
-        "once_ms": _milliseconds(store.settings.output_lifetime),
-        "payload": payload,
-        "rule": _rules(requirement),
-    }
-    named = _named(keys) | {"once": keys.once(step), "rank": _rank_keys(keys, world_size)}
+    hints_after: str,
+    seconds: float,
+    **args: Unpack[DispatchArgs],
+) -> tuple[list[StreamEntry], DispatchOutcome | None]:
+    """Leave a dispatch with the server, which runs it when the next hint comes; returns the hints and the answer.
+
+    Args:
+        store: the store.
+        keys: the group's.
+        reader: a client of `Store.reader`, used for nothing else.
+        hints_after: the id of the last hint that is known.
+        seconds: how long to wait for a hint; the dispatch is tried then too. At most `Settings.reader_block` is waited.
+        args: as `dispatch`'s.
+
+    The answer is ``None`` where there is none: the server has lost the script, or the connection.
+    """
+    loaded = script("dispatch")
+    block = min(_milliseconds(seconds), _milliseconds(store.settings.reader_block))
+    read = ("XREAD", "COUNT", _HINTS, "BLOCK", block, "STREAMS", keys.signals, hints_after)
+    with store.errors():
+        pushed, reply = await store.when_pushed(
+            reader, read, ("EVALSHA", loaded.sha, *_call(loaded, *_dispatch_call(store, keys, args)))
+        )
+        for one in (pushed, reply):
+            if isinstance(one, RedisError) and not isinstance(one, NoScriptError):
+                raise one
+    return raw_entries(pushed), None if reply is None or isinstance(reply, NoScriptError) else _dispatched(reply)
+
+
+def _dispatch_call(
+    store: Store, keys: Keys, args: DispatchArgs
+) -> tuple[dict[str, str | Arguments], dict[str, str | int | Sequence[str]]]:
+    first, last = args["to"]
+    named = _named(keys) | {"once": keys.once(args["step"]), "rank": _rank_keys(keys, args["world_size"])}
     del named["signals"]  # the ranks are woken by the log itself
-    words = _words(await _run(store, "dispatch", named, args))
+    return named, {
+        **_under(args["leadership"]),
+        **_caps(store.settings, "log", "event"),
+        **_naming(args["epoch"]),
+        "step": args["step"],
+        "attempt": args.get("attempt", 1),
+        "after": args.get("after", ""),
+        "repeatable": int(args.get("repeatable", False)),
+        "to": f"{first}-{last}",
+        "seen_n": args.get("seen_n", 0),
+        "known_n": args.get("known_n", 0),
+        "once_ms": _milliseconds(store.settings.output_lifetime),
+        "payload": args["payload"],
+        "rule": _rules(args["requirement"]),
+    }
+
+
+def _dispatched(reply: Sequence[Any]) -> DispatchOutcome:
+    words = _words(reply)
     match words:
         case ["DISPATCHED", entry]:
             return Dispatched(LogId.parse(entry))

@@ -38,6 +38,16 @@ def stream_entries(reply: Any) -> list[tuple[str, list[StreamEntry]]]:  # noqa: 
     return [(key.decode(), [(entry_id, fields or {}) for entry_id, fields in entries]) for key, entries in streams]
 
 
+def raw_entries(reply: Any) -> list[StreamEntry]:  # noqa: ANN401  a server's untyped answer
+    """What XREAD of one stream answered, as the server says it: fields and values in turn."""
+    streams: list[tuple[bytes, list[tuple[bytes, list[bytes] | None]]]] = reply or []
+    return [
+        (entry_id, dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {})
+        for _, entries in streams
+        for entry_id, flat in entries
+    ]
+
+
 @contextmanager
 def translated(where: str) -> Generator[None]:
     """Turn a driver's error into one of ours; `where` names the store without its password."""
@@ -73,7 +83,7 @@ def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
         return StoreRefused(f"the store at {where} refused: {text}. Check user, password and rights.")
     if any(
         word in text for word in ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "UNBLOCKED", "MISCONF")
-    ):
+    ) or isinstance(error, driver.AskError):  # MOVED is one too: the next call finds the node that has the slot now
         return StoreUnavailable(f"the store at {where} cannot answer now: {text}")
     if "READONLY" in text:
         return StoreUnsuitable(f"the store at {where} is a replica; connect to its master")
@@ -99,6 +109,8 @@ class Store:
         commands: for commands that answer at once; retries are off, so nothing is sent twice.
         settings: the times that the clients were built for.
         where: the address without user and password, for messages.
+        read_only_scripts: whether the server is known to take a script that writes nothing as such (Redis 7.0, any Valkey).
+        spread: whether groups lie on several servers, as in a cluster.
         belongings: clients that were made for this store and go with it, such as those that ask the sentinels.
     """
 
@@ -108,18 +120,26 @@ class Store:
         make_reader: Callable[[], Redis],
         settings: Settings,
         where: str,
+        *,
+        spread: bool = False,
     ) -> None:
         self.belongings: Sequence[Redis] = ()
         self.commands: Any = commands  # redis-py's annotations give every command both sync and async results
         self._make_reader = make_reader
         self.settings = settings
         self.where = where
+        self.read_only_scripts = False
+        self.spread = spread
         self._verified = False
         self._verifying = asyncio.Lock()
 
     def reader(self) -> Any:  # noqa: ANN401  as `commands`
         """A new client for one blocking reader; the caller closes it."""
         return self._make_reader()
+
+    def place_of(self, key: str) -> str:
+        """Which keys one command may touch together: those of which this says the same."""
+        return key[: key.find("}") + 1] if self.spread else ""
 
     def errors(self) -> AbstractContextManager[None]:
         """Translate what the driver raises inside."""
@@ -138,6 +158,29 @@ class Store:
             async with asyncio.timeout(connection.socket_timeout):
                 return [await _reply(connection) for _ in commands]
         except TimeoutError:
+            raise driver.TimeoutError(f"Timeout reading from {self.where}") from None
+        finally:
+            await pool.release(connection)
+
+    async def when_pushed(self, reader: Any, read: Sequence[Any], then: Sequence[Any]) -> tuple[Any, Any]:  # noqa: ANN401
+        """Send a blocking read and, right behind it, a command that the server runs at the instant at which the read ends.
+
+        A server carries out what one client sends in its order, and takes up what waits behind a blocked command as soon as that is
+        over (``processUnblockedClients`` in Redis and Valkey). So no round trip lies between a push and what is done about it.
+
+        Returns both replies, raw, an error reply as a value; ``None`` for the second where a test's clock ended the read. Where this is
+        cancelled the connection goes, and the command may have run all the same.
+        """
+        pool = reader.connection_pool
+        connection = await pool.get_connection()
+        try:
+            await connection.send_packed_command(pack(read) + pack(then))
+            async with asyncio.timeout(connection.socket_timeout):
+                first = await _reply(connection)
+                second = await _reply(connection) if connection.is_connected else None
+            return first, second
+        except TimeoutError:
+            await connection.disconnect(nowait=True)
             raise driver.TimeoutError(f"Timeout reading from {self.where}") from None
         finally:
             await pool.release(connection)
@@ -171,7 +214,8 @@ class Store:
                     raise  # a database that does not exist, for one
                 _say_unchecked()  # fakeredis, for one, has no INFO; a server that hides it cannot be judged
                 info = {}
-            check_info(info, self.where)
+            kind, version = check_info(info, self.where)
+            self.read_only_scripts = bool(version) and (kind == "valkey" or version >= (7, 0))
             self._verified = True
 
     async def close(self) -> None:
@@ -200,8 +244,12 @@ def _say_unchecked() -> None:
     logger.warning("the store does not answer INFO: its version, role and eviction policy are unchecked")
 
 
-def check_info(info: dict[str, Any], where: str) -> None:
-    """Judge what INFO said; raise `StoreUnsuitable` with the value, the limit and the way out."""
+def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
+    """Judge what INFO said; raise `StoreUnsuitable` with the value, the limit and the way out.
+
+    Returns:
+        ``redis`` or ``valkey``, and major and minor version; empty where INFO did not say.
+    """
     policy = info.get("maxmemory_policy", SAFE_POLICY)
     if policy != SAFE_POLICY:
         raise StoreUnsuitable(
@@ -216,3 +264,4 @@ def check_info(info: dict[str, Any], where: str) -> None:
     if numbers and numbers < MINIMUM_VERSIONS[kind]:
         wanted = ".".join(str(part) for part in MINIMUM_VERSIONS[kind])
         raise StoreUnsuitable(f"the store at {where} is {kind} {version}; {kind} {wanted} or newer is needed")
+    return kind, numbers

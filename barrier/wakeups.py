@@ -1,4 +1,4 @@
-"""Wake-up hints: one connection waits for every group of a process.
+"""Wake-up hints: one connection waits for every group of a process; on a cluster, one for each group.
 
 A hint is never the truth: it may be lost, doubled or early. Whoever waits takes `Snapshot.signals_end` from the picture that it
 looked at, waits from there, and has a slow backstop.
@@ -137,7 +137,7 @@ class Wakeups:
         self._origins: dict[str, tuple[int, int]] = {}
         self._recent: dict[str, deque[Hint]] = {}
         self._subscriptions: dict[str, set[Subscription]] = {}
-        self._reading: asyncio.Task[None] | None = None
+        self._reading: dict[str, asyncio.Task[None]] = {}
 
     def cursor(self, key: str) -> tuple[int, int]:
         """How far a stream was read."""
@@ -163,7 +163,7 @@ class Wakeups:
         """Set a stream's cursor and ask anew. What was read before is read again, or is gone from the stream."""
         self._cursors[key] = self._origins[key] = to
         self._recent[key] = deque(maxlen=_BUFFERED)
-        self._restart()
+        self._restart(self._store.place_of(key))
 
     async def unsubscribe(self, key: str, subscription: Subscription) -> None:
         """Forget a subscription; the last one ends the reading."""
@@ -175,29 +175,35 @@ class Wakeups:
         self._cursors.pop(key, None)
         self._origins.pop(key, None)
         self._recent.pop(key, None)
-        if self._subscriptions:
+        place = self._store.place_of(key)
+        if any(self._store.place_of(other) == place for other in self._subscriptions):
             return  # the stream drops out of the next read
-        await self.close()
+        await self._end([self._reading.pop(place)] if place in self._reading else [])
 
     async def close(self) -> None:
         """End the reading."""
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+        reading, self._reading = list(self._reading.values()), {}
+        await self._end(reading)
 
-    def _restart(self) -> None:
+    async def _end(self, reading: list[asyncio.Task[None]]) -> None:
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    def _restart(self, place: str) -> None:
         """A blocked read does not learn of a new stream: end it (this costs the connection) and begin another."""
-        if self._reading is not None:
-            self._reading.cancel()
-        self._reading = asyncio.create_task(self._read(), name="rankgate wake-ups")
+        if place in self._reading:
+            self._reading[place].cancel()
+        self._reading[place] = asyncio.create_task(self._read(place), name="rankgate wake-ups")
 
-    async def _read(self) -> None:
+    async def _read(self, place: str) -> None:
         reader = self._store.reader()
         pause = 0.0
         try:
             while True:
-                streams = {key: f"{at[0]}-{at[1]}" for key, at in self._cursors.items()}
+                streams = {
+                    key: f"{at[0]}-{at[1]}" for key, at in self._cursors.items() if self._store.place_of(key) == place
+                }
                 try:
                     with self._store.errors():
                         reply = await reader.xread(
@@ -211,7 +217,7 @@ class Wakeups:
                     if not pause:
                         logger.warning("wake-ups interrupted: {}", error)
                     # Whoever waits looks for itself meanwhile.
-                    for key in list(self._subscriptions):
+                    for key in streams:
                         self._push(key, Hint(self.cursor(key), "lost"))
                     pause = min(max(pause * 2, 0.05), self._store.settings.lease / 5)
                     await self._clock.sleep(pause)

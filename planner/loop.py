@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 from loguru import logger
 
@@ -52,6 +52,7 @@ from planner.requests import RequestQueue
 from planner.spec import Policy
 from runner.messages import encode
 
+_T = TypeVar("_T")
 _AGES = re.compile(r"\d+\.\d s")
 """What changes in a reason at every look although nothing has happened: such a reason is not logged again."""
 
@@ -122,6 +123,8 @@ class InstanceLoop:
         self._poked = asyncio.Event()
         self._changed = asyncio.Event()
         self.state = State()
+        self.looks = 0
+        """How often it has set about looking at its instance, whether or not the store answered."""
 
     def stop(self) -> None:
         """Ask for a stop; `run` ends once the attempt is concluded."""
@@ -171,6 +174,7 @@ class InstanceLoop:
         return self.state
 
     async def _tick(self) -> None:
+        self.looks += 1
         self._poked.clear()
         following = await self._lead_if_due()
         snapshot = await self._barrier.inspect()
@@ -301,19 +305,17 @@ class InstanceLoop:
         if epoch is None or leadership is None:
             return
         task = encode(task_for(action.step, self._record.spec, epoch.id, leadership.term, snapshot)).decode()
+        to = action.step.to(epoch.world_size)
+        step = action.step.name, task, action.requirement
         if missing_ranks(snapshot, action.requirement):
-            wake = await self._watch(snapshot, action.requirement, action.until)
-            if wake is not Wake.COMPLETE:
-                return
-        outcome = await self._barrier.dispatch(
-            epoch.id,
-            action.step.name,
-            task,
-            action.requirement,
-            to=action.step.to(epoch.world_size),
-            attempt=action.attempt,
-            after=action.after,
-        )
+            seconds = self._seconds_to_wait(snapshot, action.until)
+            outcome = await self._until_poked(
+                self._barrier.dispatch_on_arrival(
+                    snapshot, epoch.id, *step, seconds, to=to, attempt=action.attempt, after=action.after
+                )
+            )
+        else:
+            outcome = await self._barrier.dispatch(epoch.id, *step, to=to, attempt=action.attempt, after=action.after)
         self._heed(outcome)
         if isinstance(outcome, Unknown):
             logger.warning(
@@ -334,7 +336,13 @@ class InstanceLoop:
     async def _watch(
         self, snapshot: Snapshot, requirement: Requirement, until: float, *, any_change: bool = False
     ) -> Wake:
-        """Wait for hints, but look again when a lease could lapse, leadership must be renewed, or the backstop ticks."""
+        """Wait for hints, but no longer than `_seconds_to_wait`."""
+        seconds = self._seconds_to_wait(snapshot, until)
+        watching = self._barrier.watch(snapshot, requirement, seconds, any_change=any_change)
+        return await self._until_poked(watching) or Wake.DISTURBED
+
+    def _seconds_to_wait(self, snapshot: Snapshot, until: float) -> float:
+        """Look again when a lease could lapse, leadership must be renewed, or the backstop ticks."""
         now = self._clock.now()
         due = [until, self._lead_at, now + self._settings.backstop]
         left = [view.lease_left_ms / 1000 for view in snapshot.ranks if view.report is not None]
@@ -342,11 +350,9 @@ class InstanceLoop:
             due.append(now + self._settings.heartbeat)  # the store forgot: ranks say it again with their next heartbeat
         if left:
             due.append(now + min(left) + 0.001)
-        seconds = max(min(due) - now, 0.001)
-        watching = self._barrier.watch(snapshot, requirement, seconds, any_change=any_change)
-        return await self._until_poked(watching) or Wake.DISTURBED
+        return max(min(due) - now, 0.001)
 
-    async def _until_poked(self, doing: Coroutine[Any, Any, Wake | None]) -> Wake | None:
+    async def _until_poked(self, doing: Coroutine[Any, Any, _T]) -> _T | None:
         """Do it, unless somebody pokes first."""
         working = asyncio.create_task(doing)
         poked = asyncio.create_task(self._poked.wait())

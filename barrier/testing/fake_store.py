@@ -249,7 +249,14 @@ class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
     async def _connect(self) -> None:
         self._refuse_if_cut()
         await super()._connect()
-        self._writer = _ServerTimeWriter(self._sock, self._fake_store)
+        sock: Any = self._sock
+        self._writer, resume = _ServerTimeWriter(sock, self._fake_store), sock.resume
+
+        def resume_in_server_time() -> None:
+            with self._fake_store.server_time():  # what was sent behind a blocked command runs now
+                resume()
+
+        sock.resume = resume_in_server_time
 
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
         """Send one call and count it. It takes a turn of the event loop, as the fastest network does: other tasks may run."""
@@ -277,6 +284,13 @@ class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
             await self.disconnect(nowait=True)
             raise driver.ConnectionError(f"connection of {self.fake_name or 'a client'} to the fake store was cut")
         return reply
+
+    async def disconnect(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
+        """Close. A server drops what it has not carried out for a client that is gone."""
+        sock: Any = self._sock
+        if sock is not None:
+            sock.resume = lambda: None
+        await super().disconnect(*args, **kwargs)
 
     def cut(self) -> None:
         """Break: a pending read fails now, and an idle connection is replaced when it is next taken from its pool."""

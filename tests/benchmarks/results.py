@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.benchmarks.gate import GateFigures
 from tests.benchmarks.group import ROOT
+from tests.benchmarks.recovery import RecoveryFigures
 from tests.benchmarks.server_time import HoldFigures
 from tests.benchmarks.stats import slope, table
 from tests.benchmarks.traffic import READS, BringUpFigures, BurstFigures, IdleFigures
@@ -42,6 +43,7 @@ class Results:
     bring_up: BringUpFigures | None = None
     idle: IdleFigures | None = None
     bursts: list[BurstFigures] = field(default_factory=list[BurstFigures])
+    recoveries: list[RecoveryFigures] = field(default_factory=list[RecoveryFigures])
     load_before: float = field(default_factory=lambda: os.getloadavg()[0])
 
     def write(self) -> Path:
@@ -71,6 +73,7 @@ class Results:
             "bring_up": self.bring_up.as_json() if self.bring_up else None,
             "idle": self.idle.as_json() if self.idle else None,
             "burst": [one.as_json() for one in self.bursts],
+            "recovery": [one.as_json() for one in self.recoveries],
             "verdicts": self.verdicts(),
         }
 
@@ -107,6 +110,11 @@ class Results:
                 said.append(
                     f"an idle {who} under {IDLE_AIMED_AT:g} command a second: {_met(rate < IDLE_AIMED_AT)} ({rate:.2f})"
                 )
+        said += [
+            f"{one.fault}: within {one.bound:g} {one.unit}: {_met(bool(one.kept))} (most {one.multiple(100):.2f})"
+            for one in self.recoveries
+            if one.bound is not None
+        ]
         return said
 
     def text(self) -> str:
@@ -152,6 +160,9 @@ class Results:
         if self.bursts:
             parts.append("\nall ranks arrive at once: what the planner sends from open to release")
             parts += [f"  {one.world_size} ranks: {_counts(one.planner)}" for one in self.bursts]
+        if self.recoveries:
+            parts.append("\nrecovery, as multiples")
+            parts += [f"  {one.text}" for one in self.recoveries]
         return "\n".join([*parts, "", *(f"* {line}" for line in self.verdicts())])
 
 
@@ -172,7 +183,6 @@ def _gate_table(found: list[GateFigures]) -> str:
         "n",
         "ping",
         "push floor",
-        "woken",
         "committed",
         "(floors)",
         "first hands",
@@ -182,7 +192,7 @@ def _gate_table(found: list[GateFigures]) -> str:
     rows: list[list[str]] = []
     for one in found:
         row = [str(one.world_size), str(one.readers), str(len(one.committed.seconds))]
-        row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.ping, one.push, one.woken, one.committed)]
+        row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.ping, one.push, one.committed)]
         row.append(f"{one.committed.p50 / one.push.p50:.1f}/{one.committed.p99 / one.push.p99:.1f}")
         if one.readers:
             row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.first_hands, one.all_hands)]

@@ -87,6 +87,91 @@ async def test_release_dispatches_at_the_instant_at_which_all_have_arrived(group
     assert await group.tasks() == [f"{epoch.number}-2"]
 
 
+async def test_the_store_itself_dispatches_when_the_last_rank_arrives(store: FakeStore) -> None:
+    """No round trip of the planner lies between the last arrival and the task in the log."""
+    faults = FaultPlan().refuse("dispatch", nth=3)  # the first finds ranks missing, the second waits in the store
+    async with started_group(store, 3, faults=faults) as group:
+        epoch = await group.open()
+        release = releasing(group, epoch)
+        await group.clock.advance(0.0)
+        await group.arrive("Connected", [0, 1])
+        await group.clock.advance(0.0)
+        await group.arrive("Connected", [2])
+        await group.clock.advance(0.0)
+        assert await release == Released(epoch, LogId(epoch.number, 2))
+        assert faults.fired == ()
+
+
+async def test_a_dispatch_left_with_the_store_is_refused_when_another_rank_withdraws(group: Group) -> None:
+    epoch = await group.open()
+    release = releasing(group, epoch)
+    await group.arrive("Connected", [0, 1])
+    await group.clock.advance(0.0)
+    await group.arrive("Connecting", [1])
+    await group.arrive("Connected", [2])
+    await group.clock.advance(0.0)
+    assert await group.tasks() == []
+    assert not release.done()
+    await group.arrive("Connected", [1])
+    await group.clock.advance(0.0)
+    assert await release == Released(epoch, LogId(epoch.number, 2))
+
+
+async def test_a_dispatch_left_with_the_store_is_fenced_with_its_planner(group: Group) -> None:
+    """A planner that is stopped past its lease leaves nothing behind that acts for it."""
+    epoch = await group.open()
+    release = releasing(group, epoch)
+    await group.arrive("Connected", [0, 1])
+    await group.clock.advance(0.0)
+    async with group.planner("successor") as successor:
+        await group.barrier.resign()
+        new = await successor.lead()
+        assert isinstance(new, Leading)
+        await group.arrive("Connected", [2])
+        assert await group.clock.run(release) == Fenced(new.leadership.term, "successor")
+        assert await group.tasks() == []
+
+
+async def test_a_release_that_is_cancelled_takes_its_dispatch_back(group: Group) -> None:
+    epoch = await group.open()
+    release = releasing(group, epoch)
+    await group.arrive("Connected", [0, 1])
+    await group.clock.advance(0.0)
+    release.cancel()
+    await asyncio.gather(release, return_exceptions=True)
+    await group.arrive("Connected", [2])
+    await group.clock.advance(0.0)
+    assert await group.tasks() == []
+
+
+async def test_a_server_that_forgot_the_script_is_given_it_anew(group: Group) -> None:
+    epoch = await group.open()
+    release = releasing(group, epoch)
+    await group.arrive("Connected", [0, 1])
+    await group.clock.advance(0.0)
+    group.store.forget_scripts()
+    await group.arrive("Connected", [2])
+    await group.clock.advance(0.0)
+    assert await release == Released(epoch, LogId(epoch.number, 2))
+
+
+async def test_a_reply_that_is_lost_after_the_store_has_dispatched_is_asked_for_again(group: Group) -> None:
+    epoch = await group.open()
+    await group.arrive("Connected", [0, 1])
+    async with group.planner("unlucky", faults=FaultPlan().lose_reply("dispatch", nth=2)) as unlucky:
+        await group.barrier.resign()
+        assert isinstance(await unlucky.lead(), Leading)
+        release = asyncio.create_task(unlucky.release(epoch, "load", "{}", "Connected", timeout=60.0))
+        await group.clock.advance(0.0)
+        await group.arrive("Connected", [2])
+        with pytest.raises(StoreUnavailable):
+            await group.clock.run(release)
+        assert await unlucky.release(epoch, "load", "{}", "Connected", timeout=60.0) == Released(
+            epoch, LogId(epoch.number, 2)
+        )
+        assert len(await group.tasks()) == 1
+
+
 async def test_release_of_a_step_that_is_out_already_says_where_it_is(group: Group) -> None:
     epoch = await group.all_connected()
     first = await group.load(epoch)
