@@ -27,7 +27,7 @@ from barrier.errors import ClaimLost, InvalidName, RankTaken, StoreCorrupt, Stor
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
-from barrier.report import MAX_OUTCOMES, Report, TaskOutcome
+from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome
 from barrier.settings import Settings
 from barrier.store import Store, stream_entries
 
@@ -158,6 +158,8 @@ class Member:
         self.clock: Clock = clock or SystemClock()
         self.incarnation = incarnation or new_incarnation(time.time_ns() // 1_000_000)
         self.promised: EpochId | None = None
+        self.beats = 0
+        """How many heartbeats were tried, answered or not: whoever watches over this process sees by it that they go on."""
         self._owns_store = redis is not self.store
         self._wanted_rank = rank
         self._rank: int | None = None
@@ -278,11 +280,11 @@ class Member:
 
     async def leave(self) -> None:
         """Give the rank back: the report and the claim go, so that nobody has to wait for the lease. Safe to call twice."""
-        if self._rank is None or self._dropped_claim is not None:
-            return
         async with self._writing:
-            rank, self._rank = self._rank, None
-            await self._drop_claim(rank)
+            if self._rank is None or self._dropped_claim is not None:
+                return
+            await self._drop_claim(self._rank)
+            self._rank = None  # only now: what failed can be done again
 
     async def _drop_claim(self, rank: int, *, said_hello: bool = True) -> None:
         """Delete the claim if it is still ours, and our report. A watch makes that one step; no script is needed."""
@@ -489,6 +491,7 @@ class Member:
                 # Come back sooner than a heartbeat, but not all ranks at the same instant.
                 pause = min(pause, self.settings.command_seconds) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
             await self.clock.sleep(pause)
+            self.beats += 1
             try:
                 await self._write()
             except StoreError as error:
@@ -563,6 +566,9 @@ class Member:
                     for entry_id, fields in entries:
                         self._cursor = LogId.parse(entry_id.decode())
                         await self._entries.put(decode_entry(self._cursor, fields))
+        except Exception as error:
+            await self._entries.put(error)  # a mistake of ours: whoever waits for entries must not wait for ever
+            raise
         finally:
             await reader.aclose()
 
@@ -627,6 +633,8 @@ class Member:
 
 def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:
     """Read one entry of the log; what is not ours comes out as `Garbage`."""
+    if entry_id.n > MAX_APPLIED:
+        return Garbage(str(entry_id), f"position {entry_id.n}; a report has room for {MAX_APPLIED}")
     try:
         kind = fields[b"kind"]
         epoch = EpochId.parse(f"{entry_id.number}-{fields[b'nonce'].decode()}")

@@ -21,6 +21,7 @@ from barrier.keys import shown, valid_status
 
 SCHEMA = "1"
 MAX_REPORT_BYTES = 16 * 1024
+MAX_APPLIED = 10**10 - 1
 MAX_OUTCOMES = 8
 """How many of its last tasks' outcomes a report carries."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from loguru import logger
 
@@ -86,9 +88,10 @@ class RequestQueue:
             raise InvalidName(f"max_tokens is {max_tokens}; it must be from 1 to 100,000")
         request_id = f"gen.{secrets.token_hex(12)}"
         deadline = self._clock.now() + seconds
-        entry = await self._ask(request_id, prompt=prompt, max_tokens=max_tokens, seconds=seconds)
+        entry: bytes | None = None
         finished = False
         try:
+            entry = await self._ask(request_id, prompt=prompt, max_tokens=max_tokens, seconds=seconds)
             async for chunk in self._follow(request_id, deadline, seconds):
                 finished = chunk.finish is not None
                 if chunk.finish == "error":
@@ -100,8 +103,13 @@ class RequestQueue:
                 if finished:
                     return
         finally:
-            if not finished:
-                await self._ask(f"cancel.{secrets.token_hex(12)}", cancels=request_id, seconds=seconds)
+            await _to_the_end(self._withdraw(request_id, entry, finished=finished, seconds=seconds))
+
+    async def _withdraw(self, request_id: str, entry: bytes | None, *, finished: bool, seconds: float) -> None:
+        """Take a request back, and cancel what is being done for it. `entry` is ``None`` where it is not known whether it was sent."""
+        if not finished:
+            await self._ask(f"cancel.{secrets.token_hex(12)}", cancels=request_id, seconds=seconds)
+        if entry is not None:
             with self._store.errors():
                 await self._store.commands.xdel(self._keys.requests, entry)
 
@@ -133,7 +141,7 @@ class RequestQueue:
         return replies[0]
 
     async def _follow(self, request_id: str, deadline: float, seconds: float) -> AsyncGenerator[Chunk, None]:
-        key, place = self._keys.out(request_id), "0-0"
+        key, place, expected = self._keys.out(request_id), "0-0", 0
         reader = self._store.reader()
         try:
             while (left := deadline - self._clock.now()) > 0:
@@ -149,9 +157,18 @@ class RequestQueue:
                     for entry_id, fields in entries:
                         place = entry_id.decode()
                         try:
-                            yield decode_chunk(fields.get(b"chunk", b""))
+                            chunk = decode_chunk(fields.get(b"chunk", b""))
                         except MalformedMessage as error:
                             raise GenerationFailed(f"the answer is not readable: {error}") from None
+                        if chunk.finish not in ("error", "cancelled"):  # whoever says these has not counted
+                            if chunk.index < expected:
+                                continue  # the runner's reply was lost after the commit, and it wrote the piece again
+                            if chunk.index > expected:
+                                raise GenerationFailed(
+                                    f"piece {expected} of the text is gone from the store; ask again"
+                                )
+                            expected += 1
+                        yield chunk
         finally:
             await reader.aclose()
         raise GenerationFailed(f"the text was not complete within {seconds:g} s; ask again, or allow more time")
@@ -225,6 +242,11 @@ class RequestQueue:
         """What waits, oldest first. What is too old is answered with an error."""
         with self._store.errors():
             entries = await self._store.commands.xrange(self._keys.requests, count=_BATCH)
+            if len(entries) == _BATCH:  # a cancellation must not wait behind those whose turn has not come
+                newest = await self._store.commands.xrevrange(
+                    self._keys.requests, min=f"({entries[-1][0].decode()}", count=_BATCH
+                )
+                entries += [entry for entry in reversed(newest) if entry[1].get(b"cancels")]
         pending: list[Request] = []
         for entry_id, fields in entries:
             try:
@@ -269,6 +291,24 @@ class RequestQueue:
         self._in_hand.pop(request.id, None)
         with self._store.errors():
             await self._store.commands.xdel(self._keys.requests, request.entry)
+
+
+_UNDER_WAY: set[asyncio.Task[None]] = set()
+"""An event loop keeps no task alive by itself."""
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do it also while the caller is being cancelled: an anyio scope cancels each await anew. The store's timeouts bound it."""
+    task = asyncio.create_task(work)
+    _UNDER_WAY.add(task)
+    task.add_done_callback(_done)
+    await asyncio.shield(task)
+
+
+def _done(task: asyncio.Task[None]) -> None:
+    _UNDER_WAY.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.debug("a request was not taken back: {}", error)
 
 
 def _fits_into_a_task(prompt: str) -> None:

@@ -52,6 +52,7 @@ from runner.machine import (
     rejection_of,
 )
 from runner.messages import (
+    MAX_MESSAGE_BYTES,
     CancelTask,
     Chunk,
     ConnectToGroup,
@@ -514,16 +515,18 @@ class Runner:
 
     async def _pump(self, task: TextGeneration) -> None:
         answers = self._member.rank == 0
-        index = 0
+        index = tokens = 0
         request = GenerationRequest(task.task_id, task.prompt, task.max_tokens)
         async with aclosing(self._host.generate(request)) as pieces:
             async for text in pieces:
                 if answers:
-                    await self._write(Chunk(task_id=task.task_id, index=index, text=_speakable(text)))
-                    index += 1
-                    self._member.note_progress(index, task.max_tokens)  # a long text is no stall
+                    for piece in _pieces(_speakable(text)):
+                        await self._write(Chunk(task_id=task.task_id, index=index, text=piece))
+                        index += 1
+                    tokens += 1
+                    self._member.note_progress(tokens, task.max_tokens)  # a long text is no stall
         if answers:
-            finish = "length" if index >= task.max_tokens else "stop"
+            finish = "length" if tokens >= task.max_tokens else "stop"
             await self._write(Chunk(task_id=task.task_id, index=index, finish=finish))
 
     def _cancel(self, task_id: str) -> None:
@@ -623,6 +626,12 @@ class Runner:
             self._leaving.set()
             return False
         return True
+
+
+def _pieces(text: str) -> list[str]:
+    """Pieces that a client reads: as JSON, no character takes more than six bytes."""
+    size = MAX_MESSAGE_BYTES // 8
+    return [text[place : place + size] for place in range(0, len(text), size)] or [""]
 
 
 def _speakable(text: str) -> str:

@@ -67,10 +67,12 @@ local log_number, log_n = log_end(KEYS[3])
 if log_number > tonumber(number) then
   return { 'UNKNOWN', 'the log has entries of epoch ' .. whole(log_number) }
 end
-local newest = math.max(log_number == tonumber(number) and log_n or 0, applied, tonumber(record.last_n) or 0)
+local written = math.max(log_number == tonumber(number) and log_n or 0, tonumber(record.last_n) or 0)
+local newest = math.max(written, applied)
 local n = math.max(newest, tonumber(seen_n)) + 1
-if not before and tonumber(known_n) > newest then
-  n = tonumber(known_n)
+-- A step that the store forgot gets the position that it had, so that a rank that has read it does not take it for another.
+if not before and tonumber(known_n) > written then
+  n, newest = tonumber(known_n), written
 end
 local id = announce(KEYS[3], number, n, log_cap, record_ms, 'kind', 'task', 'nonce', nonce, 'prev', whole(newest),
   'term', term, 'step', step, 'to', to, 'task', payload)

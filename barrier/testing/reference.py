@@ -276,10 +276,11 @@ def dispatch(
         return state, Unknown(f"the log has entries of epoch {state.log_end.number}")
     counted = [report.applied for rank in _ranks(requirement) if (report := state.live(rank, now_ms)) is not None]
     in_log = state.log_end.n if state.log_end.number == epoch.number else 0
-    newest = max([in_log, record.last_n, *counted])
+    written = max(in_log, record.last_n)
+    newest = max([written, *counted])
     place = max(newest, seen_n) + 1
-    if step not in before and known_n > newest:
-        place = known_n
+    if step not in before and known_n > written:
+        place, newest = known_n, written
     entry_id = LogId(epoch.number, place)
     entry = ReferenceEntry(entry_id, "task", epoch.nonce, newest, step, payload)
     marks = (

@@ -25,7 +25,7 @@ from planner.cli.report import check_report, time_report
 from planner.cli.screen import Picture
 from planner.cli.show import Show, can_draw, make_show, tell
 from planner.embedded import EmbeddedServer
-from planner.history import read_history, timeline
+from planner.history import NoSuchAttempt, read_history, timeline
 from planner.launcher import Launcher, ProcessState, Program, own_command, own_environment
 
 _STOP_SECONDS = 10.0
@@ -183,8 +183,18 @@ class Cluster:
             tell(self._console, ["", self._text])
         self._text = ""
         history = await read_history(self._store, Keys(self._options.namespace, self._instance.name))
-        lines, breaches = check_report(history)
-        tell(self._console, ["", *time_report(timeline(history)), *lines])
+        try:
+            lines, breaches = check_report(history)
+            tell(self._console, ["", *time_report(timeline(history)), *lines])
+        except NoSuchAttempt:
+            limit, ranks = self._store.settings.event_entries, self._options.spec.world_size
+            tell(
+                self._console,
+                [
+                    f"Not checked: the history keeps {limit:,} events, too few for {ranks:,} ranks to reach back to the start."
+                ],
+            )
+            breaches = []
         self.exit_code = 1 if breaches else 0
 
     async def keep(self) -> None:

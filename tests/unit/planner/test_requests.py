@@ -9,11 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import pytest
 
 from barrier import Barrier, EpochId, Leading, Opened, StoreUnavailable, TaskOutcome, Verdict, adopt
 from barrier.keys import Keys
-from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, scripted_ranks
+from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, scripted_ranks, wait_until
 from planner.requests import GenerationFailed, RequestQueue
 from runner.messages import Chunk, TaskKind, decode_chunk, decode_task, encode
 from tests.unit.planner.cluster import text_of, write_request
@@ -106,8 +107,8 @@ async def desk(store: FakeStore, clock: ManualClock) -> AsyncGenerator[Desk]:
     await elsewhere.close()
 
 
-def chunk(text: str = "", finish: Any = None, error: str | None = None) -> Chunk:
-    return Chunk(task_id="-", index=0, text=text, finish=finish, error=error)
+def chunk(text: str = "", finish: Any = None, error: str | None = None, index: int = 0) -> Chunk:
+    return Chunk(task_id="-", index=index, text=text, finish=finish, error=error)
 
 
 # --- the client's end -----------------------------------------------------------------------------------------------------
@@ -136,10 +137,53 @@ async def test_a_request_says_all_that_a_planner_needs_and_wakes_it(desk: Desk) 
 
 async def test_the_answer_comes_in_order_and_the_request_is_taken_away(desk: Desk) -> None:
     waiting = await asked(desk)
-    await desk.answer(chunk("one "), chunk("two "))
-    await desk.answer(chunk("three"), chunk(finish="length"))
+    await desk.answer(chunk("one "), chunk("two ", index=1))
+    await desk.answer(chunk("three", index=2), chunk(finish="length", index=3))
     assert await desk.clock.run(waiting) == "one two three"
     assert await desk.sent() == [], "a complete answer needs no cancellation"
+
+
+async def test_a_piece_that_was_written_twice_is_given_once(desk: Desk) -> None:
+    waiting = await asked(desk)
+    await desk.answer(chunk("one "), chunk("one "), chunk("two", index=1))
+    await desk.answer(chunk("two", index=1), chunk(finish="stop", index=2))
+    assert await desk.clock.run(waiting) == "one two"
+
+
+async def test_a_text_with_a_hole_is_an_error_and_cancels(desk: Desk) -> None:
+    waiting = await asked(desk)
+    await desk.answer(chunk("one "), chunk("three", index=2))
+    with pytest.raises(GenerationFailed, match="piece 1 of the text is gone from the store; ask again"):
+        await desk.clock.run(waiting)
+    (cancellation,) = await desk.sent()
+    assert cancellation["cancels"].startswith("gen.")
+
+
+async def test_a_client_in_a_cancelled_scope_still_cancels_its_generation(desk: Desk) -> None:
+    """anyio's scopes cancel every await of the clean-up as well."""
+    with anyio.CancelScope() as scope:
+        async with aclosing(desk.client.generate("Why?", max_tokens=3, seconds=60)) as pieces:
+            first = asyncio.create_task(anext(pieces))
+            await desk.clock.advance(0)
+            await desk.answer(chunk("one "))
+            assert await desk.clock.run(first) == "one "
+            scope.cancel()
+            await asyncio.sleep(0)
+
+    async def cancelled() -> bool:
+        return [request["cancels"][:4] for request in await desk.sent()] == ["gen."]
+
+    await wait_until(cancelled, "the cancellation to be sent")
+
+
+async def test_a_cancellation_is_seen_though_many_requests_wait_before_it(desk: Desk) -> None:
+    await desk.serve()
+    for number in range(100):
+        await desk.ask(f"gen.{number}")
+    await desk.hand_out(limit=1)
+    await desk.ask("cancel.0", cancels="gen.0")
+    await desk.hand_out(limit=1)
+    assert (await desk.tasks())[-1] == ("CancelTask", "cancel.0.task")
 
 
 @pytest.mark.parametrize(
@@ -195,14 +239,15 @@ async def test_a_store_that_is_gone_is_told_as_it_is(desk: Desk) -> None:
         await text_of(desk.client.generate("Why?", max_tokens=3, seconds=60))
 
 
-async def test_a_request_whose_reply_was_lost_is_not_waited_for(desk: Desk) -> None:
+async def test_a_request_whose_reply_was_lost_is_cancelled(desk: Desk) -> None:
     faults = FaultPlan().lose_reply("exec", touching="requests")
     other = adopt(desk.store.client("unlucky", faults=faults))
     queue = RequestQueue(other, desk.keys, desk.clock)
     with pytest.raises(StoreUnavailable):
         await text_of(queue.generate("Why?", max_tokens=3, seconds=5))
     faults.assert_fired()
-    assert len(await desk.sent()) == 1, "it was sent; the planner answers it, or drops it when its time is over"
+    request, cancellation = await desk.sent()
+    assert cancellation["cancels"] == request["id"], "it may have been sent, and nobody waits for the answer"
     await other.close()
 
 
