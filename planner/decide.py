@@ -303,7 +303,11 @@ def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankVi
     task_id = derive_task_id(view.spec.name, str(epoch.id), step.name)
     refused: list[tuple[RankView, str, bool]] = []
     for rank in view.snapshot.ranks:
-        for outcome in rank.report.outcomes if rank.report and rank.report.epoch == epoch.id else ():
+        if rank.report is None or rank.report.epoch != epoch.id:
+            continue
+        if step.name in proven_steps(rank.report.status, rank.rank, epoch.world_size):
+            continue  # it did; what it refused there was something else (a restored record does not know the places)
+        for outcome in rank.report.outcomes:
             ours = outcome.task_id in (task_id, f"log-{epoch.id.number}-{dispatched.n}")
             if ours and outcome.result == "rejected" and outcome.n == dispatched.n:
                 refused.append((rank, f"{outcome.code}: {outcome.detail}", outcome.retryable))

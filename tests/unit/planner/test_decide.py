@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from barrier import EpochId, RankRule, Snapshot, Verdict
+from barrier import EpochId, RankRule, Snapshot, TaskOutcome, Verdict
 from barrier.model import StepRecord
 from planner.decide import (
     Action,
@@ -495,6 +495,16 @@ def test_a_refusal_for_good_ends_the_attempt(code: str, failure: str) -> None:
     assert verdict.reason == (
         f"rank 0 on node-0, which is Connected, rejected LoadModel ({code}: the reason of this rank)"
     )
+
+
+def test_garbage_in_the_log_is_not_taken_for_a_step_that_the_rank_has_carried_out() -> None:
+    """A record that was restored gives all steps the last place in the log, whatever stood there."""
+    garbage = TaskOutcome(
+        task_id=f"log-{EPOCH.number}-9", step="stray", n=9, result="rejected", code="Invalid", detail="not JSON"
+    )
+    restored = {"steps": {name: StepRecord(9, 1) for name in ALL_STEPS}, "last_n": 9}
+    told = picture("Ready", "Ready", ranks={0: {"outcomes": (garbage,)}}, epoch=restored)
+    assert isinstance(act(told), Serve)
 
 
 def test_a_task_that_a_rank_could_not_even_read_is_recognised_by_its_place_in_the_log() -> None:
