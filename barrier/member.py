@@ -27,6 +27,7 @@ from barrier.errors import ClaimLost, InvalidName, RankTaken, StoreCorrupt, Stor
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
+from barrier.prompt import pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome
 from barrier.settings import Settings
 from barrier.store import Store, stream_entries
@@ -177,6 +178,7 @@ class Member:
         self._status_since = self.clock.now()
         self._writing = asyncio.Lock()
         self._renewed_at = float("-inf")
+        self._constant: list[bytes] = []
         self._said: tuple[str, EpochId | None] | None = None
         self._alarm = False
         self._unsaid: deque[Event] = deque(maxlen=_UNSAID_EVENTS)
@@ -270,7 +272,7 @@ class Member:
                 raise StoreCorrupt(
                     f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
                 )
-        self._rank = rank
+        self._rank, self._constant = rank, []
         self._report = replace(self._report, rank=rank)
         with self.store.errors():
             newest = await self.store.commands.xrevrange(self.keys.tasks, count=1)
@@ -404,13 +406,17 @@ class Member:
             claim, events = self.keys.claim(rank), list(self._unsaid)
             alarm, self._alarm = self._alarm, False  # one that comes up meanwhile goes with the next report
             saying = (self._report.status, self._report.epoch)
-            commands: list[tuple[Any, ...]] = [
-                ("SET", claim, self.incarnation, "PX", lease_ms, "NX"),  # heals a flushed claim
-                ("GET", claim),
-                ("PEXPIRE", claim, lease_ms),
+            if not self._constant:  # all that is the same in every report
+                self._constant = [
+                    pack(("SET", claim, self.incarnation, "PX", lease_ms, "NX")),  # heals a flushed claim
+                    pack(("GET", claim)),
+                    pack(("PEXPIRE", claim, lease_ms)),
+                    pack(("HMGET", self.keys.epoch, "number", "nonce", "verdict")),
+                    pack(("XREVRANGE", self.keys.tasks, "+", "-", "COUNT", 1)),
+                ]
+            commands: list[tuple[Any, ...] | bytes] = [
+                *self._constant,
                 ("SET", self.keys.rank(rank), self._report.encode(), "PX", lease_ms),
-                ("HMGET", self.keys.epoch, "number", "nonce", "verdict"),
-                ("XREVRANGE", self.keys.tasks, "+", "-", "COUNT", 1),
                 *self._history(rank, events),
             ]
             if alarm or saying != self._said:
@@ -426,7 +432,7 @@ class Member:
             self._said = saying
             for _ in range(min(len(events), len(self._unsaid))):
                 self._unsaid.popleft()
-            self._notice(replies[4], replies[5], read_to)
+            self._notice(replies[3], replies[4], read_to)
 
     async def _read_before_writing(self, rank: int) -> None:
         """After a gap (a stopped process, a lost network) this rank may have been replaced: then it must not write."""

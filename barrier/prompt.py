@@ -36,6 +36,8 @@ def pack(command: Sequence[Any]) -> bytes:
     Raises:
         redis.exceptions.DataError: a word is neither text, bytes nor a number.
     """
+    if Arguments not in map(type, command):
+        return _packed(command)
     count = 0
     pieces: list[bytes] = [b""]
     words: list[Any] = []
@@ -53,12 +55,17 @@ def pack(command: Sequence[Any]) -> bytes:
 
 def _pack_words(words: Sequence[Any]) -> bytes:
     """The words without the line that counts them."""
+    packed = _packed(words)
+    return packed[packed.index(b"\r\n") + 2 :]
+
+
+def _packed(words: Sequence[Any]) -> bytes:
     untyped: Any = hiredis  # it leaves the result's type out, and annotates a tuple of one
     try:
         packed: bytes = untyped.pack_command(tuple(words))
     except TypeError as error:
         raise driver.DataError(f"a command has a word that cannot be sent: {error}") from error
-    return packed[packed.index(b"\r\n") + 2 :]
+    return packed
 
 
 class PromptConnection(AbstractConnection):

@@ -28,6 +28,8 @@ from barrier.settings import Settings
 MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
 SAFE_POLICY = "noeviction"
 
+_MULTI, _EXEC = pack(("MULTI",)), pack(("EXEC",))
+
 StreamEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """One entry of a stream: its id and its fields."""
 
@@ -145,8 +147,8 @@ class Store:
         """Translate what the driver raises inside."""
         return translated(self.where)
 
-    async def exchange(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """Send commands in one go and read one reply each: raw, and an error reply as a value.
+    async def exchange(self, commands: Sequence[Sequence[Any] | bytes]) -> list[Any]:
+        """Send commands, or what `pack` made of them, in one go and read one reply each: raw, and an error reply as a value.
 
         A report sent through the driver's pipeline costs two to three times the CPU, mostly for its many replies, and that is felt
         between the last arrival and the dispatch. One deadline covers all replies; nothing is sent twice.
@@ -154,7 +156,8 @@ class Store:
         pool = self.commands.connection_pool
         connection = await pool.get_connection()
         try:
-            await connection.send_packed_command(b"".join(pack(command) for command in commands))
+            packed = [command if isinstance(command, bytes) else pack(command) for command in commands]
+            await connection.send_packed_command(b"".join(packed))
             async with asyncio.timeout(connection.socket_timeout):
                 return [await _reply(connection) for _ in commands]
         except TimeoutError:
@@ -185,11 +188,11 @@ class Store:
         finally:
             await pool.release(connection)
 
-    async def transact(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    async def transact(self, commands: Sequence[Sequence[Any] | bytes]) -> list[Any]:
         """Run commands in one MULTI, in one round trip; their raw replies. Raises the driver's error for the first that failed."""
-        queued = await self.exchange([("MULTI",), *commands, ("EXEC",)])
+        queued = await self.exchange([_MULTI, *commands, _EXEC])
         results: Any = queued.pop()
-        for command, reply in [*zip([("MULTI",), *commands], queued, strict=True), (("EXEC",), results)]:
+        for command, reply in [*zip([_MULTI, *commands], queued, strict=True), (_EXEC, results)]:
             _raise_error(command, reply)
         for command, reply in zip(commands, results, strict=True):
             _raise_error(command, reply)
@@ -232,9 +235,10 @@ async def _reply(connection: Any) -> Any:  # noqa: ANN401  redis-py's connection
         return error
 
 
-def _raise_error(command: Sequence[Any], reply: object) -> None:
+def _raise_error(command: Sequence[Any] | bytes, reply: object) -> None:
     if isinstance(reply, driver.RedisError):
-        reply.args = (f"{reply} (at {' '.join(str(word) for word in command[:2])})",)
+        words = command.decode().split("\r\n")[2::2] if isinstance(command, bytes) else command
+        reply.args = (f"{reply} (at {' '.join(str(word) for word in words[:2])})",)
         raise reply
 
 

@@ -30,6 +30,8 @@ from tests.benchmarks.readers import SETTINGS
 from tests.benchmarks.stats import Samples
 
 STEPS_PER_EPOCH = 20
+IDLE_SECONDS = 0.003
+"""Before each of the things that are compared: an arrival and a push both meet a machine that has had nothing to do."""
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Push:
         """In seconds. `blocked`: how many clients the server holds already."""
         reading = asyncio.create_task(self._read())
         await until_blocked(self._store, blocked + 1)
+        await asyncio.sleep(IDLE_SECONDS)
         started = now()
         await self._writer.xadd(self._key, {"kind": "report"}, maxlen=100)
         return await reading - started
@@ -156,13 +159,14 @@ class GateBench:
         await barrier.waiting.wait()
         blocked = figures.readers + 1  # everybody's log, and the planner's dispatch that waits for the last arrival
         await until_blocked(barrier.store, blocked)
-        await self._floors[0][1].measure(blocked)  # the first push after a look at all reports finds everything cold
         for samples, push in self._floors:
             samples.add(await push.measure(blocked))
+        await asyncio.sleep(IDLE_SECONDS)
         started = now()
         await barrier.store.commands.ping()
         figures.ping.add(now() - started)
 
+        await asyncio.sleep(IDLE_SECONDS)
         started = now()
         await self._last.report("Connected")
         outcome, committed_at = await releasing
