@@ -72,7 +72,7 @@ class _ReportBody(BaseModel):
     outcomes: tuple[TaskOutcome, ...] = Field(default=(), max_length=MAX_OUTCOMES)
 
 
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class UndecodableReport(ValueError):
@@ -160,7 +160,7 @@ class Report:
             "outcomes": [one.model_dump(exclude_defaults=True) for one in outcomes],
         }
         said = {name: value for name, value in body.items() if value or name == "rank"}  # the rest are the defaults
-        return (self.header + _to_json(said)).encode()
+        return (self.header + _to_json(said)).encode(errors="replace")  # half a surrogate pair, for one
 
     @classmethod
     def decode(cls, raw: bytes, rank: int) -> Report:

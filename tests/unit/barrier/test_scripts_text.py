@@ -96,7 +96,7 @@ def test_every_word_of_the_header_is_answered_somewhere_and_no_other(verb: str) 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "inspect"])
 def test_the_python_side_reads_every_word_of_the_header(verb: str) -> None:
     source = inspect.getsource(getattr(scripts, PUBLIC_NAME.get(verb, verb)))
-    source += inspect.getsource(inside._refusal)
+    source += inspect.getsource(inside._refusal) + inspect.getsource(inside._dispatched)
     for word in script(verb).replies:
         assert f'"{word}"' in source
 
