@@ -1,340 +1,31 @@
-"""What really happened to an instance: its history, read from the store and judged without trusting anybody's word for it.
+"""The rules of the design, written down once more, and what in a history breaks them.
 
-The group's `events` stream is one total order, made by the store: the planner's scripts append to it in the very step that
-changes something, and so do the ranks' reports. `find_breaches` holds that order against the rules of the design, written down
-once more in here: it shares no code with the planner or the runner, only the words of `runner.messages`, so that a mistake in
-theirs cannot hide itself. The idea of checking a recorded history instead of the program is Jepsen's (https://jepsen.io).
-
-What is missing is never guessed: where the stream was cut, or events were lost, `History.oddities` says so, and the rules that
-would need what is missing stay silent.
+Shares no code with the planner or the runner, only the words of `runner.messages`, so that a mistake in theirs cannot hide itself.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from pydantic import ValidationError
-
-from barrier.errors import InvalidName, RankgateError
-from barrier.ids import INCARNATION_WIDTH, EpochId, LogId
-from barrier.keys import Keys, valid_status, valid_step
-from barrier.model import Verdict
-from barrier.store import Store
+from barrier.ids import EpochId, LogId
+from planner.history.events import (
+    EpochConcluded,
+    EpochOpened,
+    EpochRestored,
+    History,
+    RankSaid,
+    StepDispatched,
+)
 from runner.messages import (
-    MalformedMessage,
-    Rejection,
-    RunnerEvent,
     RunnerStatusUpdated,
     TaskAcknowledged,
     TaskStatusUpdated,
-    decode_event,
 )
-
-_PAGE = 1_000
-
-
-class NoSuchAttempt(RankgateError):
-    """The history knows no attempt, or not the one that was asked for."""
-
-
-# --- what a history is made of --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """What every line has: its place in the stream, which the store makes of its own clock."""
-
-    id: LogId
-
-    @property
-    def at_ms(self) -> int:
-        """When, by the store's clock, in milliseconds since 1970."""
-        return self.id.number
-
-
-@dataclass(frozen=True, slots=True)
-class EpochOpened(_Line):
-    """A planner opened an epoch.
-
-    Attributes:
-        epoch: which.
-        ordinal: which attempt it is, for people.
-        roster: the incarnation of every rank, in rank order.
-    """
-
-    epoch: EpochId
-    ordinal: int
-    roster: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EpochRestored(_Line):
-    """A planner wrote a lost record back: at that instant every rank of the roster reported this epoch and this status."""
-
-    epoch: EpochId
-    status: str
-    roster: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StepDispatched(_Line):
-    """A task entered the task log through the gate, at `place`, for the ranks `first` to `last`, for the `attempt`-th time."""
-
-    epoch: EpochId
-    step: str
-    place: LogId
-    first: int
-    last: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class EpochConcluded(_Line):
-    """A planner latched an epoch's verdict."""
-
-    epoch: EpochId
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class RankSaid(_Line):
-    """A rank said something.
-
-    Attributes:
-        rank: who.
-        incarnation: in which life of its process.
-        seq: its own count of what it has said in that life, from 1.
-        epoch: the epoch that it had promised then; ``None`` where it was in none.
-        event: what it said.
-    """
-
-    rank: int
-    incarnation: str
-    seq: int
-    epoch: EpochId | None
-    event: RunnerEvent
-
-
-HistoryEvent: TypeAlias = EpochOpened | EpochRestored | StepDispatched | EpochConcluded | RankSaid
-
-OddityKind: TypeAlias = Literal["undecodable", "repeated", "trimmed", "gap", "no opening", "dispatched anew"]
-
-
-@dataclass(frozen=True, slots=True)
-class Oddity:
-    """Something that is no breach, but that limits what can be said, or that a reader should know.
-
-    Attributes:
-        kind: ``undecodable`` lines; events ``repeated`` after a reply was lost; a stream that was ``trimmed``; a ``gap`` in what an
-            incarnation said; an epoch with ``no opening`` in the stream; a step ``dispatched anew`` after a lost record was restored.
-        count: how many lines, events or incarnations.
-        sentence: for people.
-    """
-
-    kind: OddityKind
-    count: int
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """A group's history, in the store's order. Make it with `read_history`, or with `History.of` from events.
-
-    Attributes:
-        group: whose.
-        events: every event once.
-        oddities: what is missing or strange.
-    """
-
-    group: str
-    events: tuple[HistoryEvent, ...]
-    oddities: tuple[Oddity, ...] = ()
-
-    @property
-    def rejections(self) -> tuple[tuple[int, Rejection], ...]:
-        """Every refusal, with the rank that refused."""
-        return tuple(
-            (event.rank, event.event.rejection)
-            for event in self.events
-            if isinstance(event, RankSaid)
-            and isinstance(event.event, TaskStatusUpdated)
-            and event.event.rejection is not None
-        )
-
-    @classmethod
-    def of(cls, group: str, events: Iterable[HistoryEvent], oddities: Iterable[Oddity] = ()) -> History:
-        """Drop what a rank said twice (its reply was lost after the commit), and look for what is missing."""
-        seen: set[tuple[str, int]] = set()
-        once: list[HistoryEvent] = []
-        repeated = 0
-        for event in events:
-            if isinstance(event, RankSaid):
-                if (event.incarnation, event.seq) in seen:
-                    repeated += 1
-                    continue
-                seen.add((event.incarnation, event.seq))
-            once.append(event)
-        found = list(oddities)
-        if repeated:
-            found.append(Oddity("repeated", repeated, f"{repeated} events came again after a reply was lost"))
-        found += _missing(once)
-        return cls(group, tuple(once), tuple(found))
-
-
-def _missing(events: Sequence[HistoryEvent]) -> Iterator[Oddity]:
-    said: defaultdict[str, list[int]] = defaultdict(list)
-    begun: set[EpochId] = set()
-    unopened: dict[EpochId, None] = {}
-    anew = 0
-    steps: set[tuple[EpochId, str, int]] = set()
-    for event in events:
-        match event:
-            case RankSaid():
-                said[event.incarnation].append(event.seq)
-            case EpochOpened():
-                begun.add(event.epoch)
-            case EpochRestored():
-                begun.add(event.epoch)
-                unopened.pop(event.epoch, None)
-            case StepDispatched():
-                key = (event.epoch, event.step, event.attempt)
-                anew += key in steps
-                steps.add(key)
-            case EpochConcluded():
-                pass
-        if event.epoch is not None and event.epoch not in begun:
-            unopened[event.epoch] = None
-    lost = {incarnation: max(seqs) - len(seqs) for incarnation, seqs in said.items() if max(seqs) != len(seqs)}
-    if lost:
-        yield Oddity(
-            "gap", len(lost), f"{sum(lost.values())} events of {len(lost)} incarnations are missing from the history"
-        )
-    if unopened:
-        numbers = ", ".join(str(epoch.number) for epoch in unopened)
-        yield Oddity("no opening", len(unopened), f"the history does not hold the opening of epoch {numbers}")
-    if anew and any(isinstance(event, EpochRestored) for event in events):
-        yield Oddity("dispatched anew", anew, f"{anew} steps were dispatched anew after a lost record was restored")
-
-
-# --- reading --------------------------------------------------------------------------------------------------------------
-
-
-async def read_history(store: Store, keys: Keys) -> History:
-    """Read a group's whole history, up to the newest event that there is now.
-
-    Args:
-        store: where.
-        keys: whose.
-
-    Raises:
-        StoreError: could not be read.
-    """
-    events: list[HistoryEvent] = []
-    oddities: list[Oddity] = []
-    undecodable: list[str] = []
-    with store.errors():
-        if not await store.commands.exists(keys.events):
-            return History(keys.group, ())
-        info: Mapping[str, Any] = await store.commands.xinfo_stream(keys.events)
-        start, end = "-", info["last-generated-id"].decode()
-        while page := await store.commands.xrange(keys.events, start, end, count=_PAGE):
-            for entry_id, fields in page:
-                try:
-                    events.append(_decode(LogId.parse(entry_id.decode()), fields))
-                except (KeyError, ValueError):  # whatever a line of somebody else's may look like
-                    undecodable.append(entry_id.decode())
-            start = f"({page[-1][0].decode()}"
-    if undecodable:
-        places = f"{', '.join(undecodable[:3])}{', …' if len(undecodable) > 3 else ''}"
-        oddities.append(
-            Oddity("undecodable", len(undecodable), f"{len(undecodable)} lines are not readable ({places})")
-        )
-    added = info.get("entries-added")  # Redis 6.2 does not count them; there a gap or a missing opening tells
-    if isinstance(added, int) and added > len(events) + len(undecodable):
-        gone = added - len(events) - len(undecodable)
-        oddities.append(
-            Oddity("trimmed", gone, f"the stream was cut: {gone} of {added} events are gone, the oldest ones")
-        )
-    return History.of(keys.group, events, oddities)
-
-
-def _decode(place: LogId, raw: Mapping[bytes, bytes]) -> HistoryEvent:
-    """Read one line; raises KeyError or ValueError for anything that is not exactly ours."""
-    line = {name.decode(): value for name, value in raw.items()}
-    match line.pop("source"):
-        case b"planner":
-            decoded = _decode_planner(place, line)
-        case b"rank":
-            decoded = _decode_rank(place, line)
-        case _:
-            raise ValueError("neither a planner's line nor a rank's")
-    if line:
-        raise ValueError(f"unknown fields: {', '.join(line)}")
-    return decoded
-
-
-def _decode_planner(place: LogId, line: dict[str, bytes]) -> HistoryEvent:
-    epoch = EpochId.parse(line.pop("epoch").decode())
-    match line.pop("kind"):
-        case b"Opened":
-            return EpochOpened(place, epoch, _number(line.pop("ordinal")), _roster(line.pop("roster")))
-        case b"Restored":
-            status = valid_status(line.pop("status").decode())
-            return EpochRestored(place, epoch, status, _roster(line.pop("roster")))
-        case b"Dispatched":
-            first, last = (_number(part) for part in line.pop("to").split(b"-"))
-            step, log_id = valid_step(line.pop("step").decode()), LogId.parse(line.pop("id").decode())
-            return StepDispatched(place, epoch, step, log_id, first, last, _number(line.pop("attempt")))
-        case b"Concluded":
-            try:
-                return EpochConcluded(place, epoch, Verdict.model_validate_json(line.pop("verdict")))
-            except ValidationError:
-                raise ValueError("not a verdict") from None
-        case _:
-            raise ValueError("unknown kind")
-
-
-def _decode_rank(place: LogId, line: dict[str, bytes]) -> RankSaid:
-    epoch = line.pop("epoch").decode()
-    try:
-        event = decode_event(line.pop("event"))
-    except MalformedMessage:
-        raise ValueError("not an event") from None
-    if line.pop("kind").decode() != event.kind:
-        raise ValueError("the line says another kind than the event")
-    return RankSaid(
-        id=place,
-        rank=_number(line.pop("rank")),
-        incarnation=_incarnation(line.pop("inc").decode()),
-        seq=_number(line.pop("seq")),
-        epoch=None if epoch == "-" else EpochId.parse(epoch),
-        event=event,
-    )
-
-
-def _number(raw: bytes) -> int:
-    if re.fullmatch(rb"[0-9]{1,20}", raw) is None:
-        raise ValueError("not a number")
-    return int(raw)
-
-
-def _incarnation(text: str) -> str:
-    if re.fullmatch(rf"[0-9a-f]{{{INCARNATION_WIDTH}}}", text) is None:
-        raise InvalidName("not an incarnation")
-    return text
-
-
-def _roster(raw: bytes) -> tuple[str, ...]:
-    return tuple(_incarnation(one) for one in raw.decode().split(","))
-
-
-# --- the rules ------------------------------------------------------------------------------------------------------------
 
 Rule: TypeAlias = Literal[
     "gate",
@@ -424,6 +115,15 @@ def _required(step: str, rank: int, world_size: int) -> tuple[str, ...]:
     if step == _LEADER:
         return ("WarmingUp", "Ready")
     return ("Ready", "Running")
+
+
+def kind_of(step: str) -> str:
+    """The kind of task that a step of the lifecycle table dispatches; any other step's own name."""
+    if step.startswith("generate "):
+        return "TextGeneration"
+    if step.startswith("cancel "):
+        return "CancelTask"
+    return _KIND_OF_STEP.get(step, step)
 
 
 def _known_step(step: str) -> bool:
@@ -835,146 +535,3 @@ class _Walk:
                     said.epoch,
                     said.rank,
                 )
-
-
-# --- where the time went --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """Where the time of one attempt went. Everything in milliseconds by the store's clock; ``None`` for what has not happened.
-
-    Offsets count from the opening of the epoch (or from its restoration, where the history does not hold the opening).
-
-    Attributes:
-        epoch: which attempt.
-        ordinal: its number for people; 0 where the opening is not in the history.
-        world_size: number of ranks.
-        began_ms: when it was opened, since 1970.
-        arrivals: when each rank said Connected for the first time (Idle, for a single rank); ranks that never did are not in it.
-        skew: between the first arrival and the last one, once all have arrived.
-        load_dispatched: when LoadModel entered the task log first.
-        release: from the last arrival to that dispatch.
-        loads: how long each rank loaded.
-        loaded: when the last rank was Loaded.
-        warm_up: from the first StartWarmup to the last rank's Ready.
-        ready: when the last rank was Ready for the first time.
-        ended: when the verdict fell.
-        verdict: how it ended.
-        dispatches: tasks dispatched, by kind.
-        rejections: tasks refused in this epoch, by code.
-    """
-
-    epoch: EpochId
-    ordinal: int
-    world_size: int
-    began_ms: int
-    arrivals: Mapping[int, int]
-    skew: int | None
-    load_dispatched: int | None
-    release: int | None
-    loads: Mapping[int, int]
-    loaded: int | None
-    warm_up: int | None
-    ready: int | None
-    ended: int | None
-    verdict: Verdict | None
-    dispatches: Mapping[str, int]
-    rejections: Mapping[str, int]
-
-    @property
-    def last_arrival(self) -> tuple[int, int] | None:
-        """The rank that arrived last and when, once all have arrived."""
-        if len(self.arrivals) < self.world_size:
-            return None
-        return max(self.arrivals.items(), key=lambda item: (item[1], item[0]))
-
-
-def timeline(history: History, epoch: EpochId | None = None) -> Timeline:
-    """Where the time went in one attempt; in the newest one where `epoch` is ``None``.
-
-    Raises:
-        NoSuchAttempt: the history holds no attempt, or not that one.
-    """
-    starts = [e for e in history.events if isinstance(e, EpochOpened | EpochRestored)]
-    starts = [start for start in starts if epoch is None or start.epoch == epoch]
-    if not starts:
-        which = "no attempt" if epoch is None else f"no attempt {epoch}"
-        raise NoSuchAttempt(
-            f"the history of {history.group} holds {which}: it may have been cut, or nothing was launched"
-        )
-    chosen = starts[-1].epoch
-    start = next(one for one in starts if one.epoch == chosen)
-    began, size = start.at_ms, len(start.roster)
-    firsts = _first_times(history, chosen, start.roster)
-    sent: dict[str, int] = {}
-    dispatches: Counter[str] = Counter()
-    rejections: Counter[str] = Counter()
-    ended: EpochConcluded | None = None
-    for event in history.events:
-        if event.epoch != chosen:
-            continue
-        match event:
-            case StepDispatched():
-                kind = kind_of(event.step)
-                dispatches[kind] += 1
-                sent.setdefault(kind, event.at_ms)
-            case RankSaid(event=TaskStatusUpdated(rejection=rejection)) if rejection is not None:
-                rejections[rejection.code] += 1
-            case EpochConcluded():
-                ended = ended or event
-            case _:
-                pass
-    arrivals = firsts["Idle" if size == 1 else "Connected"]
-    load_dispatched, last_arrival = sent.get("LoadModel"), _last_of(arrivals, size)
-    ready, warm_up_sent = _last_of(firsts["Ready"], size), sent.get("StartWarmup")
-    return Timeline(
-        epoch=chosen,
-        ordinal=start.ordinal if isinstance(start, EpochOpened) else 0,
-        world_size=size,
-        began_ms=began,
-        arrivals={rank: at - began for rank, at in sorted(arrivals.items())},
-        skew=None if last_arrival is None else last_arrival - min(arrivals.values()),
-        load_dispatched=_since(began, load_dispatched),
-        release=_since(last_arrival, load_dispatched),
-        loads={
-            rank: at - firsts["Loading"][rank]
-            for rank, at in sorted(firsts["Loaded"].items())
-            if rank in firsts["Loading"]
-        },
-        loaded=_since(began, _last_of(firsts["Loaded"], size)),
-        warm_up=_since(warm_up_sent, ready),
-        ready=_since(began, ready),
-        ended=_since(began, ended.at_ms if ended else None),
-        verdict=ended.verdict if ended else None,
-        dispatches=dict(dispatches),
-        rejections=dict(rejections),
-    )
-
-
-def kind_of(step: str) -> str:
-    """The kind of task that a step of the lifecycle table dispatches; any other step's own name."""
-    if step.startswith("generate "):
-        return "TextGeneration"
-    if step.startswith("cancel "):
-        return "CancelTask"
-    return _KIND_OF_STEP.get(step, step)
-
-
-def _first_times(history: History, epoch: EpochId, roster: tuple[str, ...]) -> defaultdict[str, dict[int, int]]:
-    """When each rank of the roster first said each status in this epoch: by status, then by rank."""
-    firsts: defaultdict[str, dict[int, int]] = defaultdict(dict)
-    for event in history.events:
-        if not isinstance(event, RankSaid) or event.epoch != epoch or event.rank >= len(roster):
-            continue
-        if event.incarnation == roster[event.rank] and isinstance(event.event, RunnerStatusUpdated):
-            firsts[event.event.status.kind].setdefault(event.rank, event.at_ms)
-    return firsts
-
-
-def _last_of(times: Mapping[int, int], world_size: int) -> int | None:
-    return max(times.values()) if len(times) == world_size else None
-
-
-def _since(begin: int | None, end: int | None) -> int | None:
-    return None if begin is None or end is None else end - begin
