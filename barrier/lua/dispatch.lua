@@ -68,8 +68,8 @@ if log_number > tonumber(number) then
   return { 'UNKNOWN', 'the log has entries of epoch ' .. whole(log_number) }
 end
 local written = math.max(log_number == tonumber(number) and log_n or 0, tonumber(record.last_n) or 0)
-local newest = math.max(written, applied)
-local n = math.max(newest, tonumber(seen_n)) + 1
+local newest = math.max(written, applied, tonumber(seen_n))
+local n = newest + 1
 -- A step that the store forgot gets the position that it had, so that a rank that has read it does not take it for another.
 if not before and tonumber(known_n) > written then
   n, newest = tonumber(known_n), written

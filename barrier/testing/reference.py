@@ -277,8 +277,8 @@ def dispatch(
     counted = [report.applied for rank in _ranks(requirement) if (report := state.live(rank, now_ms)) is not None]
     in_log = state.log_end.n if state.log_end.number == epoch.number else 0
     written = max(in_log, record.last_n)
-    newest = max([written, *counted])
-    place = max(newest, seen_n) + 1
+    newest = max([written, seen_n, *counted])
+    place = newest + 1
     if step not in before and known_n > written:
         place, newest = known_n, written
     entry_id = LogId(epoch.number, place)
