@@ -2,35 +2,60 @@
 
 URL forms:
 
-=============================================  ==========================================================
-``redis://[user:password@]host:port/0``         one server (Redis or Valkey)
-``rediss://…``                                  the same over TLS; ``?ssl_ca_certs=…`` and friends as redis-py
-``unix:///path/to/socket``                      one server on this machine
-``redis+sentinel://h1:26379,h2:26379/name/0``   through Sentinel; ``rediss+sentinel://`` for TLS to the servers
-=============================================  ==========================================================
+=====================================================  ==================================================================
+``redis://[user:password@]host:port/0``                 one server (Redis or Valkey)
+``unix:///path/to/socket``                              one server on this machine
+``redis+sentinel://[user:password@]h1:26379,h2/name/0``  the master that Sentinel names
+``redis+cluster://[user:password@]h1:6379,h2:6379``      a cluster: some of its nodes
+=====================================================  ==================================================================
+
+``rediss://``, ``rediss+sentinel://`` and ``rediss+cluster://`` are the same over TLS.
+
+What follows a ``?`` is for redis-py (``ssl_ca_certs=/path``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_check_hostname=false`` …), but for these:
+``password_file=/path`` reads the password from a file's first line, so that it stands in no URL and in no environment;
+``sentinel_username``, ``sentinel_password``, ``sentinel_password_file`` and ``sentinel_tls=true`` are for the sentinels themselves.
 """
 
 from __future__ import annotations
 
+import inspect
 import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from redis.asyncio import Connection, ConnectionPool, Redis, SSLConnection
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
+from barrier.cluster import Address, ClusterMap, ClusterPool
 from barrier.errors import InvalidSettings
 from barrier.keys import shown
 from barrier.prompt import prompt
+from barrier.sentinel import MasterConnection
 from barrier.settings import Settings
-from barrier.store import Store
+from barrier.store import Store, translated
 
 _INTERNAL = ("himport_registry", "maint_", "orig_", "maintenance_")
 """Connection arguments that redis-py adds for itself and that must not be handed to a second pool."""
 
 _SENTINEL_PORT = 26379
+_PORT = 6379
+_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+_LONGEST_SECRET = 4_096
+_ASK_SENTINEL_SECONDS = 1.0
+"""How long a sentinel may take to answer before the next one is asked."""
+
+_UNTYPED_CONNECTION: Any = AbstractConnection
+# Off: CLIENT SETINFO is a right that a rank's user does not have, and every connection would leave a line in the ACL log.
+_NO_SETINFO: dict[str, Any] = (
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(_UNTYPED_CONNECTION).parameters
+    else {"lib_name": None, "lib_version": None}  # redis-py 7.0
+)
 
 
 async def connect(url: str, *, settings: Settings | None = None) -> Store:
@@ -41,21 +66,38 @@ async def connect(url: str, *, settings: Settings | None = None) -> Store:
         settings: the times; defaults where ``None``.
 
     Raises:
-        InvalidSettings: the URL is not of a form above.
+        InvalidSettings: the URL is not of a form above, or the password's file cannot be read.
         StoreUnavailable: nobody answers there.
         StoreRefused: wrong password, or a right is missing.
         StoreUnsuitable: it evicts keys, is a replica, or is older than Redis 6.2 / Valkey 7.2.
     """
-    client = _client(url)
+    client = _client(url, settings or Settings())
     store = adopt(client, settings=settings)
     pool: Any = client.connection_pool
     store.belongings = (client, *(pool.sentinel_manager.sentinels if _is_sentinel(pool) else ()))
     try:
+        if isinstance(pool, ClusterPool):
+            await _verify_nodes(pool, store)
         await store.verify()
     except BaseException:
         await store.close()
         raise
     return store
+
+
+async def _verify_nodes(pool: ClusterPool, store: Store) -> None:
+    """Every master of a cluster holds some group: none of them may evict."""
+    with translated(store.where):
+        nodes = await pool.cluster.masters()
+    kwargs = {key: value for key, value in pool.connection_kwargs.items() if key != "cluster"}
+    for host, port in nodes:
+        made = ConnectionPool(connection_class=pool.cluster.node_class, host=host, port=port, **kwargs)
+        node = adopt(Redis.from_pool(made), settings=store.settings)
+        try:
+            await node.verify()
+        finally:
+            await node.close()
+            await made.aclose()
 
 
 def adopt(redis: Redis | Store, *, settings: Settings | None = None) -> Store:
@@ -65,13 +107,20 @@ def adopt(redis: Redis | Store, *, settings: Settings | None = None) -> Store:
     """
     if isinstance(redis, Store):
         return redis
+    if not hasattr(redis, "connection_pool"):
+        raise InvalidSettings(
+            f"a {type(redis).__name__} is not a client that can be used here: pass a redis.asyncio.Redis, or for a cluster "
+            "what barrier.connect('redis+cluster://…') returns"
+        )
     chosen = settings or Settings()
 
     def reader() -> Redis:
         # A blocking read answers after `reader_block` at the latest; its socket must wait longer than that, and no more.
         return _derive(redis, chosen, read_seconds=chosen.reader_block + chosen.reader_margin)
 
-    return Store(_derive(redis, chosen, read_seconds=chosen.command_seconds), reader, chosen, where=_where(redis))
+    commands = _derive(redis, chosen, read_seconds=chosen.command_seconds)
+    spread = isinstance(redis.connection_pool, ClusterPool)
+    return Store(commands, reader, chosen, where=_where(redis), spread=spread)
 
 
 def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
@@ -92,19 +141,29 @@ def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
         "decode_responses": False,
         # One shape of reply everywhere: lists.
         "protocol": 2,
+        **_NO_SETINFO,
     }
+    if isinstance(pool, ClusterPool):
+        return Redis.from_pool(ClusterPool(kwargs.pop("cluster"), **kwargs, **_careful(settings)))
     if _is_sentinel(pool):
-        kwargs |= {"connection_class": prompt(pool.connection_class)}  # told, or TLS to the servers would be forgotten
+        # Told, or TLS to the servers would be forgotten.
+        made: type[AbstractConnection] = pool.connection_class
+        kwargs |= {"connection_class": type(f"Checked{made.__name__}", (MasterConnection, made), {})}
+        kwargs |= {"ask_every": settings.lease, **_careful(settings)}
         kwargs.pop("connection_pool", None)
         return Redis.from_pool(SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **kwargs))
     if pool.connection_class in (Connection, SSLConnection):
-        # The kernel drops a connection whose data nobody acknowledges: keepalive alone does not while data is in flight.
-        options: dict[int, int] = {}
-        user_timeout = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
-        if user_timeout is not None:
-            options[user_timeout] = round(settings.lease * 1000)
-        kwargs |= {"socket_keepalive": True, "socket_keepalive_options": options}
+        kwargs |= _careful(settings)
     return Redis.from_pool(ConnectionPool(connection_class=prompt(pool.connection_class), **kwargs))
+
+
+def _careful(settings: Settings) -> dict[str, Any]:
+    """What makes the kernel drop a connection whose data nobody acknowledges: keepalive alone does not while data is in flight."""
+    options: dict[int, int] = {}
+    user_timeout = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
+    if user_timeout is not None:
+        options[user_timeout] = round(settings.lease * 1000)
+    return {"socket_keepalive": True, "socket_keepalive_options": options}
 
 
 def _is_sentinel(pool: object) -> bool:
@@ -116,53 +175,132 @@ def _where(redis: Redis) -> str:
     pool: Any = redis.connection_pool
     if _is_sentinel(pool):
         return f"sentinel service {pool.service_name}"
+    if isinstance(pool, ClusterPool):
+        return "cluster " + ",".join(f"{host}:{port}" for host, port in pool.cluster.seeds)
     kwargs = pool.connection_kwargs
     return str(kwargs["path"]) if kwargs.get("path") else f"{kwargs.get('host', '?')}:{kwargs.get('port', '?')}"
 
 
-def _client(url: str) -> Redis:
+def _client(url: str, settings: Settings) -> Redis:
     try:
         parts = urlsplit(url)
     except ValueError:
         raise InvalidSettings("the store URL is not readable: check host and port") from None
-    if parts.scheme in ("redis+sentinel", "rediss+sentinel"):
-        return _sentinel_client(url)
-    if parts.scheme not in ("redis", "rediss", "unix"):
+    if parts.scheme not in _SCHEMES:
         raise InvalidSettings(
-            f"store URL with scheme {shown(parts.scheme)}: use redis://, rediss://, unix:// or redis+sentinel://"
+            f"store URL with scheme {shown(parts.scheme)}: use redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
         )
-    untyped: Any = Redis  # redis-py leaves from_url and master_for partly untyped
+    scheme, _, kind = parts.scheme.partition("+")
+    own = dict(parse_qsl(parts.query))
+    query = {name: value for name, value in own.items() if name not in _OWN}
+    if not kind:
+        kwargs = _arguments(parts, parts.netloc, parts.path, query)
+        kwargs |= _secret(own, "password", given="password" in kwargs)
+        return _checked(ConnectionPool(**kwargs), parts.scheme)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    plain = parts._replace(scheme=scheme)
+    path = [piece for piece in parts.path.split("/") if piece]
+    if kind == "sentinel":
+        addresses = _addresses(hosts, _SENTINEL_PORT)
+        database = path[1] if len(path) == 2 else "0"
+        if not addresses or len(path) not in (1, 2) or not database.isdecimal():
+            raise InvalidSettings("a Sentinel URL is redis+sentinel://host:port,host:port/service/db")
+    else:
+        addresses, database = _addresses(hosts, _PORT), "0"
+        if not addresses or path not in ([], ["0"]):
+            raise InvalidSettings(
+                "a cluster URL is redis+cluster://host:port,host:port; a cluster has only the database 0"
+            )
+    kwargs = _arguments(plain, f"{credentials}@h" if credentials else "h", f"/{database}", query)
+    kwargs |= _secret(own, "password", given="password" in kwargs)
+    node_class: type[Connection] = kwargs.pop("connection_class", Connection)
+    del kwargs["host"]
+    if kind == "sentinel":
+        return _sentinel_client(addresses, unquote(path[0]), kwargs, own, over_tls=node_class is SSLConnection)
+    kwargs.pop("db", None)
+    patient = {"socket_timeout": settings.command_seconds, "socket_connect_timeout": settings.command_seconds}
+    asking: dict[str, Any] = {**kwargs, **patient, **_NO_SETINFO, "retry": Retry(NoBackoff(), 0), "protocol": 2}
+    made: Any = prompt(node_class)
+    _checked(ConnectionPool(connection_class=made, **asking), parts.scheme)
+    return Redis.from_pool(ClusterPool(ClusterMap(addresses, made, asking), **kwargs, protocol=2))
+
+
+def _checked(pool: ConnectionPool, scheme: str) -> Redis:
+    """A client of this pool; raises `InvalidSettings` where its connections cannot be made of what the URL says."""
     try:
-        client: Redis = untyped.from_url(url)
+        pool.make_connection()
+    except (TypeError, ValueError):
+        raise InvalidSettings(
+            f"the {scheme}:// URL says something after its ? that is not understood: see barrier.connect"
+        ) from None
+    return Redis.from_pool(pool)
+
+
+_OWN = ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file", "sentinel_tls")
+"""What a URL may say after its ``?`` that is not redis-py's."""
+
+
+def _arguments(parts: SplitResult, netloc: str, path: str, query: Mapping[str, str]) -> dict[str, Any]:
+    """What a connection is made with, as redis-py reads a URL."""
+    try:
+        untyped: Any = parse_url(parts._replace(netloc=netloc, path=path, query=urlencode(query)).geturl())
     except (ValueError, TypeError):  # its text may quote the URL, and with it the password
         raise InvalidSettings(
             f"the {parts.scheme}:// URL is not readable: check port, database number and query"
         ) from None
-    return client
+    return dict(untyped)
 
 
-def _sentinel_client(url: str) -> Redis:
-    parts = urlsplit(url)
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    path = [piece for piece in parts.path.split("/") if piece]
+def _addresses(hosts: str, port: int) -> list[Address]:
+    """``host:port,host``; empty where one of them is not readable."""
+    found: list[Address] = []
+    for text in hosts.split(",") if hosts else ():
+        try:
+            one = urlsplit(f"//{text}")
+            found.append((one.hostname or "localhost", one.port or port))
+        except ValueError:
+            return []
+    return found
+
+
+def _secret(own: Mapping[str, str], name: str, *, given: bool) -> dict[str, str]:
+    """The password, if it is in a file that the URL names."""
+    path = own.get(f"{name}_file")
+    if path is None:
+        return {}
+    if given:
+        raise InvalidSettings(f"the URL has a password and {name}_file: leave one of them out")
     try:
-        addresses = [
-            (host or "localhost", int(port or _SENTINEL_PORT))
-            for host, _, port in (address.partition(":") for address in hosts.split(","))
-        ]
-        database = int(path[1]) if len(path) > 1 else 0
-    except ValueError:
-        addresses, database = [], 0
-    if not addresses or not path:
-        raise InvalidSettings("a Sentinel URL is redis+sentinel://host:port,host:port/service/db")
-    kwargs: dict[str, Any] = {"db": database, **dict(parse_qsl(parts.query))}
-    if credentials:
-        user, _, password = credentials.partition(":")
-        kwargs |= {"username": unquote(user) or None, "password": unquote(password) or None}
-    if parts.scheme.startswith("rediss"):
-        kwargs["ssl"] = True
-    sentinel_kwargs = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
-    sentinel = Sentinel(addresses, sentinel_kwargs=sentinel_kwargs)
+        with Path(path).open(encoding="utf-8") as file:
+            secret = file.readline(_LONGEST_SECRET + 2).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InvalidSettings(f"{name}_file {path} cannot be read: {reason}") from None
+    if not 1 <= len(secret) <= _LONGEST_SECRET:
+        raise InvalidSettings(
+            f"{name}_file {path} has {len(secret):,} characters on its first line; a password has 1 to {_LONGEST_SECRET:,}"
+        )
+    return {name: secret}
+
+
+def _sentinel_client(
+    addresses: Sequence[Address], service: str, kwargs: dict[str, Any], own: Mapping[str, str], *, over_tls: bool
+) -> Redis:
+    asking: dict[str, Any] = {
+        "socket_timeout": _ASK_SENTINEL_SECONDS,
+        "socket_connect_timeout": _ASK_SENTINEL_SECONDS,
+        # Off: by default each sentinel would be asked eleven times, some ten seconds long, before the next one is.
+        "retry": Retry(NoBackoff(), 0),
+        **_NO_SETINFO,
+        **{name: own[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in own},
+    }
+    if secret := _secret(own, "sentinel_password", given="sentinel_password" in own):
+        asking["password"] = secret["sentinel_password"]
+    if own.get("sentinel_tls", "false").lower() in ("true", "yes", "1"):
+        asking |= {"ssl": True, **{name: value for name, value in kwargs.items() if name.startswith("ssl_")}}
+    sentinel = Sentinel(addresses, sentinel_kwargs=asking)
     untyped: Any = sentinel
-    client: Redis = untyped.master_for(path[0], **kwargs)
+    client: Redis = untyped.master_for(service, **kwargs, **({"ssl": True} if over_tls else {}))
+    pool: Any = client.connection_pool
+    _checked(pool, "redis+sentinel")
     return client

@@ -367,7 +367,7 @@ async def inspect(store: Store, keys: Keys, *, world_size: int) -> Snapshot:
     named = {"epoch": keys.epoch, "leader": keys.leader, "tasks": keys.tasks, "signals": keys.signals}
     reply = await _run(store, "inspect", named | {"rank": _rank_keys(keys, world_size)}, {})
     now_ms = int(reply[0])
-    leader = _fields(reply[2])
+    leader, leader_left_ms = _leader(_fields(reply[2]), now_ms)
     views = [_view(rank, raw, int(left)) for rank, (raw, left) in enumerate(zip(reply[5::2], reply[6::2], strict=True))]
     epoch, unreadable = _record(_fields(reply[1]), world_size)
     number, n = _words([reply[3]])[0].split("-")
@@ -377,12 +377,20 @@ async def inspect(store: Store, keys: Keys, *, world_size: int) -> Snapshot:
         now_ms=now_ms,
         epoch=epoch,
         ranks=tuple(views),
-        leader=Leadership(int(leader["term"]), leader["holder"]) if "term" in leader else None,
-        leader_left_ms=max(0, int(leader.get("until_ms", "0")) - now_ms),
+        leader=leader,
+        leader_left_ms=leader_left_ms,
         log_end=LogId(int(number), int(n)),
         signals_end=_words([reply[4]])[0],
         unreadable=unreadable,
     )
+
+
+def _leader(fields: Mapping[str, str], now_ms: int) -> tuple[Leadership | None, int]:
+    """Who leads and for how many milliseconds more; what cannot be read counts as nobody, and `lead` writes it anew."""
+    try:
+        return Leadership(int(fields["term"]), fields["holder"]), max(0, int(fields["until_ms"]) - now_ms)
+    except (KeyError, ValueError):
+        return None, 0
 
 
 def _under(leadership: Leadership) -> dict[str, Any]:

@@ -196,8 +196,12 @@ class InstanceLoop:
         self._publish(replace(self.state, snapshot=snapshot, reason=reason, leading=leading, serving=serving))
         if following is not None:
             await self._follow(following, snapshot)
-        else:
-            await self._carry_out(action, snapshot)
+            return
+        if snapshot.epoch is None and self._ordinal > 0:
+            await (
+                self._heal_desired()
+            )  # before any decision: whoever must succeed this planner knows nothing else of the instance
+        await self._carry_out(action, snapshot)
 
     # --- leadership ---------------------------------------------------------------------------------------------------
 

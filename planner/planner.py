@@ -229,6 +229,11 @@ class Planner:
         """What this planner last saw of each instance that it plans."""
         return {name: planned.loop.state for name, planned in self._planned.items()}
 
+    @property
+    def looks(self) -> dict[str, int]:
+        """How often this planner has set about looking at each instance that it looks after, whether or not the store answered."""
+        return {name: planned.loop.looks for name, planned in self._planned.items() if not planned.loop.state.over}
+
     async def stop_instance(self, planned: _Planned, seconds: float) -> None:
         """See `Instance.stop`."""
         if not await self._registry.stop(planned.record):

@@ -90,9 +90,25 @@ def observe(
         displaced={rank: memory.displaced.get(rank, now) for rank in _displaced(snapshot)},
         ready_since=None if not serving else memory.ready_since if memory.ready_since is not None else now,
     )
-    if memory.ready_since is not None and now - memory.ready_since >= policy.stable_after:
+    stable = memory.ready_since is not None and now - memory.ready_since >= policy.stable_after
+    if stable or _has_generated(snapshot):
         memory = forgive(memory)
     return _account(memory, snapshot, policy, now, jitter)
+
+
+def _has_generated(snapshot: Snapshot) -> bool:
+    """Whether a text was completed in the attempt that goes on: a standby must see it, too, or it would count on what is forgiven."""
+    epoch = snapshot.epoch
+    return (
+        epoch is not None
+        and epoch.verdict is None
+        and any(
+            outcome.step.startswith("generate ") and outcome.result == "done"
+            for view in snapshot.ranks
+            if view.report and view.report.epoch == epoch.id
+            for outcome in view.report.outcomes
+        )
+    )
 
 
 def forgive(memory: Memory) -> Memory:
@@ -133,7 +149,7 @@ def decode_notes(notes: str) -> dict[int, int]:
     try:
         charges = json.loads(notes)["charges"]
         return {int(rank): int(count) for rank, count in charges.items() if int(count) > 0}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 

@@ -106,12 +106,19 @@ class Registry:
         await self._change(record.spec.name, bury)
 
     async def heal(self, record: InstanceRecord) -> None:
-        """Write the desired state of an instance back if the store forgot it; never over what it has."""
+        """Write the desired state of an instance back if the store forgot it, and tell the planners; never over what it has."""
         with self._store.errors():
             async with self._store.commands.pipeline(transaction=True) as pipe:
                 pipe.hsetnx(self.keys.instances, record.spec.name, record.model_dump_json())
                 pipe.pexpire(self.keys.instances, self._lifetime_ms)
-                await pipe.execute()
+                written, _ = await pipe.execute()
+            if (
+                written
+            ):  # one that began after the store forgot would not know the instance, and could not succeed its leader
+                async with self._store.commands.pipeline(transaction=True) as pipe:
+                    pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
+                    pipe.pexpire(self.keys.changes, self._lifetime_ms)
+                    await pipe.execute()
 
     async def get(self, name: str) -> InstanceRecord | None:
         """One instance's desired state."""
@@ -138,6 +145,13 @@ class Registry:
             with self._store.errors():
                 await self._store.commands.hdel(self.keys.instances, *old)
         return {name: record for name, record in records.items() if name not in old}
+
+    async def look(self) -> dict[str, InstanceRecord]:
+        """Every instance's desired state; writes nothing, so that somebody who may only read can look."""
+        with self._store.errors():
+            found: dict[bytes, bytes] = await self._store.commands.hgetall(self.keys.instances)
+        decoded = {raw_name.decode(): _decode(raw_name.decode(), raw) for raw_name, raw in found.items()}
+        return {name: record for name, record in decoded.items() if record is not None}
 
     async def _now_ms(self) -> int:
         with self._store.errors():

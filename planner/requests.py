@@ -118,7 +118,11 @@ class RequestQueue:
     ) -> bytes:
         lifetime_ms = round(self._store.settings.record_lifetime * 1000)
         with self._store.errors():
-            server_seconds, microseconds = await self._store.commands.time()
+            # One transaction with a key of the group's: on a cluster, the clock that the deadline is judged by is that server's.
+            async with self._store.commands.pipeline(transaction=True) as pipe:
+                pipe.exists(self._keys.requests)
+                pipe.time()
+                _, (server_seconds, microseconds) = await pipe.execute()
             until_ms = server_seconds * 1000 + microseconds // 1000 + round(seconds * 1000)
             fields = {
                 "id": request_id,

@@ -10,6 +10,7 @@
 
 local term, holder, nonce, floor, ordinal, digest, notes, record_ms, log_cap, signal_cap, event_cap = unpack(ARGV)
 local FIRST_RANK = 6
+local INEXACT = 9007199254740992 -- 2^53: above it, Lua's numbers skip some
 
 local wrong = wrong_type({
   { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, { KEYS[5], 'stream' },
@@ -25,8 +26,9 @@ local record = redis.call('HMGET', KEYS[1], 'number', 'nonce', 'verdict', 'ordin
 if record[1] and record[2] == nonce then
   return { 'OPENED', record[1], nonce, record[4] }
 end
--- One that lacks a field counts as missing, here as for every verb: it could not be concluded either.
-if record[1] and record[2] and record[5] and not record[3] then
+-- One that lacks a field, or has no number worth the name, counts as missing: it could not be concluded either.
+local readable = record[1] and string.match(record[1], '^%d+$') and #record[1] <= 16 and record[2] and record[5]
+if readable and not record[3] then
   return { 'UNCONCLUDED', record[1], record[2] }
 end
 
@@ -41,7 +43,7 @@ for rank = 0, world_size - 1 do
   if report then
     epoch, incarnation, _, _, rank_floor, rank_digest = parse_report(report)
   end
-  if not epoch then
+  if not epoch or rank_floor >= INEXACT then -- no report of ours holds such a number
     missing[#missing + 1] = rank
   else
     incarnations[rank + 1] = incarnation
@@ -57,6 +59,10 @@ if #missing > 0 then
 end
 if #disagree > 1 then
   return disagree
+end
+if number >= INEXACT then
+  return redis.error_reply('RANKGATE_CORRUPT ' .. KEYS[3] .. ' or ' .. KEYS[1] .. ' holds epoch ' .. whole(number - 1)
+    .. ', which is no number of ours')
 end
 
 local attempt = whole(math.max(tonumber(record[4]) or 0, tonumber(ordinal)) + 1)

@@ -29,7 +29,7 @@ end
 local function fenced(leader_key, term, holder)
   local leader = redis.call('HMGET', leader_key, 'term', 'holder')
   if leader[1] ~= term or leader[2] ~= holder then
-    return { 'FENCED', leader[1] or '0', leader[2] or '' }
+    return { 'FENCED', string.match(leader[1] or '', '^%d+$') or '0', leader[2] or '' }
   end
   return nil
 end
@@ -40,7 +40,7 @@ local function not_current(record, number, nonce)
     return { 'UNKNOWN', 'the store has no epoch record' }
   end
   if record.number ~= number or record.nonce ~= nonce then
-    if tonumber(record.number) < tonumber(number) then
+    if (tonumber(record.number) or 0) < tonumber(number) then
       return { 'UNKNOWN', 'the store went back to epoch ' .. record.number }
     end
     return { 'SUPERSEDED', record.number, record.nonce }

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import hiredis
 from redis import exceptions as driver
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
@@ -49,8 +50,8 @@ class _Fault:
         if self.command not in VERBS:
             return name == self.command
         loaded = script(self.command)
-        return (name == "evalsha" and command[1].decode() == loaded.sha) or (
-            name == "eval" and command[1].decode() == loaded.text
+        return (name in ("evalsha", "evalsha_ro") and command[1].decode() == loaded.sha) or (
+            name in ("eval", "eval_ro") and command[1].decode() == loaded.text
         )
 
 
@@ -114,6 +115,11 @@ class FaultPlan:
         idle = [f"{fault} (saw {fault.seen})" for fault in self._faults if not fault.fired]
         if idle:
             raise AssertionError(f"planned faults that did not fire: {'; '.join(idle)}")
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is planned that has not fired."""
+        return all(fault.fired for fault in self._faults)
 
     def wrap(self, redis: Redis) -> Redis:
         """A new client of the same server whose connections follow this plan; the caller closes it.
@@ -186,7 +192,7 @@ class FaultyConnection(PromptConnection):
             await self.check_health()
             check_health = False
         self._forget()
-        if self._fault_plan is None:
+        if self._fault_plan is None or self._fault_plan.idle:
             await super().send_packed_command(command, check_health)
             return
         chunks = [command] if isinstance(command, str | bytes) else list(command)
@@ -235,6 +241,11 @@ class FaultyConnection(PromptConnection):
             self._take_back()
             raise
 
+    @property
+    def deviates(self) -> bool:
+        """Whether the next reply is not simply the server's: a fault comes before it, or it was read already."""
+        return bool(self._pending or self._replies)
+
     async def disconnect(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
         """Disconnect, and forget what was under way."""
         self._forget()
@@ -282,21 +293,9 @@ async def _act(fault: _Fault) -> None:
 
 def unpack_commands(packed: bytes) -> list[_Command]:
     """Read back what was packed for the wire: RESP arrays of bulk strings."""
+    reader: Any = hiredis.Reader()
+    reader.feed(packed)
     commands: list[_Command] = []
-    place = 0
-
-    def line() -> bytes:
-        nonlocal place
-        end = packed.index(b"\r\n", place)
-        found, place = packed[place:end], end + 2
-        return found
-
-    while place < len(packed):
-        count = int(line()[1:])
-        command: _Command = []
-        for _ in range(count):
-            size = int(line()[1:])
-            command.append(packed[place : place + size])
-            place += size + 2
+    while (command := reader.gets()) is not False:
         commands.append(command)
     return commands

@@ -137,7 +137,7 @@ class CountingConnection(PromptConnection):
             await self.connect()  # its handshake comes through here too, and must not come in the middle
         words = unpack_commands(packed)[0]
         name = words[0].decode().upper()
-        if name in ("EVALSHA", "EVAL"):
+        if name in ("EVALSHA", "EVAL", "EVALSHA_RO", "EVAL_RO"):
             which = words[1].decode()
             name = next(verb for verb in VERBS if which in (script(verb).sha, script(verb).text))
         if name not in _HANDSHAKE:

@@ -106,7 +106,7 @@ async def _hold(
     sha = script(verb).sha.encode()
     entries: list[dict[str, Any]] = await store.commands.slowlog_get(_ENTRIES_PER_CALL * calls)
     for entry in entries:
-        if entry["command"].startswith(b"EVALSHA " + sha):
+        if entry["command"].startswith((b"EVALSHA " + sha, b"EVALSHA_RO " + sha)):
             figures.held.add(entry["duration"] / 1e6)
     assert len(figures.held.seconds) == calls, f"SLOWLOG has {len(figures.held.seconds)} of {calls} calls of {verb}"
     return figures

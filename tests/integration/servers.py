@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -280,6 +281,99 @@ class RealSentinels:
             and facts["num-slaves"] == str(self._replica_count)
             and facts["num-other-sentinels"] == str(self._sentinel_count - 1)
         )
+
+
+class RealCluster:
+    """Three masters (`masters`) that share the slots evenly, on loopback TCP. Entering returns when all of them say that all is well."""
+
+    def __init__(
+        self, *, kind: Kind = "redis", masters: int = 3, password: str | None = None, config: Sequence[str] = ()
+    ) -> None:
+        self._kind: Kind = kind
+        self._masters = masters
+        self._password = password
+        self._config = list(config)
+        self._stack = AsyncExitStack()
+        self.servers: list[RealServer] = []
+
+    @property
+    def addresses(self) -> str:
+        """``host:port,host:port`` of every node."""
+        return ",".join(f"{LOOPBACK}:{server.port}" for server in self.servers)
+
+    @property
+    def url(self) -> str:
+        """The URL for clients, password included."""
+        secret = f":{self._password}@" if self._password else ""
+        return f"redis+cluster://{secret}{self.addresses}"
+
+    async def __aenter__(self) -> RealCluster:
+        async with AsyncExitStack() as stack:
+            for _ in range(self._masters):
+                self.servers.append(await stack.enter_async_context(self._node()))
+            await self._form()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    def _node(self) -> RealServer:
+        secret = [f"masterauth {quoted(self._password)}"] if self._password else []
+        with socket.socket() as free:  # the bus; by default it is 10,000 above the port, which may be taken
+            free.bind((LOOPBACK, 0))
+            bus = free.getsockname()[1]
+        return RealServer(
+            kind=self._kind,
+            transport="tcp",
+            password=self._password,
+            config=[
+                "cluster-enabled yes",
+                f"cluster-port {bus}",
+                "cluster-node-timeout 2000",
+                f"cluster-announce-ip {LOOPBACK}",
+                *secret,
+                *self._config,
+            ],
+        )
+
+    async def _form(self) -> None:
+        count, first = len(self.servers), self.servers[0]
+        for number, server in enumerate(self.servers):
+            slots = f"{16384 * number // count} {16384 * (number + 1) // count - 1}"
+            await _tell(server.endpoint, f"CLUSTER ADDSLOTSRANGE {slots}")
+            await _tell(server.endpoint, f"CLUSTER SET-CONFIG-EPOCH {number + 1}")
+        for server in self.servers[1:]:
+            bus = await self._bus_port(first)
+            await _tell(server.endpoint, f"CLUSTER MEET {LOOPBACK} {first.port} {bus}")
+        for server in self.servers:
+            await _until(lambda server=server: self._is_well(server), "the cluster to form")
+
+    async def _bus_port(self, server: RealServer) -> str:
+        line = await _tell(server.endpoint, "CLUSTER NODES", bulk=True)
+        return line.split("@")[1].split()[0].split(",")[0]
+
+    async def _is_well(self, server: RealServer) -> bool:
+        said = await _tell(server.endpoint, "CLUSTER INFO", bulk=True)
+        return "cluster_state:ok" in said and f"cluster_known_nodes:{len(self.servers)}" in said
+
+
+async def _tell(endpoint: Endpoint, command: str, *, bulk: bool = False) -> str:
+    """Send one command; its simple or bulk answer."""
+    reader, writer = await endpoint.connect()
+    try:
+        if endpoint.password:
+            writer.write(f"AUTH {quoted(endpoint.password)}\r\n".encode())
+            await reader.readline()
+        writer.write(f"{command}\r\n".encode())
+        head = (await reader.readline()).decode().strip()
+        if not head.startswith("$" if bulk else "+"):
+            raise AssertionError(f"{command} was answered with {head}")
+        return (await reader.readexactly(int(head[1:]))).decode() if bulk else head[1:]
+    finally:
+        writer.transport.abort()
 
 
 async def _ask(endpoint: Endpoint, command: str) -> dict[str, str]:

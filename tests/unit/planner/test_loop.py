@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from barrier import Barrier, Leading, Opened, Settings, adopt
+from barrier.keys import NamespaceKeys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import Instance, InstanceFailed, InstanceSpec, Planner, Policy
 from planner.registry import Registry
@@ -404,6 +405,23 @@ async def test_a_flush_costs_no_loaded_model(store: FakeStore, clock: ManualCloc
         assert [script.calls.count("load") for script in made.scripts] == [1, 1, 1]
         await made.run(instance.stop())
         assert made.statuses == ["Idle"] * 3
+
+
+async def test_a_flush_is_healed_of_the_desired_state_before_anything_is_decided(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    """Else a planner that began after the flush could not succeed one that is killed meanwhile. Found by make chaos."""
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        made.scripts[0].hold("connect")
+        await made.run(planner.launch(made.spec, wait=False))
+        await made.until(lambda: made.statuses == ["Connecting", "Connected"], "rank 1 to connect")
+        store.flush()
+        await clock.advance(
+            Settings().backstop + 1
+        )  # seen by then; the ranks disagree, so one lease passes before a new record
+        assert made.keys.epoch not in store.contents()
+        assert NamespaceKeys("rankgate").instances in store.contents()
+        made.scripts[0].let("connect")
 
 
 async def test_a_restart_without_the_data_costs_no_loaded_model(store: FakeStore, clock: ManualClock) -> None:

@@ -24,7 +24,7 @@ from planner.recovery import (
     observe,
 )
 from planner.spec import Policy
-from tests.unit.planner.pictures import LATER, NOW, POLICY, SETTINGS, life, memory, picture, record
+from tests.unit.planner.pictures import LATER, NOW, POLICY, SETTINGS, life, memory, outcome, picture, record
 
 LEASE = SETTINGS.lease
 
@@ -244,6 +244,24 @@ def test_notes_are_read_once_so_that_what_is_forgiven_stays_forgiven() -> None:
 
 
 # --- forgiving ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_standby_forgives_what_a_completed_text_has_made_good() -> None:
+    """Or it would give up, once it leads, for failures that had long been followed by success."""
+    charged = memory(charges={1: 3})
+    text = {"outcomes": (outcome("generate gen.1", 6, "done", task_id="gen.1"),)}
+    assert see(charged, picture("Ready", "Ready", dispatched=4, everyone=text)).charges == {}
+    running = {"outcomes": (outcome("generate gen.1", 6, "running", task_id="gen.1"),)}
+    assert see(charged, picture("Ready", "Ready", dispatched=4, everyone=running)).charges == {1: 3}
+    earlier = {**text, "epoch": LATER}
+    assert see(charged, picture("Ready", "Ready", dispatched=4, everyone=earlier)).charges == {1: 3}
+
+
+def test_a_text_of_an_attempt_that_has_ended_does_not_forgive_how_it_ended() -> None:
+    text = {"outcomes": (outcome("generate gen.1", 6, "done", task_id="gen.1"),)}
+    ended = picture("Failed", "Ready", dispatched=4, everyone=text, verdict=Verdict.aborted("it broke", 0))
+    once = see(memory(), ended)
+    assert see(once, ended, NOW + 1).charges == once.charges == {0: 1}
 
 
 def test_an_instance_that_was_ready_for_long_enough_is_forgiven() -> None:

@@ -153,6 +153,19 @@ async def test_what_the_store_forgot_is_written_back_and_what_it_has_is_not_over
     assert (await registry.all())["demo"].desired == "down"
 
 
+async def test_what_is_written_back_is_announced_and_what_was_there_is_not(
+    registry: Registry, store: FakeStore
+) -> None:
+    """A planner that began after the flush would otherwise learn of it up to 20 s later. Found by make chaos."""
+    record = await registry.launch(spec(2))
+    store.flush()
+    await registry.heal(record)
+    announced = await registry.changes_end()
+    assert announced != "0-0"
+    await registry.heal(record)
+    assert await registry.changes_end() == announced
+
+
 async def test_a_stop_after_a_flush_is_on_record_all_the_same(registry: Registry, store: FakeStore) -> None:
     record = await registry.launch(spec(2))
     store.flush()

@@ -240,7 +240,7 @@ async def test_a_store_that_is_gone_is_told_as_it_is(desk: Desk) -> None:
 
 
 async def test_a_request_whose_reply_was_lost_is_cancelled(desk: Desk) -> None:
-    faults = FaultPlan().lose_reply("exec", touching="requests")
+    faults = FaultPlan().lose_reply("xadd", touching="requests")
     other = adopt(desk.store.client("unlucky", faults=faults))
     queue = RequestQueue(other, desk.keys, desk.clock)
     with pytest.raises(StoreUnavailable):

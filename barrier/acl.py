@@ -1,0 +1,243 @@
+"""Users of the store: for each role the least that it needs, as Redis ACL rules.
+
+Pure: nothing is sent. ``rankgate acl`` prints what is made here. A rule is one line of an ACL file, which is also a line for
+``redis.conf``, and, without its first word, the arguments of ``ACL SETUSER``. Needs Redis 7.0 or Valkey 7.2 (rights by key for
+reading and for writing, and selectors; redis.io/docs/latest/operate/oss_and_stack/management/security/acl).
+
+Rights are given in selectors, each a pair of keys and commands, so that what may be appended to may not be deleted, and what may
+be read may not be written. No command is named that Redis 7.0 does not know: one unknown name, and the server refuses the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from barrier.errors import InvalidName
+from barrier.keys import MAX_WORLD_SIZE, Keys, NamespaceKeys, valid_name, valid_world_size
+
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+SESSION = ("info", "multi", "exec", "discard", "unwatch", "ping", "select", "role", "cluster|slots", "asking")
+"""What every client sends that touches no key. AUTH, HELLO, QUIT and RESET are never refused by an ACL."""
+
+_READS = (
+    "exists",
+    "get",
+    "hexists",
+    "hget",
+    "hgetall",
+    "hmget",
+    "mget",
+    "pttl",
+    "type",
+    "xinfo|stream",
+    "xlen",
+    "xrange",
+    "xread",
+    "xrevrange",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Some commands on some keys: one selector.
+
+    Attributes:
+        commands: in lower case; a subcommand as ``xinfo|stream``.
+        keys: patterns that may be read and written, as a command asks.
+        read: patterns that may only be read.
+        write: patterns that may only be written.
+    """
+
+    commands: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The selector as it is written in an ACL file."""
+        patterns = (
+            [f"~{key}" for key in self.keys] + [f"%R~{key}" for key in self.read] + [f"%W~{key}" for key in self.write]
+        )
+        return f"({' '.join([*patterns, *(f'+{command}' for command in self.commands)])})"
+
+
+@dataclass(frozen=True, slots=True)
+class AclUser:
+    """One user of the store.
+
+    Attributes:
+        name: the user's name; letters, digits, ``.`` and ``-``, so it needs no quoting in a URL.
+        commands: what it may send that touches no key.
+        grants: what it may send that touches keys.
+        everything: whether it is the administrator, for whom nothing is refused.
+    """
+
+    name: str
+    commands: tuple[str, ...] = SESSION
+    grants: tuple[Grant, ...] = ()
+    everything: bool = False
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """Every command that it may send to some key, or without one."""
+        return frozenset(self.commands) | {command for grant in self.grants for command in grant.commands}
+
+    def line(self, password_hash: str | None) -> str:
+        """The line of an ACL file.
+
+        Args:
+            password_hash: see `hashed`; ``None`` for a user without a password, as whom nobody can log in.
+
+        Raises:
+            InvalidName: that is not a hash.
+        """
+        if password_hash is not None and _HASH.fullmatch(password_hash) is None:
+            raise InvalidName(
+                "the password's hash is not 64 hexadecimal digits: pass what barrier.acl.hashed() returned"
+            )
+        words = ["user", self.name, "on", "resetpass"]
+        if password_hash is not None:
+            words.append(f"#{password_hash}")
+        words.append("sanitize-payload")
+        if self.everything:
+            return " ".join([*words, "~*", "&*", "+@all"])
+        words += ["resetkeys", "resetchannels", "-@all", *(f"+{command}" for command in self.commands)]
+        return " ".join([*words, *map(str, self.grants)])
+
+
+NOBODY = "user default off resetpass sanitize-payload ~* &* +@all"
+"""Turns off the user that everybody is who does not log in. A file without this line leaves that one free to do anything.
+
+Off is enough to keep everybody out. It keeps its rights, because Redis 7.0 replays its append-only file as this user: without them a
+restart drops every transaction and every script's writes, and starts all the same (``NOPERM ACLs rules changed`` in its log).
+"""
+
+
+def hashed(password: str) -> str:
+    """A password as an ACL file holds it: the hexadecimal SHA-256, which the server uses as it is.
+
+    Without salt, so a password that can be guessed can be found from it: choose a long random one.
+
+    Raises:
+        InvalidName: it is empty.
+    """
+    if not password:
+        raise InvalidName("the password is empty: the server would take any")
+    return hashlib.sha256(password.encode()).hexdigest()
+
+
+def rank_user(keys: Keys, rank: int | None) -> AclUser:
+    """One rank of a group, or, with ``None``, all of its ranks under one name.
+
+    It reads the group's epoch and task log, writes its own report and claim, and appends wake-ups, history and answers. It has no
+    scripting, no way to dispatch, and sees neither another rank's key nor another group. With one name for all ranks of a group, any of them can
+    write any one's report: take that where ranks are started without a number and claim a free one.
+
+    Raises:
+        InvalidName: the rank is out of range.
+    """
+    if rank is not None and not 0 <= rank < MAX_WORLD_SIZE:
+        raise InvalidName(f"rank is {rank}; it must be from 0 to {MAX_WORLD_SIZE - 1}")
+    which = "*" if rank is None else str(rank)
+    prefix = f"{keys.tag}:"
+    return AclUser(
+        name=f"{keys.namespace}.{keys.group}.{'ranks' if rank is None else f'rank-{rank}'}",
+        grants=(
+            Grant(
+                ("set", "get", "del", "pexpire", "pttl", "type", "watch"),
+                keys=(f"{prefix}rank:{which}", f"{prefix}claims:{which}"),
+            ),
+            Grant(("hmget", "type"), read=(keys.epoch,)),
+            Grant(("xread", "xrevrange", "type"), read=(keys.tasks,)),
+            Grant(("xadd", "pexpire", "type"), write=(keys.signals, keys.events, f"{prefix}out:*")),
+        ),
+    )
+
+
+def planner_user(namespace: str) -> AclUser:
+    """A planner, or a client that launches, stops and generates: everything of one namespace but the ranks' own keys.
+
+    Scripts need the right to read and write every key that they are given; what they do inside is judged command by command.
+    So it cannot write a rank's report, whatever script it sends.
+
+    Raises:
+        InvalidName: that is not a namespace.
+    """
+    names = NamespaceKeys(namespace)
+    group = f"{{{namespace}:*}}:"
+    return AclUser(
+        name=f"{namespace}.planner",
+        commands=(*SESSION, "time"),
+        grants=(
+            Grant(("eval", "evalsha", "watch", *_READS), keys=(f"{group}*",)),
+            Grant(("eval_ro", "evalsha_ro"), read=(f"{group}*",)),
+            Grant(("hset", "del", "pexpire"), write=(f"{group}epoch", f"{group}leader")),
+            Grant(("set",), write=(f"{group}once:*",)),
+            Grant(
+                ("xadd", "pexpire"),
+                write=(
+                    f"{group}tasks",
+                    f"{group}signals",
+                    f"{group}events",
+                    f"{group}requests",
+                    f"{group}out:*",
+                    names.changes,
+                ),
+            ),
+            Grant(("xdel",), write=(f"{group}requests",)),
+            Grant(("hset", "hsetnx", "hdel", "pexpire"), write=(names.instances,)),
+        ),
+    )
+
+
+def observer_user(namespace: str, group: str | None = None) -> AclUser:
+    """Somebody who looks: status, explanation, metrics, history; of one group, or of the whole namespace.
+
+    Reads only, scripts included. The task log, whose end a picture shows, holds prompts; requests and answers stay closed.
+
+    Raises:
+        InvalidName: a name may not be used.
+    """
+    names = NamespaceKeys(namespace)
+    if group is not None:
+        valid_name("group", group)
+    prefix = f"{{{namespace}:{'*' if group is None else group}}}:"
+    parts = ("epoch", "leader", "tasks", "signals", "events", "rank:*", "claims:*")
+    return AclUser(
+        name=f"{namespace}.observer" if group is None else f"{namespace}.{group}.observer",
+        commands=(*SESSION, "time"),
+        grants=(
+            Grant(
+                ("eval_ro", "evalsha_ro", *_READS),
+                read=(*(f"{prefix}{part}" for part in parts), names.instances, names.changes),
+            ),
+        ),
+    )
+
+
+def admin_user(namespace: str) -> AclUser:
+    """An administrator, for whom nothing is refused: for a file that turns the default user off."""
+    return AclUser(name=f"{valid_name('namespace', namespace)}.admin", everything=True)
+
+
+def all_users(keys: Keys, *, world_size: int | None = None) -> tuple[AclUser, ...]:
+    """Everybody that one group needs: planner, observer, and one user for each rank, or one for all without a world size.
+
+    Raises:
+        InvalidName: the world size is out of range.
+    """
+    ranks: Sequence[int | None] = (None,) if world_size is None else range(valid_world_size(world_size))
+    return (
+        planner_user(keys.namespace),
+        observer_user(keys.namespace),
+        *(rank_user(keys, rank) for rank in ranks),
+    )
+
+
+def acl_file(users: Iterable[tuple[AclUser, str | None]]) -> str:
+    """A whole ACL file: the default user off, then each user with the hash of its password."""
+    return "".join(f"{line}\n" for line in (NOBODY, *(user.line(password) for user, password in users)))
