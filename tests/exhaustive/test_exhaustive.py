@@ -12,7 +12,7 @@ from barrier.testing import reference
 from barrier.testing.reference import ReferenceLeader, ReferenceRecord, ReferenceReport, ReferenceState
 from tests.exhaustive.model import Bounds
 from tests.exhaustive.search import Search
-from tests.exhaustive.suite import QUICK, SUITE, Job, play, search, told
+from tests.exhaustive.suite import QUICK, Job, play, search, told
 
 
 @pytest.mark.parametrize("job", QUICK, ids=lambda job: job.name)
@@ -21,14 +21,6 @@ def test_no_interleaving_breaks_a_guarantee(job: Job) -> None:
     assert result.found is None, told(job.name, result)
     assert result.exhausted
     assert result.states > 1_000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("job", SUITE[len(QUICK) :], ids=lambda job: job.name)
-def test_no_interleaving_breaks_a_guarantee_within_wider_bounds(job: Job) -> None:
-    result = search(job, frozenset(), limit=200_000, seconds=60)
-    assert result.found is None, told(job.name, result)
-    assert result.states > 10_000
 
 
 @pytest.mark.parametrize(("guard", "broken"), [("unbound", "S1"), ("exact", "S1"), ("teardown", "S3"), ("lower", "L4")])
