@@ -9,6 +9,8 @@ from loguru import logger
 
 from tests.benchmarks.results import Results
 
+_PACKAGES = ("barrier", "planner", "runner")
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "scale" in metafunc.fixturenames:
@@ -20,10 +22,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def results() -> Generator[Results]:
     """What the run measures; told and written at its end."""
     found = Results()
-    for package in ("planner", "runner"):
+    for package in _PACKAGES:
         logger.disable(package)  # what is measured should not be the terminal
     yield found
-    for package in ("planner", "runner"):
+    for package in _PACKAGES:
         logger.enable(package)
     path = found.write()
     print(f"\n\n{found.text()}\n\nwritten to {path}")

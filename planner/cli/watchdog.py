@@ -1,0 +1,147 @@
+"""Talks to the service manager that started this process: ready, status, still at work, stopping.
+
+The protocol is systemd's ``sd_notify`` (https://www.freedesktop.org/software/systemd/man/sd_notify.html): one datagram of lines
+``NAME=value`` to the Unix socket that ``NOTIFY_SOCKET`` names. That is a dozen lines; the library for it on PyPI was last released in
+2017 and sends on a blocking socket.
+
+A beat (``WATCHDOG=1``) comes from the process's own event loop, so a loop that hangs sends none, and only while the work that this
+process is there for is being *tried*: a rank's heartbeats, a planner's looks at its instances. A store that does not answer is no
+reason to be restarted, since it is asked again and again; what was loaded would be lost for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from loguru import logger
+
+from barrier import Clock, SystemClock
+
+_UNTIL_READY = 0.05  # seconds between two looks whether this process has begun its work
+_MAX_STATUS = 200  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a process is there for, as far as its service manager is concerned.
+
+    Attributes:
+        ready: whether it has begun.
+        status: one line for people; no prompt and no secret is in it.
+        tried: for each part of the work, how often it was tried. Parts may come and go; a process without any has none to try.
+        patience: seconds for which a part may go without being tried before this process counts as hung.
+    """
+
+    ready: Callable[[], bool]
+    status: Callable[[], str]
+    tried: Callable[[], Mapping[str, int]]
+    patience: float
+
+
+class ServiceManager:
+    """The socket of the service manager.
+
+    Args:
+        address: a path, or a name in Linux's abstract namespace with ``@`` in front.
+        watchdog_seconds: without a beat for so long this process is ended and started anew; ``None`` if nobody waits for any.
+    """
+
+    def __init__(self, address: str, watchdog_seconds: float | None = None) -> None:
+        self.watchdog_seconds = watchdog_seconds
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)  # a manager that does not read must not hang what it watches over
+        self._deaf = False
+
+    @classmethod
+    def of(cls, environment: MutableMapping[str, str]) -> ServiceManager | None:
+        """The manager that an environment names, or ``None``. What names it is removed: engines must not speak for this process."""
+        address = environment.pop("NOTIFY_SOCKET", "")
+        pid, microseconds = environment.pop("WATCHDOG_PID", ""), environment.pop("WATCHDOG_USEC", "")
+        if not address.startswith(("/", "@")):
+            return None
+        waited_for = microseconds.isdecimal() and int(microseconds) > 0 and pid in ("", str(os.getpid()))
+        return cls(address, int(microseconds) / 1e6 if waited_for else None)
+
+    def tell(self, **lines: str) -> None:
+        """Send ``NAME=value`` lines. What cannot be sent is dropped, with one warning: the work matters more."""
+        message = "\n".join(f"{name}={' '.join(value.split())}" for name, value in lines.items())
+        try:
+            self._socket.sendto(message.encode(), self._address)
+        except OSError as error:
+            if not self._deaf:
+                logger.warning("the service manager cannot be told anything: {}", error.strerror or error)
+            self._deaf = True
+        else:
+            self._deaf = False
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+@dataclass
+class Pulse:
+    """Judges whether work is being tried.
+
+    Attributes:
+        patience: see `Work`.
+    """
+
+    patience: float
+    _moved: dict[str, tuple[int, float]] = field(default_factory=dict[str, tuple[int, float]])
+
+    def hung(self, tried: Mapping[str, int], now: float) -> list[str]:
+        """The parts of the work that were not tried for longer than `patience`, by the clock that `now` is read from."""
+        self._moved = {
+            part: (count, now) if (before := self._moved.get(part)) is None or before[0] != count else before
+            for part, count in tried.items()
+        }
+        return [part for part, (_, at) in self._moved.items() if now - at > self.patience]
+
+
+@asynccontextmanager
+async def supervised(
+    work: Work, manager: ServiceManager | None = None, *, clock: Clock | None = None
+) -> AsyncGenerator[None]:
+    """Tell the service manager about this process's work while inside; nothing is told where there is no manager.
+
+    Args:
+        work: what to tell about.
+        manager: whom to tell; the one that the environment names where not given. It is closed at the end.
+        clock: time, for tests.
+    """
+    manager = manager or ServiceManager.of(os.environ)
+    if manager is None:
+        yield
+        return
+    telling = asyncio.create_task(_tell(work, manager, clock or SystemClock()), name="rankgate service manager")
+    try:
+        yield
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+        manager.tell(STOPPING="1", STATUS="stopped")
+        manager.close()
+
+
+async def _tell(work: Work, manager: ServiceManager, clock: Clock) -> None:
+    while not work.ready():
+        await clock.sleep(_UNTIL_READY)
+    manager.tell(READY="1", STATUS=work.status()[:_MAX_STATUS])
+    if manager.watchdog_seconds is None:
+        return
+    pulse, complained = Pulse(work.patience), False
+    while True:
+        hung = pulse.hung(work.tried(), clock.now())
+        if not hung:
+            manager.tell(WATCHDOG="1", STATUS=work.status()[:_MAX_STATUS])
+        elif not complained:
+            logger.error("no beat for the service manager: not tried for {:g} s: {}", work.patience, ", ".join(hung))
+        complained = bool(hung)
+        await clock.sleep(manager.watchdog_seconds / 3)  # one may come late, and one more may be lost
