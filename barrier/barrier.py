@@ -108,6 +108,7 @@ class Barrier:
         self._world_size = None if world_size is None else valid_world_size(world_size)
         self._floor = 0
         self._term_floor = 0
+        self._renew_at = float("inf")
         self._current: EpochId | None = None
         self._seen_n = 0
         self._steps: dict[str, tuple[int, int]] = {}
@@ -143,12 +144,14 @@ class Barrier:
             StoreError: could not find out; the caller may or may not lead.
         """
         await self.store.verify()
+        asked_at = self.clock.now()
         outcome = await scripts.lead(
             self.store, self.keys, holder=self.holder, floor=self._term_floor, lease=self.settings.lease
         )
         match outcome:
             case Leading(leadership):
                 self.leadership = leadership
+                self._renew_at = asked_at + self.settings.lease * 2 / 3  # the rest is for trying again
                 self._term_floor = max(self._term_floor, leadership.term)
             case Following(leader, _):
                 self.leadership = None
@@ -455,6 +458,10 @@ class Barrier:
         failed = frozenset(failed_statuses)
         deadline, seen = self.clock.now() + seconds, dict[int, object]()
         while True:
+            if self.leadership is not None and self.clock.now() >= self._renew_at:
+                await (
+                    self.lead()
+                )  # or a wait for longer than the lease would end as somebody who does not lead any more
             outcome = await attempt()
             if not isinstance(outcome, NotReady):
                 return outcome
@@ -481,7 +488,8 @@ class Barrier:
                 continue  # arrived between the attempt and the picture
             if self.clock.now() >= deadline:
                 return TimedOut(epoch, missing_ranks(snapshot, requirement), explain(snapshot, requirement))
-            found = await waiting(snapshot, min(self.settings.backstop, deadline - self.clock.now()))
+            due = min(deadline, self._renew_at if self.leadership is not None else deadline)
+            found = await waiting(snapshot, max(min(self.settings.backstop, due - self.clock.now()), 0.001))
             if not isinstance(found, NotReady | Wake):
                 return found
 
