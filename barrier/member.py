@@ -28,7 +28,7 @@ from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
 from barrier.prompt import pack
-from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome
+from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
 from barrier.store import Store, stream_entries
 
@@ -247,9 +247,15 @@ class Member:
                 pipe.set(key, self.incarnation, px=lease_ms, nx=True)
                 pipe.get(key)
                 pipe.pttl(key)
-                _, holder, left = await pipe.execute()
-        if holder == self.incarnation.encode():
-            return None, ""
+                pipe.get(self.keys.rank(rank))
+                _, holder, left, report = await pipe.execute()
+            if holder == self.incarnation.encode():
+                return None, ""
+            # A clock that was set back would keep a dead process's claim for so long; one that lives renews it in time.
+            longest = max(lease_ms, _lease_of(report, rank))
+            if left > 2 * longest:
+                left = longest
+                await self.store.commands.pexpire(key, left)
         return max(left, 1) / 1000, (holder or b"nobody").decode("utf-8", "replace")
 
     async def _begin(self, rank: int) -> None:
@@ -635,6 +641,14 @@ class Member:
         """Close what this member opened. Does not give the rank back; see `leave`."""
         if self._owns_store:
             await self.store.close()
+
+
+def _lease_of(raw: bytes | None, rank: int) -> int:
+    """The lease that a report was written with, in milliseconds; 0 where none can be read."""
+    try:
+        return Report.decode(raw or b"", rank).lease_ms
+    except UndecodableReport:
+        return 0
 
 
 def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:

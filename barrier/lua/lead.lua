@@ -24,6 +24,11 @@ if tonumber(lease_ms) == 0 then
   return { 'RESIGNED' }
 end
 if term and until_ms and not mine and until_ms > now then
+  -- A clock that was set back would keep a dead leader in office for so long; one that lives renews in time.
+  if until_ms > now + 2 * tonumber(lease_ms) then
+    until_ms = now + tonumber(lease_ms)
+    redis.call('HSET', KEYS[1], 'until_ms', whole(until_ms))
+  end
   return { 'FOLLOWER', stored[2], stored[1], whole(until_ms - now) }
 end
 if not (term and mine) then

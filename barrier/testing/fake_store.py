@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 try:
     import fakeredis
-    from fakeredis.aioredis import FakeAsyncRedisConnection, FakeWriter
+    from fakeredis.aioredis import FakeAsyncRedisConnection, FakeReader, FakeWriter
 except ImportError as missing:
     raise ImportError("barrier.testing needs fakeredis: pip install 'rankgate[testing]'") from missing
 if find_spec("lupa") is None:  # fakeredis works without, and then knows no scripts
@@ -24,6 +25,8 @@ if find_spec("lupa") is None:  # fakeredis works without, and then knows no scri
 from redis import exceptions as driver
 from redis.asyncio import ConnectionPool, Redis
 
+from barrier.prompt import PromptConnection
+from barrier.testing.fake_server import ServerSocket, WatchedDatabase
 from barrier.testing.faults import FaultPlan, FaultyConnection, unpack_commands
 from barrier.testing.manual_clock import ManualClock
 
@@ -59,17 +62,22 @@ class FakeStore:
     def __init__(self, clock: ManualClock | None = None, *, server_type: str = "redis") -> None:
         self.clock = clock
         self.server = fakeredis.FakeServer(version=(7, 2), server_type=server_type)  # pyright: ignore[reportArgumentType]  a literal type that it keeps private
+        self._databases: defaultdict[int, WatchedDatabase] = defaultdict(lambda: WatchedDatabase(self.server.lock))
+        self.server.dbs = self._databases  # pyright: ignore[reportAttributeAccessIssue]  invariant, and never replaced
         self.sent: Counter[str] = Counter()
         """Round trips by client name: one call, or one MULTI, each; handshakes are not counted."""
         self.refused: Counter[str] = Counter()
         """Attempts to connect or to send by clients that are cut off, by name."""
         self._clock_began = clock.now() if clock else 0.0
         self._time_offset = 0.0
+        self._in_server_time = False
         self._admin: Any = fakeredis.FakeStrictRedis(server=self.server)
         self._connections: weakref.WeakSet[_StoreConnection] = weakref.WeakSet()
         self._cut_names: set[str] = set()
         self._cut_off = False
         self._adopted = 0
+        self._readers: dict[bytes, dict[ServerSocket, None]] = {}
+        """By stream: who is blocked on it, longest first."""
 
     def client(self, name: str = "", *, faults: FaultPlan | None = None) -> Redis:
         """A new client, to be handed to `Barrier`, `Member` or a planner. All connections made from it share name and faults.
@@ -182,18 +190,20 @@ class FakeStore:
         fakeredis takes its time from there, for lifetimes and for TIME. A command runs in one go, so this is entered for no
         longer than one command, and no other code of the event loop ever sees it.
         """
-        if self.clock is None and not self._time_offset:
-            yield
+        if self._in_server_time or (self.clock is None and not self._time_offset):
+            yield  # one command may set off another: a blocked reader goes on
             return
         real = time.time
         moment = self._time_offset + (
             real() if self.clock is None else _SERVER_STARTED + self.clock.now() - self._clock_began
         )
         time.time = lambda: moment
+        self._in_server_time = True
         try:
             yield
         finally:
             time.time = real
+            self._in_server_time = False
 
     def _read(self, key: str) -> Any:  # noqa: ANN401  whatever the key holds
         match self._admin.type(key):
@@ -215,6 +225,29 @@ class FakeStore:
             if name is None or connection.fake_name == name:
                 connection.cut()
 
+    @property
+    def has_clock(self) -> bool:
+        """Whether a clock was given."""
+        return self.clock is not None
+
+    def block(self, socket: ServerSocket, streams: Iterable[bytes]) -> None:
+        """Remember a connection that is blocked until one of these streams is written to."""
+        for name in streams:
+            self._readers.setdefault(name, {})[socket] = None
+
+    def unblock(self, socket: ServerSocket) -> None:
+        """Forget that a connection is blocked."""
+        for readers in self._readers.values():
+            readers.pop(socket, None)
+
+    def wake_readers(self) -> None:
+        """Let those who are blocked on streams that were written to look again."""
+        for db in self._databases.values():
+            written, db.written = db.written, {}
+            for name in written:
+                for socket in list(self._readers.get(name, ())):
+                    socket.look_again()
+
     def adopt_connection(self, connection: _StoreConnection) -> None:
         """Know of a connection, to break it when asked."""
         self._adopted += 1
@@ -222,21 +255,21 @@ class FakeStore:
         self._connections.add(connection)
 
 
-class _ServerTimeWriter(FakeWriter):
-    """Runs each command in the store's time."""
+class _Delivery(PromptConnection):
+    """The last part of the way to the server: hands commands over unpacked, where fakeredis would parse them in Python."""
 
-    def __init__(self, socket: Any, store: FakeStore) -> None:  # noqa: ANN401  a private type of fakeredis
-        super().__init__(socket)
-        self._store = store
-
-    def writelines(self, data: Iterable[Any]) -> None:
-        """Hand data to the server, which carries complete commands out at once."""
-        with self._store.server_time():
-            super().writelines(data)
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        """Carry the commands out."""
+        sock: ServerSocket | None = getattr(self, "_sock", None)
+        if sock is None:
+            raise driver.ConnectionError("the connection to the fake store is closed")
+        sock.take(_joined(command))
 
 
-class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
+class _StoreConnection(FaultyConnection, _Delivery, FakeAsyncRedisConnection):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]  fakeredis against redis-py
     """A connection to a `FakeStore` that can be cut, and whose BLOCK follows the store's clock."""
+
+    _sock: ServerSocket | None
 
     def __init__(self, *, fake_store: FakeStore, fake_name: str = "", **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
         self._fake_store = fake_store
@@ -244,26 +277,35 @@ class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
         self._block_seconds = 0.0
         self.serial = 0
         super().__init__(**kwargs)
+        self._reads_raw = not self.encoder.decode_responses
         fake_store.adopt_connection(self)
 
     async def _connect(self) -> None:
         self._refuse_if_cut()
         await super()._connect()
-        sock: Any = self._sock
-        self._writer, resume = _ServerTimeWriter(sock, self._fake_store), sock.resume
+        self._sock = ServerSocket(  # pyright: ignore[reportIncompatibleVariableOverride]  ours is one of theirs
+            self._fake_store,
+            self._server,
+            self.db,
+            client_class=self._client_class,
+            lua_modules=self._lua_modules,
+            client_info=self._client_info,
+        )
+        self._reader, self._writer = FakeReader(self._sock), FakeWriter(self._sock)
 
-        def resume_in_server_time() -> None:
-            with self._fake_store.server_time():  # what was sent behind a blocked command runs now
-                resume()
-
-        sock.resume = resume_in_server_time
+    async def disconnect(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
+        """Disconnect; a blocked read is forgotten."""
+        if self._sock is not None:
+            self._sock.abandon()
+        await super().disconnect(*args, **kwargs)
 
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
         """Send one call and count it. It takes a turn of the event loop, as the fastest network does: other tasks may run."""
+        if not self.is_connected:
+            await self.connect()  # its handshake comes through here too, so it must not come in the middle
         await asyncio.sleep(0)
         self._refuse_if_cut()
-        chunks = [command] if isinstance(command, str | bytes) else list(command)
-        packed = b"".join(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
+        packed = _joined(command)
         first = unpack_commands(packed)[0]
         if first[0].upper() not in _HANDSHAKE:
             self._fake_store.sent[self.fake_name] += 1
@@ -272,35 +314,48 @@ class _StoreConnection(FaultyConnection, FakeAsyncRedisConnection):
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as redis-py
         """Read one reply; a blocking read ends by the store's clock."""
-        clock = self._fake_store.clock
-        if clock is not None and self._block_seconds:
-            try:
-                reply = await clock.wait_for(super().read_response(*args, **kwargs), self._block_seconds)
-            except TimeoutError:
-                return None  # as a BLOCK that ran out; the connection was closed with the cancelled read
-        else:
-            reply = await super().read_response(*args, **kwargs)
+        sock, clock = self._sock, self._fake_store.clock
+        if sock is not None and self._reads_raw and not self.deviates and sock.responses.next_is_plain():
+            return sock.responses.get_nowait()
+        if sock is None or clock is None or not self._block_seconds:
+            return await self._read_reply(*args, **kwargs)
+        alarm = asyncio.ensure_future(clock.sleep(self._block_seconds))
+        alarm.add_done_callback(lambda alarm: None if alarm.cancelled() else sock.end_block())
+        try:
+            return await self._read_reply(*args, **kwargs)
+        finally:
+            alarm.cancel()
+
+    async def _read_reply(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as redis-py
+        reply = await super().read_response(*args, **kwargs)
         if reply is _CUT:
             await self.disconnect(nowait=True)
             raise driver.ConnectionError(f"connection of {self.fake_name or 'a client'} to the fake store was cut")
         return reply
 
-    async def disconnect(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
-        """Close. A server drops what it has not carried out for a client that is gone."""
-        sock: Any = self._sock
-        if sock is not None:
-            sock.resume = lambda: None
-        await super().disconnect(*args, **kwargs)
+    async def _read_response(self, **kwargs: Any) -> Any:  # noqa: ANN401  as fakeredis
+        """Wait for the next reply; without fakeredis' own polling where no deadline is asked for."""
+        if self._sock is None or not self._fake_store.server.connected or kwargs.get("timeout") not in (None, math.inf):
+            return await super()._read_response(**kwargs)
+        return await self._sock.responses.get()
 
     def cut(self) -> None:
         """Break: a pending read fails now, and an idle connection is replaced when it is next taken from its pool."""
         if self._sock is not None:
+            self._sock.abandon()
             self._sock.put_response(_CUT)
 
     def _refuse_if_cut(self) -> None:
         if self._fake_store.is_cut(self.fake_name):
             self._fake_store.refused[self.fake_name] += 1
             raise driver.ConnectionError(f"{self.fake_name or 'the client'} is cut off from the fake store")
+
+
+def _joined(command: bytes | str | Iterable[bytes]) -> bytes:
+    if isinstance(command, bytes):
+        return command
+    chunks = [command] if isinstance(command, str) else list(command)
+    return b"".join(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
 
 
 def _block_seconds(command: list[bytes]) -> float:

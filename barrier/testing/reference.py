@@ -132,7 +132,9 @@ def lead(
     if lease_ms == 0:
         return (replace(state, leader=replace(leader, until_ms=0)) if leader and mine else state), None
     if leader is not None and not mine and leader.until_ms > now_ms:
-        return state, Following(leader.leadership, leader.until_ms - now_ms)
+        if leader.until_ms > now_ms + 2 * lease_ms:  # the clock was set back
+            leader = replace(leader, until_ms=now_ms + lease_ms)
+        return replace(state, leader=leader), Following(leader.leadership, leader.until_ms - now_ms)
     if leader is not None and mine:
         leadership = leader.leadership
     else:

@@ -161,3 +161,13 @@ async def test_after_a_lost_reply_the_same_call_finds_the_same_term(store: FakeS
         assert taken is not None
         assert term_of(await group.barrier.lead()) == taken.term
         plan.assert_fired()
+
+
+async def test_a_clock_that_was_set_back_keeps_a_dead_leader_in_office_for_one_lease_and_no_longer(
+    group: Group,
+) -> None:
+    group.store.shift_time(-3_600)
+    async with group.planner("standby") as standby:
+        assert await standby.lead() == Following(group.leadership, 6_000)
+        await group.clock.advance(6.001)
+        assert isinstance(await standby.lead(), Leading)

@@ -296,3 +296,30 @@ async def test_settings_of_a_shorter_lease_make_shorter_claims(store: FakeStore)
         await wait_until(lambda: rival.trusted, "the successor's first renewal")
         await rival.leave()
         await rival.close()
+
+
+async def test_a_clock_that_was_set_back_keeps_a_dead_process_in_its_rank_for_one_lease_and_no_longer(
+    group: Group,
+) -> None:
+    await group.ranks[1].close()
+    group.store.shift_time(-3_600)
+    successor = member(group.store, 1)
+    claiming = asyncio.create_task(successor.claim(timeout=60))
+    await group.clock.advance(0.0)
+    await group.clock.advance(6.1)
+    assert await group.clock.run(claiming) == 1
+    await successor.close()
+
+
+async def test_a_claim_with_a_longer_lease_of_its_own_is_not_shortened(store: FakeStore) -> None:
+    patient = Member(
+        store.client(), "demo", rank=0, world_size=1, clock=store.clock, settings=Settings(lease=60, heartbeat=20)
+    )
+    await patient.claim()
+    rival = member(store, 0, world_size=1)
+    with pytest.raises(RankTaken):
+        await rival.claim(timeout=0)
+    left = await rival.store.commands.pttl(rival.keys.claim(0))
+    assert left == 60_000
+    await rival.close()
+    await patient.close()
