@@ -43,7 +43,9 @@ def arguments(client: object) -> dict[str, Any]:
     "url", ["http://localhost", "localhost:6379", "", "redis", "valkey://localhost", "file:///etc/passwd", "REDIS+X://"]
 )
 async def test_an_unknown_scheme_is_refused_with_the_ones_there_are(url: str) -> None:
-    with pytest.raises(InvalidSettings, match="use redis://, rediss://, unix://, redis\\+sentinel:// or redis\\+cluster://"):
+    with pytest.raises(
+        InvalidSettings, match="use redis://, rediss://, unix://, redis\\+sentinel:// or redis\\+cluster://"
+    ):
         await connect(url)
 
 
