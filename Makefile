@@ -15,6 +15,10 @@ STAMP := .venv/.ready-$(shell pwd | cksum | cut -d ' ' -f 1)
 MLX_PY := .venv-mlx/bin/python
 MLX_STAMP := .venv-mlx/$(notdir $(STAMP))
 
+# So has atheris, which the other tests do not need.
+FUZZ_PY := .venv-fuzz/bin/python
+FUZZ_STAMP := .venv-fuzz/$(notdir $(STAMP))
+
 .PHONY: help
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -29,11 +33,36 @@ race: $(STAMP) ## the race that this project ends, side by side and for real
 
 .PHONY: test
 test: $(STAMP) ## the quick tests, the wheel's included (ARGS="-k name" for some of them)
-	$(PY) -m pytest -m "not redis and not slow and not bench and not mlx" $(ARGS)
+	$(PY) -m pytest -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS)
 
 .PHONY: simulate
-simulate: $(STAMP) ## random histories of the real code under faults (SEED=7 replays one, SEED="0 500" plays many)
-	$(PY) -m tests.simulation $(or $(SEED),0 100)
+simulate: $(STAMP) ## random histories of the real code under faults (SEED=7 replays and prints one, SEED="0 5000" plays many)
+	$(PY) -m tests.simulation $(or $(SEED),0 500) $(ARGS)
+
+.PHONY: chaos
+chaos: $(STAMP) ## real processes on real servers, broken at random (SECONDS=900 SEED=7); needs root and Debian's Redis
+	$(PY) -m tests.chaos --seconds $(or $(SECONDS),120) --seed $(or $(SEED),1) $(ARGS)
+
+.PHONY: compose-test
+compose-test: $(STAMP) ## the docker-compose cluster under faults, with real containers; needs Docker (.ci/compose brings its own)
+	$(PY) -m pytest -m compose -o faulthandler_timeout=600 $(ARGS) tests/compose
+
+.PHONY: mutants
+mutants: $(STAMP) ## take each guard out and show which search misses it (MUTANT=gate-epoch for one; half an hour for all)
+	$(PY) -m tests.mutants $(MUTANT) $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(FUZZ_STAMP) ## foreign bytes for every decoder and live garbage for a running cluster (SECONDS=120)
+	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),120) --guided $(FUZZ_PY)
+
+.PHONY: exhaustive
+exhaustive: $(STAMP) ## every interleaving of ranks, planners and faults within bounds (ARGS=--help for deeper ones)
+	$(PY) -m tests.exhaustive $(ARGS)
+
+.PHONY: searches
+searches: $(STAMP) ## exhaustive, and 5,000 seeds of simulate: what .ci/run plays
+	$(PY) -m tests.exhaustive --jobs $(or $(JOBS),2)
+	$(PY) -m pytest -s -m slow tests/simulation
 
 .PHONY: test-mlx
 test-mlx: $(MLX_STAMP) ## the MLX engine's tests with a real model, in an environment of their own
@@ -87,15 +116,26 @@ $(MLX_STAMP): pyproject.toml constraints.txt | $(STAMP)
 	    --editable '.[mlx,testing]' anyio psutil pytest
 	@touch $(MLX_STAMP)
 
+$(FUZZ_STAMP): pyproject.toml constraints.txt | $(STAMP)
+	@echo "Installing atheris and what is fuzzed into .venv-fuzz (some 60 MB to download) …"
+	@$(PY) -m venv --clear .venv-fuzz
+	@$(FUZZ_PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	    --editable '.[cluster,testing]' atheris
+	@touch $(FUZZ_STAMP)
+
 .PHONY: lock
-lock: ## renew constraints.txt with the newest versions that pyproject.toml allows
+lock: ## renew constraints.txt and the image's lock files with the newest versions that pyproject.toml allows
 	@set -e; room=$$(mktemp -d); trap 'rm -rf "$$room"' EXIT; \
 	$(PY) -m venv "$$room"; \
 	"$$room/bin/python" -m pip --disable-pip-version-check install --quiet '.[dev]'; \
 	{ sed -n '/^#/p' constraints.txt; "$$room/bin/python" -m pip freeze --exclude rankgate; } >"$$room/constraints.txt"; \
-	cp "$$room/constraints.txt" constraints.txt
+	cp "$$room/constraints.txt" constraints.txt; \
+	"$$room/bin/python" -m pip --disable-pip-version-check install --quiet uv; \
+	lock="$$room/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --constraint constraints.txt"; \
+	echo hatchling | $$lock --output-file deploy/build.lock -; \
+	$$lock --extra cluster --output-file deploy/requirements.lock pyproject.toml
 
 .PHONY: clean
 clean: ## remove what these targets made, .venv included
-	rm -rf .venv .venv-mlx dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results
+	rm -rf .venv .venv-mlx .venv-fuzz dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -299,6 +299,9 @@ def _sentinel_client(
     if own.get("sentinel_tls", "false").lower() in ("true", "yes", "1"):
         asking |= {"ssl": True, **{name: value for name, value in kwargs.items() if name.startswith("ssl_")}}
     sentinel = Sentinel(addresses, sentinel_kwargs=asking)
+    # Else a reader that is told to end while it looks for the master reads on for ever.
+    for asked in sentinel.sentinels:
+        asked.connection_pool.connection_class = prompt(asked.connection_pool.connection_class)
     untyped: Any = sentinel
     client: Redis = untyped.master_for(service, **kwargs, **({"ssl": True} if over_tls else {}))
     pool: Any = client.connection_pool

@@ -247,14 +247,13 @@ class Member:
                 pipe.set(key, self.incarnation, px=lease_ms, nx=True)
                 pipe.get(key)
                 pipe.pttl(key)
-                pipe.get(self.keys.rank(rank))
-                _, holder, left, report = await pipe.execute()
+                _, holder, left = await pipe.execute()
             if holder == self.incarnation.encode():
                 return None, ""
-            # A clock that was set back would keep a dead process's claim for so long; one that lives renews it in time.
-            longest = max(lease_ms, _lease_of(report, rank))
-            if left > 2 * longest:
-                left = longest
+            if left > 2 * lease_ms:
+                # A clock that was set back would keep a dead process's claim for so long; one that lives renews it in time.
+                longest = max(lease_ms, _lease_of(await self.store.commands.get(self.keys.rank(rank)), rank))
+                left = min(left, longest)
                 await self.store.commands.pexpire(key, left)
         return max(left, 1) / 1000, (holder or b"nobody").decode("utf-8", "replace")
 

@@ -308,7 +308,9 @@ def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankVi
         if step.name in proven_steps(rank.report.status, rank.rank, epoch.world_size):
             continue  # it did; what it refused there was something else (a restored record does not know the places)
         for outcome in rank.report.outcomes:
-            ours = outcome.task_id in (task_id, f"log-{epoch.id.number}-{dispatched.n}")
+            # The step as well: what is not for a rank, its status does not prove, and the place may be that of somebody's garbage.
+            by_place = outcome.task_id == f"log-{epoch.id.number}-{dispatched.n}" and outcome.step == step.name
+            ours = outcome.task_id == task_id or by_place
             if ours and outcome.result == "rejected" and outcome.n == dispatched.n:
                 refused.append((rank, f"{outcome.code}: {outcome.detail}", outcome.retryable))
     return refused

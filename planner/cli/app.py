@@ -6,19 +6,24 @@ import json
 import os
 import sys
 from importlib import metadata
-from typing import Annotated, Any, NoReturn, cast
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
 from barrier import InvalidSettings, Settings
 from barrier.errors import RankgateError
+from barrier.keys import MAX_WORLD_SIZE
 from planner.cli.options import (
     DEFAULT_NAMESPACE,
     POSITIVE,
     AnyName,
+    AnyNameOption,
+    AnyWorldSize,
     CommandTimeout,
     Heartbeat,
     HoldBack,
+    InstanceFile,
     Layers,
     Lease,
     MaxTokens,
@@ -26,13 +31,17 @@ from planner.cli.options import (
     Name,
     NameOption,
     Namespace,
+    PasswordFile,
     Quiet,
     Redis,
+    StateFile,
     Verbose,
+    WaitForStore,
     WorldSize,
     between,
     held_back,
     needed_url,
+    one_of,
     rank_range,
     text_or_file,
     times,
@@ -105,6 +114,7 @@ def _top(
 def up(
     world_size: WorldSize,
     redis: Redis = None,
+    password_file: PasswordFile = None,
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What to generate a text from.")] = _PROMPT,
     instance: NameOption = "demo",
     namespace: Namespace = DEFAULT_NAMESPACE,
@@ -165,7 +175,7 @@ def up(
     )  # what is wrong with it is said before anything starts
     options = cluster.UpOptions(
         spec=_spec(instance, world_size, model, layers),
-        url=redis or None,
+        url=needed_url(redis, password_file) if redis else None,
         namespace=namespace,
         settings=times(lease, heartbeat, command_timeout, usual=_UP_TIMES),
         prompt=prompt,
@@ -182,7 +192,8 @@ def up(
 
 @app.command(short_help="Run one rank of an instance, or several.")
 def runner(
-    instance: NameOption,
+    instance: AnyNameOption = None,
+    instance_file: InstanceFile = None,
     rank: Annotated[
         int | None, typer.Option("--rank", callback=between(0), metavar="R", help="Which rank this is.")
     ] = None,
@@ -199,6 +210,7 @@ def runner(
         str | None, typer.Option("--ranks", metavar="A-B", help="Several ranks, both included, in this process.")
     ] = None,
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     engine: Annotated[
         str,
@@ -223,6 +235,8 @@ def runner(
     address: Annotated[
         str, typer.Option("--address", metavar="HOST:PORT", help="Where this rank could coordinate the collective.")
     ] = "",
+    wait_for_store: WaitForStore = 0.0,
+    state_file: StateFile = None,
     lease: Lease = None,
     heartbeat: Heartbeat = None,
     command_timeout: CommandTimeout = None,
@@ -242,13 +256,16 @@ def runner(
     from planner.cli.runner_process import EngineChoice, RunnerOptions, serve_ranks  # noqa: PLC0415 - as in `up`
 
     configure_log(log or log_level(verbose, quiet, "INFO"))
+    if instance is None:
+        spec = _named_spec(instance_file, "--instance")
+        instance, world_size = spec.name, spec.world_size if world_size is None else world_size
     chosen = _chosen_ranks(rank, ranks, world_size)
     late = held_back(hold_back, chosen or range(world_size or 0))
     options = RunnerOptions(
         instance=instance,
         ranks=chosen,
         world_size=world_size,
-        url=needed_url(redis),
+        url=needed_url(redis, password_file),
         namespace=namespace,
         settings=times(lease, heartbeat, command_timeout, usual=Settings()),
         engine=EngineChoice(
@@ -259,15 +276,19 @@ def runner(
         ),
         node=node,
         address=address,
+        wait_for_store=wait_for_store,
+        state_file=state_file,
     )
     # Engines inherit the environment, and have no business with the server's password.
     os.environ.pop("RANKGATE_REDIS", None)
+    os.environ.pop("RANKGATE_REDIS_PASSWORD_FILE", None)
     _finish(run(lambda interrupts: serve_ranks(options, interrupts)))
 
 
 @app.command(short_help="Plan every instance that was launched.")
 def planner(
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     assemble_timeout: Annotated[
         float,
@@ -279,6 +300,9 @@ def planner(
         int,
         typer.Option("--max-failures", metavar="N", help="How many failed attempts one rank may cause in a row."),
     ] = Policy().max_failures,
+    instance_file: InstanceFile = None,
+    wait_for_store: WaitForStore = 0.0,
+    state_file: StateFile = None,
     lease: Lease = None,
     heartbeat: Heartbeat = None,
     command_timeout: CommandTimeout = None,
@@ -287,24 +311,33 @@ def planner(
 ) -> None:
     """Plan every instance that was launched, until SIGTERM or Ctrl-C. Of several planners one leads, the others stand by.
 
-    The log says what an instance waits for whenever that changes.
+    With --instance-file that instance is launched too, unless it was stopped or given up as it stands there. The log says what an instance waits for whenever that changes.
     """
     from planner.cli.commands import plan  # noqa: PLC0415 - as in `up`
+    from planner.cli.instance_file import read_instance_file  # noqa: PLC0415 - the same
 
     configure_log(log_level(verbose, quiet, "INFO"))
-    target = _target(redis, namespace, times(lease, heartbeat, command_timeout, usual=Settings()))
+    target = _target(
+        redis, namespace, password_file, times(lease, heartbeat, command_timeout, usual=Settings()), wait=wait_for_store
+    )
     try:
         policy = Policy(assemble_timeout=assemble_timeout, max_failures=max_failures)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error)) from None
-    _finish(run(lambda _: plan(target, policy)))
+    wanted = read_instance_file(instance_file) if instance_file is not None else None
+    _finish(run(lambda _: plan(target, policy, wanted=wanted, state_file=state_file)))
 
 
 @app.command(short_help="Ask for an instance to be up.")
 def launch(
-    name: Name,
-    world_size: WorldSize,
+    name: AnyName = None,
+    world_size: AnyWorldSize = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="The instance as a TOML file, instead of NAME and options."),
+    ] = None,
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     model: Model = "simulated",
     layers: Layers = 16,
@@ -320,7 +353,15 @@ def launch(
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
-    target, spec = _target(redis, namespace), _spec(name, world_size, model, layers)
+    if name is None:
+        spec = _named_spec(file, "INSTANCE", "argument")
+    elif file is not None:
+        raise typer.BadParameter(f"{name} and --file {file} are both given: choose one of them")
+    elif world_size is None:
+        raise typer.BadParameter("Missing option '--world-size'")
+    else:
+        spec = _spec(name, world_size, model, layers)
+    target = _target(redis, namespace, password_file)
     _finish(run(lambda _: commands.launch(target, spec, wait=wait, seconds=timeout), exit_at_sigterm=143))
 
 
@@ -328,6 +369,7 @@ def launch(
 def stop(
     name: Name,
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     timeout: Annotated[
         float,
@@ -342,7 +384,7 @@ def stop(
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
-    target = _target(redis, namespace)
+    target = _target(redis, namespace, password_file)
     _finish(run(lambda _: commands.stop(target, name, seconds=timeout), exit_at_sigterm=143))
 
 
@@ -356,6 +398,7 @@ def generate(
         ),
     ],
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     max_tokens: MaxTokens = 64,
     timeout: Annotated[
@@ -369,7 +412,7 @@ def generate(
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
-    target = _target(redis, namespace)
+    target = _target(redis, namespace, password_file)
     asked = sys.stdin.read() if prompt == "-" else prompt
     _finish(
         run(
@@ -383,6 +426,7 @@ def generate(
 def status(
     name: AnyName = None,
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; times in milliseconds.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again whenever it changes, until Ctrl-C.")] = False,
@@ -393,7 +437,7 @@ def status(
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
-    target = _target(redis, namespace)
+    target = _target(redis, namespace, password_file)
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs: choose one of them")
     if watch:
@@ -405,6 +449,7 @@ def status(
 def explain(
     name: Name,
     redis: Redis = None,
+    password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -413,8 +458,98 @@ def explain(
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
-    target = _target(redis, namespace)
+    target = _target(redis, namespace, password_file)
     _finish(run(lambda _: commands.explain(target, name), exit_at_sigterm=143))
+
+
+@app.command(short_help="Print the users of the server, with the least rights that each needs.")
+def acl(
+    instance: NameOption,
+    namespace: Namespace = DEFAULT_NAMESPACE,
+    role: Annotated[
+        str,
+        typer.Option(
+            "--role",
+            callback=one_of("planner", "rank", "observer", "admin", "all"),
+            metavar="ROLE",
+            help="planner, rank, observer or admin for one line; all for a whole ACL file.",
+        ),
+    ] = "all",
+    rank: Annotated[
+        int | None, typer.Option("--rank", callback=between(0), metavar="R", help="The user of this rank only.")
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            "--world-size",
+            callback=between(1, MAX_WORLD_SIZE),
+            metavar="N",
+            help="A user for each of so many ranks. Without it and --rank, all ranks of the instance share one.",
+        ),
+    ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="With an administrator, for whom nothing is refused, in a whole file.")
+    ] = False,
+    passwords: Annotated[
+        Path | None,
+        typer.Option(
+            "--passwords", metavar="FOLDER", help="One file a user with its password; missing ones are made at random."
+        ),
+    ] = None,
+    password_file: Annotated[
+        str | None,
+        typer.Option(
+            "--password-file", metavar="FILE", help="The one user's password, on the first line; - reads it from stdin."
+        ),
+    ] = None,
+) -> None:
+    """Print Redis ACL rules: lines for an aclfile or for redis.conf. Needs Redis 7.0 or Valkey 7.2, and asks no server.
+
+    A rank may write its own report and read its instance's task log; a planner may do what planning needs in its namespace; an
+    observer may look. A whole file turns the default user off. Only hashes of passwords are printed.
+    """
+    from planner.cli.acl import AclOptions, Role, print_acl  # noqa: PLC0415 - as in `up`
+
+    options = AclOptions(
+        instance=instance,
+        namespace=namespace,
+        role=Role(role),
+        rank=rank,
+        world_size=world_size,
+        admin=admin,
+        password_file=password_file,
+        passwords=passwords,
+    )
+    _finish(print_acl(options))
+
+
+health = typer.Typer(
+    help="Ask whether a process of this machine does its work, as the others see it. Exit code 0 if so, otherwise 1.",
+    rich_markup_mode=None,
+)
+app.add_typer(health, name="health", short_help="Ask whether a runner or planner does its work.")
+
+
+@health.command("runner", short_help="Is the rank held, its lease alive, its engine sound?")
+def runner_health(
+    state_file: StateFile = None,
+    redis: Redis = None,
+    password_file: PasswordFile = None,
+    command_timeout: CommandTimeout = None,
+) -> None:
+    """Ask the store whether every rank of the runner with that state file has a live report of its own that says no failure."""
+    _health("runner", state_file, redis, password_file, command_timeout)
+
+
+@health.command("planner", short_help="Does it plan, and is every instance led?")
+def planner_health(
+    state_file: StateFile = None,
+    redis: Redis = None,
+    password_file: PasswordFile = None,
+    command_timeout: CommandTimeout = None,
+) -> None:
+    """Ask whether the planner with that state file turns, and whether every instance that shall be up is led, by whomever."""
+    _health("planner", state_file, redis, password_file, command_timeout)
 
 
 @app.command(short_help="Show, for real, the race that the barrier ends.")
@@ -434,10 +569,45 @@ def race(verbose: Verbose = 0, quiet: Quiet = False) -> None:
 # --- what the options mean together ---------------------------------------------------------------------------------------
 
 
-def _target(redis: str | None, namespace: str, settings: Settings | None = None) -> Any:  # noqa: ANN401 - imported late
+def _health(
+    kind: Literal["runner", "planner"],
+    state_file: Path | None,
+    redis: str | None,
+    password_file: Path | None,
+    command_timeout: float | None,
+) -> NoReturn:
+    from planner.cli.health import health  # noqa: PLC0415 - as in `up`
+
+    configure_log("ERROR")
+    if state_file is None:
+        raise typer.BadParameter(
+            "which process? Pass the --state-file that it was started with, or set RANKGATE_STATE_FILE"
+        )
+    url = needed_url(redis, password_file)
+    settings = times(None, None, command_timeout, usual=Settings())
+    _finish(run(lambda _: health(kind, state_file, url, settings), exit_at_sigterm=143))
+
+
+def _target(
+    redis: str | None,
+    namespace: str,
+    password_file: Path | None,
+    settings: Settings | None = None,
+    *,
+    wait: float = 0.0,
+) -> Any:  # noqa: ANN401 - imported late
     from planner.cli.commands import Target  # noqa: PLC0415 - as in `up`
 
-    return Target(url=needed_url(redis), namespace=namespace, settings=settings or Settings())
+    url = needed_url(redis, password_file)
+    return Target(url=url, namespace=namespace, settings=settings or Settings(), wait=wait)
+
+
+def _named_spec(path: Path | None, instead_of: str, kind: str = "option") -> InstanceSpec:
+    from planner.cli.instance_file import read_instance_file  # noqa: PLC0415 - as in `up`
+
+    if path is None:
+        raise typer.BadParameter(f"Missing {kind} '{instead_of}'")
+    return read_instance_file(path)
 
 
 def _spec(name: str, world_size: int, model: str, layers: int) -> InstanceSpec:

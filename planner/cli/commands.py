@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from loguru import logger
@@ -20,9 +22,11 @@ from barrier import Barrier, Settings, Snapshot, Store, StoreError, SystemClock
 from barrier.errors import RankgateError
 from barrier.keys import Keys
 from planner import InstanceFailed, InstanceSpec, Planner, Policy, explain_instance
+from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import connect_store
 from planner.cli.screen import Picture, attempt, heading, render, rows, sentence, sentence_key, table
 from planner.cli.show import PlainShow, can_draw, tell
+from planner.cli.watchdog import Work, supervised
 from planner.decide import is_serving
 from planner.lifecycle import next_step
 from planner.registry import InstanceRecord, Registry
@@ -42,11 +46,12 @@ class Target:
     url: str = field(repr=False)
     namespace: str
     settings: Settings
+    wait: float = 0.0  # seconds for which a store that is not up yet is asked again
 
     @asynccontextmanager
     async def store(self) -> AsyncGenerator[Store]:
         """A connected store; raises as `barrier.connect` does."""
-        store = await connect_store(self.url, self.settings)
+        store = await connect_store(self.url, self.settings, wait=self.wait)
         try:
             yield store
         finally:
@@ -200,7 +205,7 @@ class Observer:
 
     async def look_at_all(self) -> list[Seen]:
         """Look at every instance that is not gone, sorted by name."""
-        records = await self.registry.all()
+        records = await self.registry.look()
         return [
             Seen(name, record, await self._barrier(name, record.spec.world_size).inspect())
             for name, record in sorted(records.items())
@@ -221,7 +226,7 @@ class Observer:
         with self._store.errors():
             found = await self._store.commands.hget(Keys(self._namespace, name).epoch, "world_size")
         if found is None:
-            known = ", ".join(sorted(await self.registry.all())) or "no others"
+            known = ", ".join(sorted(await self.registry.look())) or "no others"
             raise UnknownInstance(
                 f"there is no instance {name} in namespace {self._namespace}, where there are {known}. "
                 f"Launch it with rankgate launch {name} --world-size N"
@@ -239,12 +244,55 @@ async def look_again(barrier: Barrier, snapshot: Snapshot, seconds: float, clock
 # --- asking ---------------------------------------------------------------------------------------------------------------
 
 
-async def plan(target: Target, policy: Policy) -> int:
-    """``rankgate planner``: plan every instance that shall be up, until asked to end."""
+async def plan(
+    target: Target, policy: Policy, *, wanted: InstanceSpec | None = None, state_file: Path | None = None
+) -> int:
+    """``rankgate planner``: plan every instance that shall be up, until asked to end.
+
+    Args:
+        target: where.
+        policy: how patiently.
+        wanted: an instance to launch first, unless it is on record as it is: what was stopped or given up stays so.
+        state_file: where to say that this process lives; see `planner.cli.health`.
+    """
     async with target.store() as store, Planner(store, namespace=target.namespace, policy=policy) as planner:
         logger.info("planning the instances of namespace {} on {}", target.namespace, store.where)
-        await planner.run()
+        if wanted is not None:
+            await launch_unless_known(Registry(store, target.namespace), wanted)
+        state = ProcessState(
+            kind="planner", namespace=target.namespace, pid=os.getpid(), heartbeat=target.settings.heartbeat
+        )
+        async with keeping_state(state_file, state), supervised(_work(planner, store.settings)):
+            await planner.run()
     return 0
+
+
+def _work(planner: Planner, settings: Settings) -> Work:
+    """What a service manager is told: what each instance waits for, and that this planner goes on looking at it."""
+    return Work(
+        ready=lambda: True,
+        status=lambda: "; ".join(state.reason for state in planner.instances.values()) or "no instance is wanted",
+        tried=lambda: {f"a look at {name}": looks for name, looks in planner.looks.items()},
+        patience=2
+        * (settings.lease + settings.backstop),  # as for a heartbeat, and a quiet instance is looked at that seldom
+    )
+
+
+async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
+    """Ask for an instance, unless the desired state has it with this very spec, up or not.
+
+    Raises:
+        StoreError: unknown; ask again.
+    """
+    record = await registry.get(wanted.name)
+    if record is None or record.spec != wanted:
+        await registry.launch(wanted)
+    elif record.failure or record.desired != "up":
+        logger.warning(
+            "{} is not launched: it {}; rankgate launch brings it up again",
+            wanted.name,
+            "was given up" if record.failure else "was stopped",
+        )
 
 
 async def launch(target: Target, spec: InstanceSpec, *, wait: bool, seconds: float) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeAlias
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import typer
 
 from barrier import InvalidName, InvalidSettings, Settings
-from barrier.keys import MAX_WORLD_SIZE, valid_name
+from barrier.keys import MAX_WORLD_SIZE, shown, valid_name
 
 DEFAULT_NAMESPACE = "rankgate"
 
@@ -33,6 +34,17 @@ def between(least: float, most: float = float("inf")) -> Callable[[float | None]
     return check
 
 
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A callback that refuses a word that is none of these, and names them."""
+
+    def check(value: str) -> str:
+        if value in choices:
+            return value
+        raise typer.BadParameter(f"it is {shown(value)}; it must be one of {', '.join(choices)}")
+
+    return check
+
+
 POSITIVE = 0.001
 """The shortest time that an option takes, in seconds."""
 
@@ -47,8 +59,45 @@ Redis: TypeAlias = Annotated[
         "--redis",
         metavar="URL",
         envvar="RANKGATE_REDIS",
-        help="The Redis or Valkey server: redis://[user:password@]host:port/0, rediss://…, unix:///path or "
-        "redis+sentinel://host:port,…/service/0.",
+        help="The Redis or Valkey server: redis://[user:password@]host:port/0, rediss://…, unix:///path, "
+        "redis+sentinel://host:port,…/service/0 or redis+cluster://host:port,…; ?password_file=PATH keeps the password out of it.",
+    ),
+]
+PasswordFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--redis-password-file",
+        metavar="FILE",
+        envvar="RANKGATE_REDIS_PASSWORD_FILE",
+        help="The server's password, on the first line of a file; the URL then holds at most the user.",
+    ),
+]
+WaitForStore: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--wait-for-store",
+        callback=between(0.0),
+        metavar="SECONDS",
+        envvar="RANKGATE_WAIT_FOR_STORE",
+        help="How long to ask again for a server that is not up yet; 0 gives up at once.",
+    ),
+]
+StateFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-file",
+        metavar="FILE",
+        envvar="RANKGATE_STATE_FILE",
+        help="Where this process says who it is, for rankgate health.",
+    ),
+]
+InstanceFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--instance-file",
+        metavar="FILE",
+        envvar="RANKGATE_INSTANCE_FILE",
+        help="A TOML file with name, world_size, model_id and layers of the instance.",
     ),
 ]
 Namespace: TypeAlias = Annotated[
@@ -100,6 +149,15 @@ AnyName: TypeAlias = Annotated[
 NameOption: TypeAlias = Annotated[
     str, typer.Option("--instance", metavar="NAME", callback=_name, help="The instance's name.")
 ]
+AnyNameOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--instance", metavar="NAME", callback=_name_or_none, help="The instance's name; or pass --instance-file."
+    ),
+]
+AnyWorldSize: TypeAlias = Annotated[
+    int | None, typer.Option("--world-size", callback=between(1, MAX_WORLD_SIZE), metavar="N", help="Number of ranks.")
+]
 WorldSize: TypeAlias = Annotated[
     int, typer.Option("--world-size", callback=between(1, MAX_WORLD_SIZE), metavar="N", help="Number of ranks.")
 ]
@@ -139,11 +197,31 @@ def times(lease: float | None, heartbeat: float | None, command_timeout: float |
         raise typer.BadParameter(str(error)) from None
 
 
-def needed_url(url: str | None) -> str:
-    """The server's URL; raises typer.BadParameter where none was given."""
+def needed_url(url: str | None, password_file: Path | None = None) -> str:
+    """The server's URL, with the password of the file; raises typer.BadParameter where none was given, or it has two passwords."""
     if not url:
         raise typer.BadParameter("no server is given: pass --redis URL, or set RANKGATE_REDIS")
-    return url
+    return url if password_file is None else _with_password(url, password_file)
+
+
+def _with_password(url: str, path: Path) -> str:
+    try:
+        password = path.read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--redis-password-file {path} cannot be read: {error}") from None
+    if not password:
+        raise typer.BadParameter(f"--redis-password-file {path} has an empty first line, where the password belongs")
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url  # told when it is connected to, without quoting it
+    user, at, place = parts.netloc.rpartition("@")
+    if ":" in user:
+        raise typer.BadParameter(
+            "the URL has a password and --redis-password-file names another one: leave one of them out"
+        )
+    secret = quote(password, safe="")
+    return urlunsplit(parts._replace(netloc=f"{user if at else ''}:{secret}@{place}"))
 
 
 def held_back(texts: list[str] | None, ranks: range) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -11,10 +12,13 @@ from urllib.parse import urlsplit
 
 from loguru import logger
 
-from barrier import InvalidSettings, Settings, Store, connect
+from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect
 from barrier.errors import RankgateError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_FIRST_PAUSE = 0.2  # seconds before a store that is not up yet is asked again; doubled each time
+_LONGEST_PAUSE = 2.0
 
 LineSink: TypeAlias = Callable[[str], None]
 
@@ -123,8 +127,15 @@ def redacted(url: str) -> str:
     return f"{parts.scheme}://{secret}{place}{parts.path}"
 
 
-async def connect_store(url: str, settings: Settings) -> Store:
-    """Connect; raises as `barrier.connect` does, and never quotes the URL, whose wrong part may be the password."""
+async def connect_store(url: str, settings: Settings, *, wait: float = 0.0) -> Store:
+    """Connect; raises as `barrier.connect` does, and never quotes the URL, whose wrong part may be the password.
+
+    Args:
+        url: see `barrier.connect`.
+        settings: the times.
+        wait: seconds for which a store that does not answer, or is still loading, is asked again, with backoff and jitter.
+            One that answers and refuses is an error at once: time does not mend a wrong password.
+    """
     try:
         parts = urlsplit(url)
         if parts.scheme in ("redis", "rediss"):
@@ -134,4 +145,19 @@ async def connect_store(url: str, settings: Settings) -> Store:
             "the store URL is not readable: it must be redis://[user:password@]host:port/0, rediss://…, unix:///path or "
             "redis+sentinel://host:port,…/service/0, with special characters in the password percent-encoded"
         ) from None
-    return await connect(url, settings=settings)
+    clock = SystemClock()
+    deadline, pause, told = clock.now() + wait, _FIRST_PAUSE, False
+    while True:
+        try:
+            return await connect(url, settings=settings)
+        except StoreUnavailable as error:
+            left = deadline - clock.now()
+            if left <= 0:
+                if told:
+                    raise StoreUnavailable(f"{error} (asked again and again for {wait:g} s)") from error
+                raise
+            if not told:
+                logger.info("waiting up to {:g} s for the store: {}", wait, error)
+                told = True
+        await clock.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311 - jitter is no secret
+        pause = min(2 * pause, _LONGEST_PAUSE)

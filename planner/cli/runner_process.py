@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from barrier import InvalidSettings, Member, Settings, Store
 from barrier.errors import RankgateError
+from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import Interrupts, connect_store
+from planner.cli.watchdog import Work, supervised
 from runner import Engine, EngineHost, EngineSpec, InlineHost, ProcessHost, Runner
 
 SIMULATED = "simulated"
@@ -111,6 +115,8 @@ class RunnerOptions:
     engine: EngineChoice
     node: str | None = None
     address: str = ""
+    wait_for_store: float = 0.0
+    state_file: Path | None = None
 
 
 async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
@@ -121,17 +127,40 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
     """
     first = options.ranks[0] if options.ranks else 0
     options.engine.host(first, options.world_size)  # what is wrong with the engine is said before anything is sent
-    store = await connect_store(options.url, options.settings)
+    store = await connect_store(options.url, options.settings, wait=options.wait_for_store)
     try:
         ranks, incarnation = (options.ranks, None) if options.ranks else await _any_free_rank(options, store)
+        members = [_member(options, store, rank, incarnation) for rank in ranks]
         runners = [
-            Runner(_member(options, store, rank, incarnation), options.engine.host(rank, options.world_size))
-            for rank in ranks
+            Runner(member, options.engine.host(rank, options.world_size))
+            for rank, member in zip(ranks, members, strict=True)
         ]
-        await run_all(runners, interrupts)
+        state = ProcessState(
+            kind="runner",
+            namespace=options.namespace,
+            pid=os.getpid(),
+            instance=options.instance,
+            ranks={rank: member.incarnation for rank, member in zip(ranks, members, strict=True)},
+            heartbeat=options.settings.heartbeat,
+        )
+        async with keeping_state(options.state_file, state), supervised(_work(options, members, runners)):
+            await run_all(runners, interrupts)
     finally:
         await store.close()
     return 0
+
+
+def _work(options: RunnerOptions, members: list[Member], runners: list[Runner]) -> Work:
+    """What a service manager is told: that every rank is held, what it does, and that its heartbeats go on."""
+    return Work(
+        ready=lambda: all(member.trusted for member in members),
+        status=lambda: ", ".join(
+            f"{options.instance} rank {member.report_now.rank}: {runner.status.kind}"
+            for member, runner in zip(members, runners, strict=True)
+        ),
+        tried=lambda: {f"rank {member.report_now.rank}'s heartbeat": member.beats for member in members},
+        patience=2 * options.settings.lease,  # a store that does not answer makes a heartbeat wait for several commands
+    )
 
 
 async def _any_free_rank(options: RunnerOptions, store: Store) -> tuple[range, str]:

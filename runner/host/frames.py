@@ -41,7 +41,10 @@ class FrameBuffer:
                 raise ValueError(f"a frame of {length:,} bytes, where at most {MAX_FRAME_BYTES:,} are read")
             if len(self._bytes) < 4 + length:
                 break
-            frame: Any = json.loads(bytes(self._bytes[4 : 4 + length]))
+            try:
+                frame: Any = json.loads(bytes(self._bytes[4 : 4 + length]))
+            except RecursionError:
+                raise ValueError("a frame that is nested too deeply to be read") from None
             del self._bytes[: 4 + length]
             if not isinstance(frame, dict):
                 raise ValueError("a frame that is not an object")  # noqa: TRY004 - it is the bytes that are wrong

@@ -208,3 +208,8 @@ def test_a_failure_of_the_same_number_with_another_nonce_is_not_this_ones() -> N
     assert find_break(picture(view(0, "Failed", epoch=OTHER_NONCE, floor=100))) == Break(
         "rank 0 on node-0 has left this attempt already", None
     )
+
+
+def test_a_log_that_went_on_to_a_later_epoch_means_that_the_record_went_back() -> None:
+    found = find_break(picture(view(0), epoch=record(1), log_end=LogId(101, 1)))
+    assert found == Break("the store went back: the log has entries of epoch 101 already", None)

@@ -497,13 +497,14 @@ def test_a_refusal_for_good_ends_the_attempt(code: str, failure: str) -> None:
     )
 
 
-def test_garbage_in_the_log_is_not_taken_for_a_step_that_the_rank_has_carried_out() -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_garbage_in_the_log_is_not_taken_for_a_step_that_the_rank_has_carried_out(rank: int) -> None:
     """A record that was restored gives all steps the last place in the log, whatever stood there."""
     garbage = TaskOutcome(
         task_id=f"log-{EPOCH.number}-9", step="stray", n=9, result="rejected", code="Invalid", detail="not JSON"
     )
     restored = {"steps": {name: StepRecord(9, 1) for name in ALL_STEPS}, "last_n": 9}
-    told = picture("Ready", "Ready", ranks={0: {"outcomes": (garbage,)}}, epoch=restored)
+    told = picture("Ready", "Ready", ranks={rank: {"outcomes": (garbage,)}}, epoch=restored)
     assert isinstance(act(told), Serve)
 
 

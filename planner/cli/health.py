@@ -1,0 +1,200 @@
+"""``rankgate health``: one question to the barrier about one process, for whoever supervises it.
+
+A process cannot be asked from outside which rank it claimed, so runners and planners that are given ``--state-file`` keep a small
+file of who they are, on a file system that ends with them (a container's tmpfs, a unit's runtime directory). `runner_health` and
+`planner_health` read it and ask the store: what the others see of this process is what counts, not that it exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loguru import logger
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from barrier import Barrier, Settings, Store
+from barrier.errors import RankgateError
+from barrier.keys import Keys
+from barrier.report import Report, UndecodableReport
+from planner.cli.process import connect_store
+from planner.registry import Registry
+
+_LATE = 3.0
+"""Heartbeats without a beat after which a planner's event loop counts as hung."""
+
+
+class NoState(RankgateError):
+    """The process that is asked about has left no state file, or one that is not readable."""
+
+
+class ProcessState(BaseModel):
+    """Who a process is.
+
+    Attributes:
+        kind: ``runner`` or ``planner``.
+        namespace: which cluster.
+        pid: the process, as it sees itself.
+        instance: the instance whose ranks it runs; empty for a planner.
+        ranks: for each rank that it runs, the incarnation that it runs it as.
+        heartbeat: seconds between two beats.
+        beat: when the process's event loop last turned, by the machine's monotonic clock, in seconds. Containers share it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    kind: Literal["runner", "planner"]
+    namespace: str
+    pid: int
+    instance: str = ""
+    ranks: Mapping[int, str] = Field(default_factory=dict[int, str])
+    heartbeat: float = Field(gt=0)
+    beat: float = 0.0
+
+
+@asynccontextmanager
+async def keeping_state(path: Path | None, state: ProcessState) -> AsyncGenerator[None]:
+    """Keep the state file of this process, with a beat from the event loop; remove it at the end. ``None`` keeps none.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    _write(path, state)
+    beating = asyncio.create_task(_beat(path, state))
+    try:
+        yield
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+        _remove(path)
+
+
+async def _beat(path: Path, state: ProcessState) -> None:
+    while True:
+        await asyncio.sleep(state.heartbeat)
+        try:
+            _write(path, state)
+        except OSError as error:  # the process goes on; whoever supervises it sees a beat that is late
+            logger.warning("the state file {} is not writable: {}", path, error.strerror or error)
+
+
+def _write(path: Path, state: ProcessState) -> None:
+    """Whole or not at all, so that a reader never sees half of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(state.model_copy(update={"beat": time.monotonic()}).model_dump_json(), encoding="utf-8")
+    draft.replace(path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # what is left says a beat that gets older, and names a process that is gone
+        path.unlink(missing_ok=True)
+
+
+def read_state(path: Path, kind: Literal["runner", "planner"]) -> ProcessState:
+    """Read a state file. Raises `NoState` with what to do."""
+    try:
+        state = ProcessState.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise NoState(
+            f"{path} cannot be read ({error.strerror or error}): the {kind} has not begun yet, has ended, or was started without "
+            "--state-file"
+        ) from None
+    except ValidationError:
+        raise NoState(f"{path} is not a state file of rankgate") from None
+    if state.kind != kind:
+        raise NoState(f"{path} is a {state.kind}'s: ask rankgate health {state.kind}")
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The answer.
+
+    Attributes:
+        good: whether the process does what it is there for, as far as the others can see.
+        sentence: why.
+    """
+
+    good: bool
+    sentence: str
+
+
+async def runner_health(store: Store, state: ProcessState) -> Health:
+    """Ask whether every rank of a process is held by it, has a live report of its own, and that report says no failure.
+
+    Sends plain reads of the rank's own keys only, so a rank's user in the store may ask.
+
+    Raises:
+        StoreError: could not find out.
+    """
+    keys = Keys(state.namespace, state.instance)
+    said: list[str] = []
+    for rank, incarnation in sorted(state.ranks.items()):
+        with store.errors():
+            raw = await store.commands.get(keys.rank(rank))
+            left = await store.commands.pttl(keys.rank(rank))
+        where = f"{state.instance} rank {rank}"
+        if raw is None:
+            return Health(False, f"{where}: no live report; the lease has lapsed or the rank is not claimed yet")
+        try:
+            report = Report.decode(raw, rank)
+        except UndecodableReport as error:
+            return Health(False, f"{where}: the report is not readable: {error}")
+        if report.incarnation != incarnation:
+            return Health(False, f"{where}: another process holds the rank now (node {report.node}, pid {report.pid})")
+        if report.status == "Failed":
+            return Health(False, f"{where}: Failed: {report.error or 'no reason given'}")
+        said.append(f"{where}: {report.status}, {max(left, 0) / 1000:.1f} s of the lease left")
+    return Health(bool(said), "; ".join(said) or "this runner holds no rank")
+
+
+async def planner_health(store: Store, state: ProcessState) -> Health:
+    """Ask whether a planner's event loop turns, and whether every instance that shall be up is led by somebody.
+
+    A standby is healthy; an instance that nobody leads is not, since a healthy planner would lead it.
+
+    Raises:
+        StoreError: could not find out.
+    """
+    age = time.monotonic() - state.beat
+    if age > _LATE * state.heartbeat:
+        return Health(False, f"the planner's event loop has not turned for {age:.1f} s")
+    led: list[str] = []
+    for name, record in sorted((await Registry(store, state.namespace).all()).items()):
+        if record.desired != "up" or record.failure:
+            continue
+        barrier = Barrier(store, name, world_size=record.spec.world_size, namespace=state.namespace)
+        try:
+            snapshot = await barrier.inspect()
+        finally:
+            await barrier.close()
+        if snapshot.leader is None or snapshot.leader_left_ms <= 0:
+            return Health(False, f"no planner leads {name}")
+        led.append(f"{name} is led by {snapshot.leader.holder}")
+    return Health(True, "; ".join(led) or "no instance is to be up")
+
+
+async def health(kind: Literal["runner", "planner"], path: Path, url: str, settings: Settings) -> int:
+    """``rankgate health``: print the sentence; 0 if the process is well, otherwise 1.
+
+    Raises:
+        NoState: see `read_state`.
+        StoreError: could not find out.
+    """
+    state = read_state(path, kind)
+    store = await connect_store(url, settings)
+    try:
+        answer = await (runner_health(store, state) if kind == "runner" else planner_health(store, state))
+    finally:
+        await store.close()
+    print(answer.sentence)
+    return 0 if answer.good else 1

@@ -1,0 +1,67 @@
+"""An instance as a small TOML file says it, so that launching, planning and running cannot disagree about it.
+
+.. code-block:: toml
+
+    name = "demo"            # 1 to 63 of a-z, 0-9 and -
+    world_size = 4           # number of ranks
+    model_id = "simulated"   # the name that the engine knows the model by; "simulated" where it is left out
+    layers = 16              # how many layers the model has; 16 where it is left out
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from barrier import InvalidSettings
+from planner.spec import InstanceSpec
+from runner.messages import ModelSpec
+
+MOST_BYTES = 64 * 1024
+"""A file that is larger is not an instance's."""
+
+_KEYS = ("name", "world_size", "model_id", "layers")
+
+
+def read_instance_file(path: Path) -> InstanceSpec:
+    """Read an instance.
+
+    Args:
+        path: the file; see the module's example.
+
+    Raises:
+        InvalidSettings: it cannot be read, is no TOML, lacks a key, has one too many, or a value is out of range.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise InvalidSettings(f"{path} is larger than {MOST_BYTES:,} bytes; an instance's file has a few lines")
+        found = tomllib.loads(raw.decode())
+    except OSError as error:
+        raise InvalidSettings(f"{path} cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidSettings(f"{path} is not TOML: {error}") from None
+    return _spec(path, found)
+
+
+def _spec(path: Path, found: dict[str, Any]) -> InstanceSpec:
+    if extra := [key for key in found if key not in _KEYS]:
+        raise InvalidSettings(f"{path} has the key {extra[0][:80]!r}; an instance has {', '.join(_KEYS)}")
+    if missing := [key for key in ("name", "world_size") if key not in found]:
+        raise InvalidSettings(f"{path} has no {missing[0]}; add a line such as {_EXAMPLES[missing[0]]}")
+    try:
+        model = ModelSpec.model_validate(
+            {"model_id": found.get("model_id", "simulated"), "total_layers": found.get("layers", 16)}, strict=True
+        )
+        return InstanceSpec.model_validate({"name": found["name"], "world_size": found["world_size"], "model": model})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]).replace("total_layers", "layers") if first["loc"] else "a value"
+        raise InvalidSettings(f"{path}: {key} is wrong: {first['msg']}") from None
+
+
+_EXAMPLES = {"name": 'name = "demo"', "world_size": "world_size = 4"}

@@ -1,0 +1,926 @@
+"""The guards, each with the text that takes it out, and the searches that must miss it."""
+
+from __future__ import annotations
+
+from tests.mutants.harness import (
+    EXHAUSTIVE,
+    PROPERTY,
+    SECOND_LINE,
+    SIMULATION,
+    Edit,
+    Mutation,
+    Search,
+    exhaustive,
+    unit,
+)
+
+_PRELUDE = "barrier/lua/prelude.lua"
+_OPEN = "barrier/lua/open.lua"
+_RESTORE = "barrier/lua/restore.lua"
+_DISPATCH = "barrier/lua/dispatch.lua"
+_CONCLUDE = "barrier/lua/conclude.lua"
+_LEAD = "barrier/lua/lead.lua"
+_MEMBER = "barrier/member.py"
+_ARRIVALS = "barrier/arrivals.py"
+_BARRIER = "barrier/barrier.py"
+_SCRIPTS = "barrier/scripts.py"
+_MACHINE = "runner/machine.py"
+_RUNNER = "runner/runner.py"
+_MESSAGES = "runner/messages.py"
+_RECOVERY = "planner/recovery.py"
+_DECIDE = "planner/decide.py"
+_LIFECYCLE = "planner/lifecycle.py"
+_LOOP = "planner/loop.py"
+_REFERENCE = "barrier/testing/reference.py"
+
+
+def _verb_fence(verb: str, file: str) -> Mutation:
+    """A verb that anybody may call, whoever leads."""
+    return Mutation(
+        f"fence-{verb}",
+        f"`{verb}` is refused to a planner that does not lead",
+        "S2",
+        Edit(file, "local refusal = fenced(KEYS[2], term, holder)", "local refusal = nil"),
+        (PROPERTY, SIMULATION),
+    )
+
+
+_RESTORE_TESTS = unit("unit/barrier/test_restore.py")
+
+
+def _restore_needs(what: str, old: str, new: str, guard: str, model: Edit | None = None) -> Mutation:
+    return Mutation(
+        f"restore-{what}",
+        f"`restore`: {guard}",
+        "S2" if what == "digest" else "S4",
+        Edit(_RESTORE, old, new),
+        (PROPERTY, EXHAUSTIVE, _RESTORE_TESTS) if model else (PROPERTY, _RESTORE_TESTS),
+        model,
+    )
+
+
+SCRIPTS: tuple[Mutation, ...] = (
+    # --- which epoch ------------------------------------------------------------------------------------------------------
+    Mutation(
+        "epoch-nonce",
+        "verbs act in the named epoch: its nonce",
+        "S3",
+        Edit(_PRELUDE, "if record.number ~= number or record.nonce ~= nonce then", "if record.number ~= number then"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "    if record.id != epoch:", "    if record.id.number != epoch.number:"),
+    ),
+    Mutation(
+        "epoch-number",
+        "verbs act in the named epoch: its number",
+        "S3",
+        Edit(_PRELUDE, "if record.number ~= number or record.nonce ~= nonce then", "if record.nonce ~= nonce then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "epoch-current",
+        "verbs act in the current epoch only",
+        "S3",
+        Edit(
+            _PRELUDE,
+            "if record.number ~= number or record.nonce ~= nonce then\n    if (tonumber",
+            "if false then\n    if (tonumber",
+        ),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "    if record.id != epoch:", "    if False:"),
+    ),
+    Mutation(
+        "record-missing",
+        "a record that is missing is Unknown, never a release",
+        "S4",
+        Edit(_PRELUDE, "if not record.number or not record.nonce or not record.world_size then", "if false then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "roster-missing",
+        "a roster that is not whole is Unknown",
+        "S4",
+        Edit(
+            _PRELUDE,
+            "if #roster ~= world_size * INCARNATION_WIDTH then\n    return nil",
+            "if false then\n    return nil",
+        ),
+        (unit("unit/barrier/test_dispatch.py"),),
+    ),
+    Mutation(
+        "world-size",
+        "a record for another world size is Unknown",
+        "S4",
+        Edit(_DISPATCH, "if tonumber(record.world_size) ~= world_size then", "if false then"),
+        (PROPERTY, unit("unit/barrier/test_dispatch.py")),
+    ),
+    # --- the gate ---------------------------------------------------------------------------------------------------------
+    Mutation(
+        "gate",
+        "`dispatch` checks every rank's live report at that instant",
+        "S1",
+        Edit(_DISPATCH, "if #missing > 0 then", "if false then"),
+        (PROPERTY, SIMULATION, EXHAUSTIVE),
+        Edit(
+            _REFERENCE,
+            "    missing = _missing(state, now_ms, requirement)\n    if missing:\n        return state, NotReady(missing)\n    if state.log_end",
+            "    if state.log_end",
+        ),
+    ),
+    Mutation(
+        "gate-live",
+        "only a live report arrives",
+        "S1",
+        Edit(_PRELUDE, "if not arrived then\n          missing", "if report and not arrived then\n          missing"),
+        (PROPERTY, SIMULATION),
+    ),
+    Mutation(
+        "gate-status",
+        "only the required status arrives",
+        "S1",
+        Edit(_PRELUDE, "if sub(report, to + 1, to + #tail) == tail then", "if true then"),
+        (PROPERTY, SIMULATION, EXHAUSTIVE),
+        Edit(_REFERENCE, "                and report.status in rule.statuses\n", ""),
+    ),
+    Mutation(
+        "gate-epoch",
+        "only a report of exactly this epoch arrives",
+        "S1",
+        Edit(_PRELUDE, "if report and sub(report, 1, from - 1) == head", "if report"),
+        (PROPERTY, SIMULATION, EXHAUSTIVE),
+        Edit(_REFERENCE, "                and report.epoch == record.id\n", ""),
+    ),
+    Mutation(
+        "gate-nonce",
+        "a report of the same number and another nonce does not arrive",
+        "S1",
+        Edit(
+            _PRELUDE,
+            "if report and sub(report, 1, from - 1) == head",
+            "if report and sub(report, 1, #record.number + 3) == sub(head, 1, #record.number + 3)",
+        ),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(
+            _REFERENCE,
+            "                and report.epoch == record.id\n",
+            "                and report.epoch is not None and report.epoch.number == record.id.number\n",
+        ),
+    ),
+    Mutation(
+        "gate-roster",
+        "only the incarnation on the roster arrives",
+        "S6",
+        Edit(
+            _PRELUDE,
+            "          and sub(report, from, to) == sub(roster, place + 1, place + INCARNATION_WIDTH) then",
+            "then",
+        ),
+        (PROPERTY, SIMULATION, EXHAUSTIVE),
+        Edit(_REFERENCE, "                and report.incarnation == record.roster[rank]\n", ""),
+    ),
+    Mutation(
+        "once",
+        "`dispatch` appends a step once",
+        "S2",
+        Edit(_DISPATCH, "if tonumber(attempts) >= tonumber(attempt) then", "if false then"),
+        (PROPERTY, SIMULATION, EXHAUSTIVE),
+        Edit(_REFERENCE, "    if step in before and before[step][1] >= attempt:", "    if False:"),
+    ),
+    Mutation(
+        "after",
+        "a step follows the one before it",
+        "S1",
+        Edit(_DISPATCH, "if after ~= '' and redis.call", "if false and redis.call"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "    if after and after not in {name for name, _, _ in record.steps}:", "    if False:"),
+    ),
+    # --- positions in the log ---------------------------------------------------------------------------------------------
+    Mutation(
+        "log-seen",
+        "a new entry stands above what the caller has seen",
+        "S2",
+        Edit(_DISPATCH, "math.max(written, applied, tonumber(seen_n))", "math.max(written, applied)"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "max([written, seen_n, *counted])", "max([written, *counted])"),
+    ),
+    Mutation(
+        "log-applied",
+        "a new entry stands above what every rank has read",
+        "S2",
+        Edit(_DISPATCH, "math.max(written, applied, tonumber(seen_n))", "math.max(written, tonumber(seen_n))"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "max([written, seen_n, *counted])", "max([written, seen_n])"),
+    ),
+    Mutation(
+        "log-known",
+        "a step that the store forgot gets the position that it had",
+        "S2",
+        Edit(_DISPATCH, "if not before and tonumber(known_n) > written then", "if false then"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "    if step not in before and known_n > written:", "    if False:"),
+    ),
+    Mutation(
+        "log-went-on",
+        "no entry below a log that went on to a later epoch",
+        "S4",
+        Edit(_DISPATCH, "if log_number > tonumber(number) then", "if false then"),
+        (PROPERTY, unit("unit/barrier/test_dispatch.py")),
+    ),
+    Mutation(
+        "conclude-seen",
+        "a verdict stands above what the caller has seen",
+        "S5",
+        Edit(_CONCLUDE, "tonumber(record.last_n) or 0, tonumber(seen_n))", "tonumber(record.last_n) or 0)"),
+        (PROPERTY,),
+    ),
+    # --- verdicts ---------------------------------------------------------------------------------------------------------
+    Mutation(
+        "verdict-ends",
+        "nothing is dispatched in an epoch that has a verdict",
+        "S5",
+        Edit(_PRELUDE, "if record.verdict then\n    return", "if false then\n    return"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "    return None if record.verdict is None else Aborted(record.verdict)", "    return None"),
+    ),
+    Mutation(
+        "verdict-first",
+        "the first verdict wins",
+        "S5",
+        Edit(
+            _CONCLUDE,
+            "refusal = not_current(record, number, nonce)\nif refusal then",
+            "refusal = not_current(record, number, nonce)\nif refusal and refusal[1] ~= 'ABORTED' then",
+        ),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(
+            _REFERENCE,
+            "    if isinstance(refusal, Aborted):\n        return state, Concluded(refusal.verdict, first=False)\n"
+            "    if refusal is not None:",
+            "    if refusal is not None and not isinstance(refusal, Aborted):",
+        ),
+    ),
+    # --- leadership -------------------------------------------------------------------------------------------------------
+    Mutation(
+        "fence-term",
+        "a planner is fenced by its term",
+        "S2",
+        Edit(_PRELUDE, "if leader[1] ~= term or leader[2] ~= holder then", "if leader[2] ~= holder then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "fence-holder",
+        "a planner is fenced by its name, too: a term can be issued twice",
+        "S2",
+        Edit(_PRELUDE, "if leader[1] ~= term or leader[2] ~= holder then", "if leader[1] ~= term then"),
+        (PROPERTY,),
+    ),
+    _verb_fence("open", _OPEN),
+    _verb_fence("restore", _RESTORE),
+    _verb_fence("dispatch", _DISPATCH),
+    _verb_fence("conclude", _CONCLUDE),
+    Mutation(
+        "lead-lease",
+        "nobody takes over while the leader's lease lasts",
+        "L5",
+        Edit(_LEAD, "if term and until_ms and not mine and until_ms > now then", "if false then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "lead-term",
+        "a new leader has a higher term than the stored one",
+        "S2",
+        Edit(
+            _LEAD,
+            "term = math.max((term or 0) + 1, tonumber(floor) + 1, now)",
+            "term = math.max(tonumber(floor) + 1, now)",
+        ),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "lead-clock",
+        "a new leader's term is above the store's clock",
+        "S2",
+        Edit(
+            _LEAD,
+            "term = math.max((term or 0) + 1, tonumber(floor) + 1, now)",
+            "term = math.max((term or 0) + 1, tonumber(floor) + 1)",
+        ),
+        (PROPERTY,),
+    ),
+    # --- open -------------------------------------------------------------------------------------------------------------
+    Mutation(
+        "open-everyone",
+        "`open` wants a live report of every rank",
+        "S6",
+        Edit(
+            _OPEN,
+            "if not epoch or rank_floor >= INEXACT then -- no report of ours holds such a number\n    missing",
+            "if not epoch then\n    incarnations[rank + 1] = string.rep('0', 28)\n  elseif false then\n    missing",
+        ),
+        (PROPERTY, SIMULATION),
+    ),
+    Mutation(
+        "open-roster",
+        "`open` fixes the roster",
+        "S6",
+        Edit(_OPEN, "write_roster(KEYS[1], incarnations)\n", ""),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "open-unconcluded",
+        "`open` does not replace an epoch that has no verdict",
+        "S5",
+        Edit(_OPEN, "if readable and not record[3] then", "if false then"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(
+            _REFERENCE,
+            "    if record is not None and record.verdict is None:\n        return state, Unconcluded(record.id)\n",
+            "",
+        ),
+    ),
+    Mutation(
+        "open-repeated",
+        "`open` repeated after a lost reply opens nothing new",
+        "S2",
+        Edit(_OPEN, "if record[1] and record[2] == nonce then", "if false then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "open-digest",
+        "`open` refuses ranks that were configured for another spec",
+        "S8",
+        Edit(_OPEN, "if #disagree > 1 then", "if false then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "floor-record",
+        "a new number is above the record's",
+        "S4",
+        Edit(_OPEN, "math.max((tonumber(record[1]) or 0) + 1, tonumber(floor) + 1,", "math.max(tonumber(floor) + 1,"),
+        (PROPERTY, EXHAUSTIVE, unit("unit/barrier/test_open.py")),
+        Edit(_REFERENCE, "record.id.number if record else 0, *(report.floor", "*(report.floor"),
+    ),
+    Mutation(
+        "floor-caller",
+        "a new number is above what the caller has seen",
+        "S4",
+        Edit(_OPEN, "tonumber(floor) + 1, log_number + 1, server_ms())", "log_number + 1, server_ms())"),
+        (PROPERTY, EXHAUSTIVE, unit("unit/barrier/test_open.py")),
+        Edit(_REFERENCE, "    seen = [floor, state.log_end.number,", "    seen = [state.log_end.number,"),
+    ),
+    Mutation(
+        "floor-log",
+        "a new number is above the log's",
+        "S4",
+        Edit(_OPEN, "log_number + 1, server_ms())", "server_ms())"),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, "    seen = [floor, state.log_end.number,", "    seen = [floor,"),
+    ),
+    Mutation(
+        "floor-reports",
+        "a new number is above every promise",
+        "S4",
+        Edit(_OPEN, "    number = math.max(number, rank_floor + 1)\n", ""),
+        (PROPERTY, EXHAUSTIVE),
+        Edit(_REFERENCE, ", *(report.floor for report in present)]", "]"),
+    ),
+    Mutation(
+        "floor-clock",
+        "a new number is above the store's clock",
+        "S4",
+        Edit(_OPEN, "log_number + 1, server_ms())", "log_number + 1)"),
+        (PROPERTY,),
+    ),
+    # --- restore ----------------------------------------------------------------------------------------------------------
+    _restore_needs(
+        "epoch",
+        "if epoch == number .. '-' .. nonce and rank_status",
+        "if epoch and rank_status",
+        "every rank reports exactly this epoch",
+        Edit(
+            _REFERENCE,
+            "(report.epoch, report.status, report.applied, report.floor) != (epoch, status, place, epoch.number)",
+            "(report.status, report.applied, report.floor) != (status, place, epoch.number)",
+        ),
+    ),
+    _restore_needs(
+        "nonce",
+        "if epoch == number .. '-' .. nonce and rank_status",
+        "if epoch and string.match(epoch, '^%d+') == number and rank_status",
+        "every rank reports this epoch's nonce",
+    ),
+    _restore_needs(
+        "status",
+        "and rank_status == status and",
+        "and",
+        "every rank reports the same status",
+        Edit(
+            _REFERENCE,
+            "(report.epoch, report.status, report.applied, report.floor) != (epoch, status, place, epoch.number)",
+            "(report.epoch, report.applied, report.floor) != (epoch, place, epoch.number)",
+        ),
+    ),
+    _restore_needs(
+        "applied",
+        "and applied == agreed_applied\n",
+        "\n",
+        "every rank has read as far",
+        Edit(
+            _REFERENCE,
+            "(report.epoch, report.status, report.applied, report.floor) != (epoch, status, place, epoch.number)",
+            "(report.epoch, report.status, report.floor) != (epoch, status, epoch.number)",
+        ),
+    ),
+    _restore_needs(
+        "read-all",
+        "    and read_all and floor",
+        "    and floor",
+        "what the log holds has been read",
+        Edit(
+            _REFERENCE, "        or report.applied < in_log  # something was dispatched that nobody has read yet\n", ""
+        ),
+    ),
+    _restore_needs(
+        "floor",
+        "floor == tonumber(number) and (rank_digest",
+        "(rank_digest",
+        "no rank has promised a later epoch",
+        Edit(
+            _REFERENCE,
+            "(report.epoch, report.status, report.applied, report.floor) != (epoch, status, place, epoch.number)",
+            "(report.epoch, report.status, report.applied) != (epoch, status, place)",
+        ),
+    ),
+    _restore_needs(
+        "digest",
+        " and (rank_digest == '-' or rank_digest == digest) then",
+        " then",
+        "every rank was configured for this spec",
+    ),
+    _restore_needs(
+        "over",
+        "if log_number > tonumber(number) or (log_number == tonumber(number) and log_kind == 'verdict') then",
+        "if false then",
+        "a log that went on proves that the epoch is over",
+        Edit(
+            _REFERENCE,
+            "    if newest is not None and (\n        newest.id.number > epoch.number",
+            "    if False and newest and (\n        newest.id.number > epoch.number",
+        ),
+    ),
+    _restore_needs(
+        "present",
+        "if record[1] then\n",
+        "if false then\n",
+        "a record that is there is not overwritten",
+    ),
+    # --- the rest of the scripts ------------------------------------------------------------------------------------------
+    *(
+        Mutation(
+            f"wrong-type-{verb}",
+            f"`{verb}` looks at the types of its keys before its first write",
+            "S8",
+            Edit(file, "if wrong then\n  return wrong\nend", ""),
+            (unit("unit/barrier/test_wrong_types.py"),),
+        )
+        for verb, file in (("open", _OPEN), ("restore", _RESTORE), ("dispatch", _DISPATCH), ("conclude", _CONCLUDE))
+    ),
+)
+
+RANKS: tuple[Mutation, ...] = (
+    # --- promises ---------------------------------------------------------------------------------------------------------
+    Mutation(
+        "promise-one",
+        "a rank promises one epoch at a time",
+        "S3",
+        Edit(
+            _MEMBER,
+            "        if self.promised is not None:\n            return NotPromised",
+            "        if False:\n            return NotPromised",
+        ),
+        (exhaustive("teardown"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+    ),
+    Mutation(
+        "promise-current",
+        "a rank promises the current epoch only, number and nonce",
+        "S3",
+        Edit(_MEMBER, 'if number is None or f"{number}-{nonce}" != str(epoch):', "if number is None:"),
+        (exhaustive("hearsay"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+    ),
+    Mutation(
+        "promise-verdict",
+        "a rank promises no epoch that is over",
+        "S5",
+        Edit(
+            _MEMBER,
+            "        if verdict is not None:\n            return NotPromised",
+            "        if False:\n            return NotPromised",
+        ),
+        (SIMULATION, unit("unit/barrier/test_member_promise.py")),
+    ),
+    Mutation(
+        "promise-floor",
+        "a rank never promises a lower number, nor a spent promise again",
+        "S3",
+        Edit(
+            _MEMBER,
+            "        if epoch.number <= self._report.floor:\n            return",
+            "        if False:\n            return",
+        ),
+        (exhaustive("reuse"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+    ),
+    Mutation(
+        "promise-spent",
+        "a promise that is spent stays as a floor",
+        "S3",
+        Edit(
+            _MEMBER,
+            "self._report = replace(self._report, epoch=None, applied=0)",
+            "self._report = replace(self._report, epoch=None, applied=0, floor=0)",
+        ),
+        (exhaustive("floor"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+    ),
+    Mutation(
+        "promise-roster",
+        "a rank promises only an epoch whose roster names its own incarnation",
+        "S3",
+        Edit(_MEMBER, "if mine != self.incarnation or world_size is None:", "if world_size is None:"),
+        (exhaustive("roster"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+    ),
+    Mutation(
+        "promise-announced",
+        "an epoch below a promise is not entered",
+        "S3",
+        Edit(
+            _RUNNER,
+            "        if entry.epoch.number <= self._member.report_now.floor:\n            return",
+            "        if False:\n            return",
+        ),
+        (SIMULATION, SECOND_LINE, unit("unit/runner/test_runner_store.py", "unit/runner/test_runner_failures.py")),
+    ),
+    Mutation(
+        "teardown",
+        "a rank tears its engine down before it promises the next epoch",
+        "S3",
+        Edit(
+            _RUNNER, "        await self._tear_down()\n        self._member.retire()", "        self._member.retire()"
+        ),
+        (SECOND_LINE, exhaustive("teardown"), SIMULATION),
+    ),
+    # --- reading the log --------------------------------------------------------------------------------------------------
+    Mutation(
+        "applied",
+        "an entry that the log says again is not handed out again",
+        "S2",
+        Edit(
+            _MEMBER,
+            "if entry.id.n <= self._report.applied:\n                            continue",
+            "if False:\n                            continue",
+        ),
+        (exhaustive("applied"), SIMULATION, unit("unit/barrier/test_member_log.py")),
+    ),
+    Mutation(
+        "rewind",
+        "a rank does not wait beyond the end of a log that went back",
+        "L6",
+        Edit(_MEMBER, "if end < read_to and read_to == self._cursor:", "if False:"),
+        (exhaustive("cursor"), SIMULATION, unit("unit/barrier/test_member_log.py")),
+    ),
+    Mutation(
+        "missed",
+        "a rank that missed an entry fails instead of going on without it",
+        "S2",
+        Edit(_RUNNER, "if entry.missed and self._promise is not None", "if False and self._promise is not None"),
+        (SECOND_LINE, exhaustive("missed"), SIMULATION),
+    ),
+    Mutation(
+        "margin",
+        "a rank that could not renew accepts nothing until it has read the epoch again",
+        "S3",
+        Edit(_MEMBER, "        while not self.trusted:", "        while False:"),
+        (
+            SIMULATION,
+            unit(
+                "unit/barrier/test_member_report.py",
+                "unit/barrier/test_member_log.py",
+                "unit/runner/test_runner_store.py",
+            ),
+        ),
+    ),
+    Mutation(
+        "claim",
+        "a process that lost its rank says nothing any more",
+        "S6",
+        Edit(
+            _MEMBER,
+            "        if holder == self.incarnation.encode():\n            return\n        other",
+            "        if True:\n            return\n        other",
+        ),
+        (SIMULATION, unit("unit/barrier/test_member_claim.py")),
+    ),
+    Mutation(
+        "reread",
+        "a rank that was silent looks for a successor before it writes",
+        "S6",
+        Edit(_MEMBER, '            if self._renewed_at > float("-inf") and', "            if False and"),
+        (SIMULATION, unit("unit/barrier/test_member_claim.py")),
+    ),
+    # --- the judge --------------------------------------------------------------------------------------------------------
+    Mutation(
+        "judge-epoch",
+        "a runner acts on no task of another epoch",
+        "S3",
+        Edit(_MACHINE, "    if fenced is not None:\n        return fenced", "    if False:\n        return fenced"),
+        (SECOND_LINE, EXHAUSTIVE, SIMULATION),
+    ),
+    Mutation(
+        "judge-nonce",
+        "a runner acts on no task of the same number and another nonce",
+        "S3",
+        Edit(
+            _MACHINE,
+            "if promise is not None and promise.epoch == epoch:",
+            "if promise is not None and promise.epoch.number == epoch.number:",
+        ),
+        (SECOND_LINE, EXHAUSTIVE, SIMULATION),
+    ),
+    Mutation(
+        "judge-incarnation",
+        "a runner acts only as the incarnation on the roster",
+        "S3",
+        Edit(_MACHINE, "if promise.incarnation != standing.incarnation:", "if False:"),
+        (SECOND_LINE, unit("unit/runner/test_machine.py")),
+    ),
+    Mutation(
+        "judge-instance",
+        "a runner acts on no task of another instance",
+        "S8",
+        Edit(_MACHINE, "if task.instance != standing.instance:", "if False:"),
+        (SECOND_LINE,),
+    ),
+    Mutation(
+        "judge-table",
+        "a task out of state is refused",
+        "S7",
+        Edit(_MACHINE, "    accepted = task.kind in ACCEPTS[status]", "    accepted = True"),
+        (SECOND_LINE, EXHAUSTIVE),
+    ),
+    Mutation(
+        "judge-idle-load",
+        "an Idle rank among several does not load",
+        "S1",
+        Edit(_MACHINE, "        accepted = world_size == 1", "        accepted = True"),
+        (SECOND_LINE,),
+    ),
+    Mutation(
+        "judge-duplicate",
+        "a task that was seen before is not done again",
+        "S2",
+        Edit(
+            _MACHINE,
+            'if known is not None and not (known.result == "rejected" and known.retryable):',
+            "if False and known:",
+        ),
+        (SECOND_LINE, EXHAUSTIVE, SIMULATION),
+    ),
+    Mutation(
+        "judge-two-epochs",
+        "a task that names another epoch than its entry is refused",
+        "S7",
+        Edit(_RUNNER, "        if task.epoch != str(entry.epoch):", "        if False:"),
+        (SECOND_LINE,),
+    ),
+    Mutation(
+        "size",
+        "a message is not read beyond its limit",
+        "S7",
+        Edit(_MESSAGES, "    if len(payload) > MAX_MESSAGE_BYTES:", "    if False:"),
+        (SECOND_LINE, unit("unit/runner/test_messages.py")),
+    ),
+    Mutation(
+        "malformed",
+        "a message that is not one of ours is refused, and the runner lives",
+        "S7",
+        Edit(_RUNNER, "        except MalformedMessage as error:", "        except ZeroDivisionError as error:"),
+        (SECOND_LINE,),
+    ),
+    Mutation(
+        "finality",
+        "work under way does not undo a failure",
+        "S6",
+        Edit(_RUNNER, "if _FINALITY.get(status.kind, 0) >= _FINALITY.get(self._status.kind, 0):", "if True:"),
+        (SECOND_LINE, SIMULATION, unit("unit/runner/test_runner_failures.py")),
+    ),
+    Mutation(
+        "engine-death",
+        "an engine that died is not loaded anew without its group",
+        "S1",
+        Edit(_RUNNER, "            await self._check_engine()\n", ""),
+        (SECOND_LINE, SIMULATION, unit("unit/runner/test_runner_failures.py")),
+    ),
+)
+
+PLANNERS: tuple[Mutation, ...] = (
+    Mutation(
+        "break-failed",
+        "a rank that failed ends the attempt for all",
+        "S6",
+        Edit(
+            _ARRIVALS,
+            "    if report.epoch == epoch.id and report.incarnation == mine and report.status in failed:",
+            "    if False:",
+        ),
+        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+    ),
+    Mutation(
+        "break-restarted",
+        "a rank that was restarted ends the attempt for all",
+        "S6",
+        Edit(_ARRIVALS, "    if report.incarnation > mine:", "    if False:"),
+        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+    ),
+    Mutation(
+        "break-earlier-life",
+        "an earlier life that comes back late breaks nothing at once",
+        "S6",
+        Edit(
+            _ARRIVALS,
+            "    if report.incarnation < mine:\n        return None",
+            '    if report.incarnation < mine:\n        return 1, Break(f"{who} was restarted", view.rank)',
+        ),
+        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+    ),
+    Mutation(
+        "break-promised",
+        "a report that promised a later epoch proves that the store went back",
+        "S6",
+        Edit(_ARRIVALS, "    if report.floor > epoch.id.number or (", "    if False and ("),
+        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+    ),
+    Mutation(
+        "break-log",
+        "a log of a later epoch proves that the record went back",
+        "S6",
+        Edit(_ARRIVALS, "    if snapshot.log_end.number > epoch.id.number:", "    if False:"),
+        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+    ),
+    Mutation(
+        "ahead",
+        "a report that is ahead of the steps dispatched proves that the store went back",
+        "S6",
+        Edit(_DECIDE, "    if not ahead:\n        return None", "    if True:\n        return None"),
+        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_decide.py")),
+    ),
+    Mutation(
+        "silent",
+        "a rank that fell silent ends the attempt for all",
+        "L3",
+        Edit(
+            _DECIDE,
+            "    if silent:\n        first = silent[0]\n        many",
+            "    if False:\n        first = silent[0]\n        many",
+        ),
+        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_decide.py")),
+    ),
+    Mutation(
+        "hold",
+        "when most leases lapse at once, the planner holds for one lease",
+        "L6",
+        Edit(_RECOVERY, "    if len(lapsed) >= 2 and", "    if False and"),
+        (SIMULATION, unit("unit/planner/test_recovery.py", "unit/planner/test_loop.py")),
+    ),
+    Mutation(
+        "lost-record-hold",
+        "a lost record is given one lease for all ranks to agree on it",
+        "L6",
+        Edit(
+            _DECIDE,
+            "if memory.epoch_lost_at is not None and now < memory.epoch_lost_at + view.settings.lease:",
+            "if False:",
+        ),
+        (SIMULATION, unit("unit/planner/test_decide.py", "unit/planner/test_loop.py")),
+    ),
+    Mutation(
+        "culprit",
+        "a failure is charged to its culprit, not to its neighbours",
+        "L4",
+        Edit(
+            _RECOVERY,
+            "    culprit = UNATTRIBUTED if epoch.verdict.culprit is None else epoch.verdict.culprit",
+            "    culprit = UNATTRIBUTED",
+        ),
+        (unit("unit/planner/test_recovery.py"),),
+    ),
+    Mutation(
+        "charged-once",
+        "a verdict is charged once",
+        "L4",
+        Edit(_RECOVERY, "if epoch.verdict is None or memory.accounted == epoch.id:", "if epoch.verdict is None:"),
+        (unit("unit/planner/test_recovery.py"),),
+    ),
+    Mutation(
+        "backoff",
+        "the next attempt waits for its backoff",
+        "L4",
+        Edit(_DECIDE, "        if now < memory.backoff_until:", "        if False:"),
+        (unit("unit/planner/test_decide.py"),),
+    ),
+    Mutation(
+        "budget",
+        "a spent budget ends the instance",
+        "L4",
+        Edit(_DECIDE, "        if exhausted(memory, view.policy):", "        if False:"),
+        (unit("unit/planner/test_decide.py"),),
+    ),
+    Mutation(
+        "forgive",
+        "a success resets the budget",
+        "L4",
+        Edit(_RECOVERY, "    if stable or _has_generated(snapshot):", "    if False:"),
+        (unit("unit/planner/test_recovery.py"),),
+    ),
+    Mutation(
+        "stall",
+        "an attempt in which nothing moves is ended",
+        "L2",
+        Edit(_DECIDE, "    if now >= until and missing_ranks(view.snapshot, requirement):", "    if False:"),
+        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_decide.py")),
+    ),
+    Mutation(
+        "progress",
+        "progress renews the deadline: slow is not stalled",
+        "L2",
+        Edit(_RECOVERY, "    if signature != memory.signature:", "    if memory.signature is None:"),
+        (unit("unit/planner/test_recovery.py", "unit/planner/test_loop.py"),),
+    ),
+    Mutation(
+        "teardown-gate",
+        "`connect` waits until every rank is Idle in exactly this attempt",
+        "S3",
+        Edit(
+            _LIFECYCLE,
+            'Step("connect", lambda n: all_ranks(n, "Idle"),',
+            'Step("connect", lambda n: all_ranks(n, ("Idle", "Failed", "Connected", "Loaded", "Ready")),',
+        ),
+        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_lifecycle.py")),
+    ),
+    Mutation(
+        "load-gate",
+        "`load` waits until every rank is Connected",
+        "S1",
+        Edit(
+            _LIFECYCLE,
+            'Step("load", lambda n: all_ranks(n, "Connected"),',
+            'Step("load", lambda n: all_ranks(n, ("Connected", "Connecting", "Idle")),',
+        ),
+        (EXHAUSTIVE, SIMULATION),
+    ),
+    Mutation(
+        "leader-last",
+        "rank 0 warms up after all others",
+        "S1",
+        Edit(
+            _LIFECYCLE,
+            'RankRule(1, world_size - 1, ("WarmingUp", "Ready"))',
+            'RankRule(1, world_size - 1, ("Loaded", "WarmingUp", "Ready"))',
+        ),
+        (EXHAUSTIVE, SIMULATION),
+    ),
+    Mutation(
+        "spec",
+        "an attempt that was opened for another spec is ended",
+        "S8",
+        Edit(_DECIDE, "    if epoch.digest != view.spec.digest:", "    if False:"),
+        (unit("unit/planner/test_decide.py"),),
+    ),
+    Mutation(
+        "permanent",
+        "a permanent failure is not tried again",
+        "L4",
+        Edit(_DECIDE, '        if verdict.failure == "permanent":', "        if False:"),
+        (unit("unit/planner/test_decide.py"),),
+    ),
+    Mutation(
+        "caller-floor",
+        "a planner remembers the highest number that it has seen",
+        "S4",
+        Edit(_BARRIER, "        self._floor = max(self._floor, snapshot.floor)\n", ""),
+        (exhaustive("amnesia"), SIMULATION, unit("unit/barrier/test_open.py", "unit/barrier/test_barrier_wait.py")),
+    ),
+    Mutation(
+        "roster-size",
+        "a record whose roster does not fit its size counts as missing",
+        "S4",
+        Edit(_SCRIPTS, "        if recorded_size != world_size or len(roster) != recorded_size:", "        if False:"),
+        (unit("unit/barrier/test_inspect.py"),),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS)
+
+QUICK: tuple[str, ...] = ("gate-epoch", "once", "verdict-first", "floor-record")
+"""A share that its first searches find in a few seconds each."""
+
+
+def searches_of(mutations: tuple[Mutation, ...]) -> list[Search]:
+    """Every search that these mutations ask for, once, in order."""
+    return list(dict.fromkeys(search for mutation in mutations for search in mutation.searches))
