@@ -346,6 +346,9 @@ def launch(
         float,
         typer.Option("--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long to wait for that."),
     ] = 300.0,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Generate a text from this once all ranks serve.")
+    ] = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -353,6 +356,10 @@ def launch(
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
+    if prompt is not None and not wait:
+        raise typer.BadParameter(
+            "--prompt is for an instance that serves, and --no-wait does not wait for that: drop one"
+        )
     if name is None:
         spec = _named_spec(file, "INSTANCE", "argument")
     elif file is not None:
@@ -362,7 +369,9 @@ def launch(
     else:
         spec = _spec(name, world_size, model, layers)
     target = _target(redis, namespace, password_file)
-    _finish(run(lambda _: commands.launch(target, spec, wait=wait, seconds=timeout), exit_at_sigterm=143))
+    _finish(
+        run(lambda _: commands.launch(target, spec, wait=wait, seconds=timeout, prompt=prompt), exit_at_sigterm=143)
+    )
 
 
 @app.command(short_help="Stop an instance; its runners stay.")

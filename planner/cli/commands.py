@@ -295,16 +295,16 @@ async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
         )
 
 
-async def launch(target: Target, spec: InstanceSpec, *, wait: bool, seconds: float) -> int:
-    """``rankgate launch``: ask for an instance, and tell how it comes up."""
+async def launch(target: Target, spec: InstanceSpec, *, wait: bool, seconds: float, prompt: str | None = None) -> int:
+    """``rankgate launch``: ask for an instance, tell how it comes up, and generate a text where a prompt is given."""
     async with target.store() as store, Observer(store, target.namespace) as observer:
         await observer.registry.launch(spec)
         if not wait:
             print(f"{spec.name} is asked for; watch it with rankgate status {spec.name} --watch")
             return 0
         await _until_serving(observer, spec.name, seconds)
-        print(f"{spec.name} serves")
-    return 0
+        print(f"{spec.name} serves", flush=True)
+    return 0 if prompt is None else await generate(target, spec.name, prompt, max_tokens=64, seconds=seconds)
 
 
 async def stop(target: Target, name: str, *, seconds: float) -> int:

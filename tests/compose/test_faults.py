@@ -18,10 +18,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.compose]
 async def test_up_launch_and_generate(cluster: ComposeCluster) -> None:
     began = time.monotonic()
     tool = cluster.compose(
-        "run", "--rm", "-T", "tool", "launch", "--file", "/etc/rankgate/instance.toml", "--timeout", "120"
+        *("run", "--rm", "-T", "tool", "launch", "--file", "/etc/rankgate/instance.toml", "--timeout", "120"),
+        *("--prompt", "Why?"),
     )
-    assert f"{INSTANCE} serves" in tool
-    cluster.figures.step("rankgate launch --file: waits until all ranks serve", began)
+    assert f"{INSTANCE} serves\n[simulated text]" in tool
+    cluster.figures.step("rankgate launch --file --prompt: waits until all ranks serve, and generates a text", began)
     began = time.monotonic()
     text = cluster.compose("run", "--rm", "-T", "tool", "generate", INSTANCE, "Why?", "--max-tokens", "8")
     assert text.startswith("[simulated text]")

@@ -119,6 +119,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["planner", "--redis", NOWHERE, "--max-failures", "-1"], "max_failures is -1"),
         (["launch", "Demo", "--world-size", "2"], "'Demo' is not a name"),
         (["launch", "demo", "--redis", NOWHERE], "Missing option '--world-size'"),
+        (["launch", "demo", "--world-size", "2", "--redis", NOWHERE, "--no-wait", "--prompt", "Hello"], "drop one"),
         (["stop", "demo"], "no server is given"),
         (["generate", "demo"], "Missing argument 'PROMPT'"),
         (["status", "DEMO", "--redis", NOWHERE], "'DEMO' is not a name"),
