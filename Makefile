@@ -62,7 +62,7 @@ exhaustive: $(STAMP) ## every interleaving of ranks, planners and faults within 
 .PHONY: searches
 searches: $(STAMP) ## exhaustive, and 5,000 seeds of simulate: what .ci/run plays
 	$(PY) -m tests.exhaustive --jobs $(or $(JOBS),2)
-	$(PY) -m pytest -s -m slow tests/simulation
+	$(PY) -m pytest -s -m slow -o faulthandler_timeout=900 tests/simulation
 
 .PHONY: test-mlx
 test-mlx: $(MLX_STAMP) ## the MLX engine's tests with a real model, in an environment of their own
