@@ -458,10 +458,7 @@ class Barrier:
         failed = frozenset(failed_statuses)
         deadline, seen = self.clock.now() + seconds, dict[int, object]()
         while True:
-            if self.leadership is not None and self.clock.now() >= self._renew_at:
-                await (
-                    self.lead()
-                )  # or a wait for longer than the lease would end as somebody who does not lead any more
+            await self._keep_lead()
             outcome = await attempt()
             if not isinstance(outcome, NotReady):
                 return outcome
@@ -488,10 +485,19 @@ class Barrier:
                 continue  # arrived between the attempt and the picture
             if self.clock.now() >= deadline:
                 return TimedOut(epoch, missing_ranks(snapshot, requirement), explain(snapshot, requirement))
-            due = min(deadline, self._renew_at if self.leadership is not None else deadline)
-            found = await waiting(snapshot, max(min(self.settings.backstop, due - self.clock.now()), 0.001))
+            look_at = min(self.clock.now() + self.settings.backstop, deadline)
+            found: CheckOutcome | Wake | _T = Wake.QUIET
+            while found is Wake.QUIET and (now := self.clock.now()) < look_at:
+                await self._keep_lead()
+                until = look_at if self.leadership is None else min(look_at, self._renew_at)
+                found = await waiting(snapshot, max(until - now, 0.001))
             if not isinstance(found, NotReady | Wake):
                 return found
+
+    async def _keep_lead(self) -> None:
+        """Renew in time, or a wait for longer than the lease would end as somebody who does not lead any more."""
+        if self.leadership is not None and self.clock.now() >= self._renew_at:
+            await self.lead()
 
     # --- what this planner knows --------------------------------------------------------------------------------------
 
