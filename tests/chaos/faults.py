@@ -515,13 +515,16 @@ async def out_of_memory(world: World, rng: random.Random) -> Effect | None:
     """Just as much memory as is used now; what does not fit any more is refused."""
     seconds = LEASE * rng.uniform(0.5, 1.5)
     async with _outage(world):
-        async with client_of(await world.site.server()) as client:
+        url = (
+            await world.site.server()
+        )  # the same one afterwards, also if the sentinels have made another one the master
+        async with client_of(url) as client:
             used = (await client.info("memory"))["used_memory"]
             await client.config_set("maxmemory", used + rng.randint(0, 4_000))
         try:
             await asyncio.sleep(seconds)
         finally:
-            async with client_of(await world.site.server()) as client:
+            async with client_of(url) as client:
                 refused = (await client.info("errorstats")).get("errorstat_OOM", {"count": 0})["count"]
                 await client.config_set("maxmemory", 0)
                 await client.execute_command("CONFIG", "RESETSTAT")
