@@ -309,8 +309,11 @@ class Member:
                         pipe.execute_command(*command)
                 try:
                     await pipe.execute()
+                    return
                 except WatchError:
-                    return  # it lapsed just now, and another life took it
+                    pass
+        # It lapsed just now, and another life may have taken it; or the connection broke, which redis-py says in the same way.
+        await self._drop_claim(rank, said_hello=said_hello)
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 

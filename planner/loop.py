@@ -198,9 +198,8 @@ class InstanceLoop:
             await self._follow(following, snapshot)
             return
         if snapshot.epoch is None and self._ordinal > 0:
-            await (
-                self._heal_desired()
-            )  # before any decision: whoever must succeed this planner knows nothing else of the instance
+            # Before any decision: whoever must succeed this planner knows nothing else of the instance.
+            await self._heal_desired()
         await self._carry_out(action, snapshot)
 
     # --- leadership ---------------------------------------------------------------------------------------------------

@@ -112,9 +112,8 @@ class Registry:
                 pipe.hsetnx(self.keys.instances, record.spec.name, record.model_dump_json())
                 pipe.pexpire(self.keys.instances, self._lifetime_ms)
                 written, _ = await pipe.execute()
-            if (
-                written
-            ):  # one that began after the store forgot would not know the instance, and could not succeed its leader
+            # A planner that began after the store forgot would not know the instance, and could not succeed its leader.
+            if written:
                 async with self._store.commands.pipeline(transaction=True) as pipe:
                     pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
                     pipe.pexpire(self.keys.changes, self._lifetime_ms)

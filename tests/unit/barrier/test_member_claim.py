@@ -325,3 +325,27 @@ async def test_a_claim_with_a_longer_lease_of_its_own_is_not_shortened(store: Fa
     assert left == 60_000
     await rival.close()
     await patient.close()
+
+
+async def test_a_leave_that_failed_can_be_repeated(store: FakeStore) -> None:
+    faults = FaultPlan()
+    one = Member(store.client(faults=faults), "demo", rank=0, world_size=1, clock=store.clock)
+    await one.claim()
+    faults.refuse("watch")
+    with pytest.raises(StoreUnavailable):
+        await one.leave()
+    assert one.keys.claim(0) in store.contents()
+    await one.leave()
+    assert one.keys.claim(0) not in store.contents()
+    await one.close()
+
+
+async def test_a_connection_that_breaks_in_the_middle_of_a_leave_leaves_no_claim_behind(store: FakeStore) -> None:
+    faults = FaultPlan()
+    one = Member(store.client(faults=faults), "demo", rank=0, world_size=1, clock=store.clock)
+    await one.claim()
+    faults.refuse("exec")
+    await one.leave()
+    faults.assert_fired()
+    assert one.keys.claim(0) not in store.contents()
+    await one.close()

@@ -399,3 +399,22 @@ def test_any_bytes_as_a_verdict_still_end_the_epoch(raw: bytes) -> None:
     found = decode_entry(ENTRY, {b"kind": b"verdict", b"nonce": b"a" * 32, b"verdict": raw})
     assert isinstance(found, VerdictAnnounced)
     assert found.verdict.kind in ("Aborted", "Stopped")
+
+
+async def test_a_mistake_in_the_reader_ends_the_log_and_nobody_waits_for_ever(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: object) -> LogEntry:
+        raise ZeroDivisionError("a mistake of ours")
+
+    epoch = await group.all_connected()
+    monkeypatch.setattr("barrier.member.decode_entry", mistaken)
+    await group.load(epoch)
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(anext(group.ranks[0].member.tasks()), 5)
+
+
+def test_an_entry_beyond_what_a_report_can_name_is_not_ours() -> None:
+    fields = {b"kind": b"opened", b"nonce": NONCE.encode()}
+    assert decode_entry(LogId(7, 10**10 - 1), fields) == EpochAnnounced(EpochId(7, NONCE))
+    assert isinstance(decode_entry(LogId(7, 10**10), fields), Garbage)
