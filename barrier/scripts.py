@@ -473,8 +473,9 @@ def _record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord | N
         joined = "".join(value for _, value in chunks)
         roster = tuple(joined[i : i + INCARNATION_WIDTH] for i in range(0, len(joined), INCARNATION_WIDTH))
         recorded_size = int(fields["world_size"])
-        if recorded_size != world_size or len(roster) != recorded_size:
-            return None, f"it is for {recorded_size} ranks with a roster of {len(roster)}, {world_size} were asked for"
+        if recorded_size != world_size or len(joined) != recorded_size * INCARNATION_WIDTH:
+            held = len(joined) / INCARNATION_WIDTH
+            return None, f"it is for {recorded_size} ranks with a roster of {held:g}, {world_size} were asked for"
         steps = {
             name.removeprefix("step:"): _step_record(value)
             for name, value in fields.items()

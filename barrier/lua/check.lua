@@ -15,10 +15,9 @@ local refusal = not_current(record, number, nonce)
 if refusal then
   return refusal
 end
-local world_size = #KEYS - FIRST_RANK + 1
-local roster = tonumber(record.world_size) == world_size and read_roster(KEYS[1], world_size)
+local roster, unknown = read_roster(KEYS[1], record, #KEYS - FIRST_RANK + 1)
 if not roster then
-  return { 'UNKNOWN', 'the record has no roster of ' .. world_size .. ' ranks' }
+  return unknown
 end
 local missing = missing_ranks(record, roster, FIRST_RANK, FIRST_RULE)
 if #missing > 0 then

@@ -28,13 +28,9 @@ refusal = not_current(record, number, nonce)
 if refusal then
   return refusal
 end
-local world_size = #KEYS - FIRST_RANK + 1
-if tonumber(record.world_size) ~= world_size then
-  return { 'UNKNOWN', 'the record says world_size ' .. record.world_size .. ', the caller ' .. world_size }
-end
-local roster = read_roster(KEYS[1], world_size)
+local roster, unknown = read_roster(KEYS[1], record, #KEYS - FIRST_RANK + 1)
 if not roster then
-  return { 'UNKNOWN', 'the record has no whole roster' }
+  return unknown
 end
 
 local field = 'step:' .. step

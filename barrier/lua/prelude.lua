@@ -61,20 +61,22 @@ local function read_record(epoch_key)
   return record
 end
 
-local function read_roster(epoch_key, world_size)
+-- The roster of a record that is for so many ranks as the caller has; otherwise why there is none.
+local function read_roster(epoch_key, record, world_size)
+  if tonumber(record.world_size) ~= world_size then
+    return nil, { 'UNKNOWN', 'the record says world_size ' .. record.world_size .. ', the caller ' .. world_size }
+  end
   local fields = {}
   for chunk = 0, math.floor((world_size - 1) / ROSTER_CHUNK) do
     fields[#fields + 1] = 'roster:' .. chunk
   end
   local chunks = redis.call('HMGET', epoch_key, unpack(fields))
   for i = 1, #fields do
-    if not chunks[i] then
-      return nil
-    end
+    chunks[i] = chunks[i] or ''
   end
   local roster = table.concat(chunks)
   if #roster ~= world_size * INCARNATION_WIDTH then
-    return nil
+    return nil, { 'UNKNOWN', 'the record has no whole roster' }
   end
   return roster
 end

@@ -63,9 +63,9 @@ async def test_check_knows_verdicts_and_later_epochs(group: Group) -> None:
 
 async def test_check_never_says_ready_without_a_whole_record(group: Group) -> None:
     epoch = await group.all_connected()
-    assert await check(group, epoch, world_size=2) == Unknown("the record has no roster of 2 ranks")
+    assert await check(group, epoch, world_size=2) == Unknown("the record says world_size 3, the caller 2")
     await group.barrier.store.commands.hdel(group.keys.epoch, "roster:0")
-    assert await check(group, epoch) == Unknown("the record has no roster of 3 ranks")
+    assert await check(group, epoch) == Unknown("the record has no whole roster")
     group.store.delete(group.keys.epoch)
     assert await check(group, epoch) == Unknown("the store has no epoch record")
 
