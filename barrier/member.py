@@ -402,8 +402,7 @@ class Member:
         """
         async with self._writing:
             rank = self.rank
-            if self._dropped_claim is not None:
-                raise self._dropped_claim
+            self._refuse_if_replaced()
             if self._renewed_at > float("-inf") and self.clock.now() - self._renewed_at > self.settings.reread_after:
                 await self._read_before_writing(rank)
             sent_at, read_to = self.clock.now(), self._cursor
@@ -449,6 +448,11 @@ class Member:
         if holder is not None:
             self._check_claim(holder)
 
+    def _refuse_if_replaced(self) -> None:
+        """Raise `ClaimLost` where it is known that another incarnation holds the rank."""
+        if self._dropped_claim is not None:
+            raise self._dropped_claim
+
     def _check_claim(self, holder: bytes | None) -> None:
         if holder == self.incarnation.encode():
             return
@@ -457,13 +461,16 @@ class Member:
             f"group {self.keys.group}, rank {self.rank}: process {other} holds this rank now; this one ({self.incarnation}) "
             "was silent for longer than its lease. Stop one of the two"
         )
+        self._offer(self._dropped_claim)  # whoever waits for tasks waits no longer
         raise self._dropped_claim
 
     def _notice(self, record: list[bytes | None], newest: list[tuple[bytes, Any]], read_to: LogId) -> None:
         """Learn of epochs and verdicts from the record as well: the log may have been lost, or have gone back."""
         end = LogId.parse(newest[0][0].decode()) if newest else LogId(0, 0)
         if end < read_to and read_to == self._cursor:
-            self._cursor = end  # never wait beyond the end of a log that went back; what comes twice is recognised
+            # Never wait beyond the end of a log that went back, nor pass over what has come since; what comes twice is recognised.
+            report = self._report
+            self._cursor = min(end, LogId(report.floor, report.applied if report.epoch else MAX_APPLIED))
         number, nonce, verdict = record
         if number is None or nonce is None:
             return
@@ -477,7 +484,7 @@ class Member:
             self._announced = epoch
             self._offer(EpochAnnounced(epoch))
 
-    def _offer(self, entry: LogEntry) -> None:
+    def _offer(self, entry: LogEntry | ClaimLost) -> None:
         """Hand an entry to the reader, unless it is too far behind: the next heartbeat says it again."""
         try:
             self._entries.put_nowait(entry)
@@ -512,8 +519,7 @@ class Member:
                 if not failures:
                     logger.warning("rank {}: heartbeat failed: {}", self._rank, error)
                 failures += 1
-            except ClaimLost as error:
-                await self._entries.put(error)
+            except ClaimLost:
                 return
             else:
                 if failures:
@@ -534,6 +540,7 @@ class Member:
         reading = asyncio.create_task(self._follow(), name=f"rankgate task log of rank {self._rank}")
         try:
             while True:
+                self._refuse_if_replaced()
                 entry = await self._entries.get()
                 if isinstance(entry, BaseException):
                     raise entry

@@ -157,7 +157,8 @@ def _without_epoch(view: View, now: float) -> Action:
     if agreed is not None and not snapshot.unreadable:  # a record that is there must be ended, not written back
         epoch, status = agreed
         steps = _restorable_steps(snapshot, status)
-        if steps:
+        known_to_be_over = epoch == memory.accounted or snapshot.log_end.number > epoch.number
+        if steps and not known_to_be_over:
             return RestoreEpoch(
                 epoch, status, steps, f"the record is gone, and all ranks agree that they are {status} in it"
             )
@@ -168,6 +169,10 @@ def _without_epoch(view: View, now: float) -> Action:
         )
     if memory.stopping and any(rank.report is None for rank in snapshot.ranks):
         return Finished("stopped; not all ranks were here to be told")
+    if (
+        memory.last_failure is not None and not memory.stopping
+    ):  # with the record went what was to come of the last attempt's end
+        return _after_verdict(view, memory.last_failure, now)
     return _assemble(view, now, "no attempt is under way")
 
 
@@ -398,8 +403,8 @@ def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
     requirement = serving_requirement(epoch.world_size)
     if is_serving(view.snapshot):
         running = any(rank.report and rank.report.status == "Running" for rank in view.snapshot.ranks)
-        stable_at = view.memory.ready_since + view.policy.stable_after if view.memory.ready_since is not None else now
-        ends = [stable_at] if view.memory.charges else []
+        since = now if view.memory.ready_since is None else view.memory.ready_since
+        ends = [since + view.policy.stable_after] if view.memory.charges else []
         if running:
             ends.append(view.memory.progress_at + view.policy.generate_stall)
         return Serve(min(ends, default=FOREVER), f"{view.spec.name} serves")

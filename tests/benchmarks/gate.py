@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from barrier import (
     connect,
 )
 from barrier.outcomes import DispatchOutcome, ReleaseOutcome
+from tests.benchmarks.commits import Commits, noting_script
 from tests.benchmarks.group import PATIENCE, Absent, Readers, load_task, now, open_epoch, readers
 from tests.benchmarks.readers import SETTINGS
 from tests.benchmarks.stats import Samples
@@ -44,7 +46,8 @@ class GateFigures:
         ping: floor: an idle round trip.
         push: floor: one client's XADD until another client's blocked XREAD returns, both in this process.
         plain_push: the same with the client as redis-py makes it by default.
-        committed: until the planner was woken by the answer that the task is in the log.
+        committed: until the server had put the task into the log, by the server's own word.
+        known: until the planner was woken by the answer that it is there.
         first_hands: until the first runner has the task.
         all_hands: until the last one has.
     """
@@ -55,6 +58,7 @@ class GateFigures:
     push: Samples = field(default_factory=Samples)
     plain_push: Samples = field(default_factory=Samples)
     committed: Samples = field(default_factory=Samples)
+    known: Samples = field(default_factory=Samples)
     first_hands: Samples = field(default_factory=Samples)
     all_hands: Samples = field(default_factory=Samples)
 
@@ -131,8 +135,11 @@ async def until_blocked(store: Store, clients: int) -> None:
 class GateBench:
     """One group on one server, whose last rank arrives again and again."""
 
-    def __init__(self, figures: GateFigures, barrier: TimedBarrier, last: Member, children: Readers | None) -> None:
+    def __init__(
+        self, figures: GateFigures, barrier: TimedBarrier, last: Member, children: Readers | None, commits: Commits
+    ) -> None:
         self.figures = figures
+        self._commits = commits
         self._barrier = barrier
         self._last = last
         self._children = children
@@ -166,14 +173,16 @@ class GateBench:
         await barrier.store.commands.ping()
         figures.ping.add(now() - started)
 
+        await self._commits.begin()
         await asyncio.sleep(IDLE_SECONDS)
-        started = now()
+        started, started_by_day = now(), time.time()
         await self._last.report("Connected")
-        outcome, committed_at = await releasing
+        outcome, known_at = await releasing
         assert isinstance(outcome, Released), outcome
         assert outcome.id is not None
         assert barrier.ends == [Dispatched(outcome.id)], f"one arrival was one push, and nothing else: {barrier.ends}"
-        figures.committed.add(committed_at - started)
+        figures.known.add(known_at - started)
+        figures.committed.add(await self._commits.commit() - started_by_day)
         if figures.readers:
             received = await self._received(str(outcome.id))
             figures.first_hands.add(min(received) - started)
@@ -221,7 +230,9 @@ async def measure_gate(url: str, world_size: int, *, with_readers: int, samples:
         absent = Absent(store, barrier, range(others, world_size - 1), world_size)
         await absent.report("Idle", None)
 
-        bench = GateBench(figures, barrier, last, children)
+        stack.enter_context(noting_script())
+        commits = Commits(last_store, barrier.keys.epoch)
+        bench = GateBench(figures, barrier, last, children, commits)
         untyped: Any = Redis
         key = f"{{bench:{group}}}"
         reader = await closing(store.reader(), Redis.aclose)

@@ -185,6 +185,8 @@ def _gate_table(found: list[GateFigures]) -> str:
         "push floor",
         "committed",
         "(floors)",
+        "known",
+        "(floors)",
         "first hands",
         "all hands",
         "(floors)",
@@ -192,8 +194,10 @@ def _gate_table(found: list[GateFigures]) -> str:
     rows: list[list[str]] = []
     for one in found:
         row = [str(one.world_size), str(one.readers), str(len(one.committed.seconds))]
-        row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.ping, one.push, one.committed)]
-        row.append(f"{one.committed.p50 / one.push.p50:.1f}/{one.committed.p99 / one.push.p99:.1f}")
+        row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.ping, one.push)]
+        for samples in (one.committed, one.known):
+            row.append(f"{samples.p50:,.0f}/{samples.p99:,.0f}")
+            row.append(f"{samples.p50 / one.push.p50:.1f}/{samples.p99 / one.push.p99:.1f}")
         if one.readers:
             row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.first_hands, one.all_hands)]
             row.append(f"{one.all_hands.p50 / one.push.p50:.1f}/{one.all_hands.p99 / one.push.p99:.1f}")

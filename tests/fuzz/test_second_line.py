@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from loguru import logger
 
 from barrier import EpochAnnounced, EpochId, LogId, TaskEntry
+from barrier.testing import FaultPlan
 from barrier.testing.waiting import settle
-from runner.messages import Task, TaskKind, TaskStatusUpdated, encode
+from runner.messages import RunnerStatusUpdated, Task, TaskKind, TaskStatusUpdated, encode
 from runner.testing import Phase
 from tests.unit.runner.rig import WAY, Rig, make_task, other_nonce, runner_rig
 
@@ -268,8 +269,37 @@ class Trial:
         assert promised == self.oracle.epoch, f"after {move} it has promised {promised}, and should {self.oracle.epoch}"
 
 
-async def try_history(history: list[tuple[str, Any]]) -> None:
-    async with runner_rig(auto=True) as rig:
+async def leave_at_work(trial: Trial, plan: FaultPlan, place: int, *, as_it_is_said: bool) -> None:
+    """At the end of a history the runner is told to leave while it works; the work ends just then. It must leave all the same."""
+    rig = trial.rig
+    kind, phase, during, _ = WAY[place]
+    for before, _, _, _ in WAY[:place]:
+        if before != "TextGeneration":
+            await rig.ask(make_task(before, rig.epoch))
+    rig.engine.hold(phase, "close")
+    await rig.ask(make_task(kind, rig.epoch))
+    assert rig.status == during
+
+    async def end_work() -> None:
+        rig.engine.release(phase)
+        await settle()
+
+    if as_it_is_said:
+        plan.after("exec", end_work, touching="|ShuttingDown|")
+    told = await rig.ask(make_task("Shutdown", rig.epoch))
+    if not as_it_is_said:
+        await end_work()
+    rig.engine.release("close")
+    told += await rig.tell()
+    await rig.ended()
+    said = [one.status.kind for one in told if isinstance(one, RunnerStatusUpdated)]
+    leaving = said[said.index("ShuttingDown") :]
+    assert set(leaving) == {"ShuttingDown", "Shutdown"}, f"told to leave while {during}, it said {leaving}"
+
+
+async def try_history(history: list[tuple[str, Any]], ending: tuple[int, bool]) -> None:
+    plan = FaultPlan()
+    async with runner_rig(auto=True, faults=plan) as rig:
         trial = Trial(rig)
         await trial.attempt()
         for move in history:
@@ -281,6 +311,8 @@ async def try_history(history: list[tuple[str, Any]]) -> None:
         for kind, _, _, after in WAY:
             await rig.ask(make_task(kind, trial.oracle.epoch))
             assert rig.status == after, "after all that it serves"
+        await trial.attempt()
+        await leave_at_work(trial, plan, ending[0], as_it_is_said=ending[1])
 
 
 @settings(
@@ -288,12 +320,12 @@ async def try_history(history: list[tuple[str, Any]]) -> None:
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-@given(st.lists(moves, min_size=5, max_size=30))
-def test_no_planner_can_make_a_runner_act_out_of_turn(history: list[tuple[str, Any]]) -> None:
+@given(st.lists(moves, min_size=5, max_size=30), st.tuples(st.integers(0, len(WAY) - 1), st.booleans()))
+def test_no_planner_can_make_a_runner_act_out_of_turn(history: list[tuple[str, Any]], ending: tuple[int, bool]) -> None:
     for package in ("runner", "barrier"):
         logger.disable(package)  # thousands of refusals are right, and slow to print
     try:
-        asyncio.run(try_history(history))
+        asyncio.run(try_history(history, ending))
     finally:
         for package in ("runner", "barrier"):
             logger.enable(package)

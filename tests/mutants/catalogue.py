@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from tests.mutants.harness import (
+    DECISIONS,
     EXHAUSTIVE,
+    JUDGE,
     PROPERTY,
+    RANK,
     SECOND_LINE,
     SIMULATION,
+    SPOILED,
     Edit,
     Mutation,
     Search,
     exhaustive,
-    unit,
 )
 
 _PRELUDE = "barrier/lua/prelude.lua"
@@ -45,16 +48,13 @@ def _verb_fence(verb: str, file: str) -> Mutation:
     )
 
 
-_RESTORE_TESTS = unit("unit/barrier/test_restore.py")
-
-
 def _restore_needs(what: str, old: str, new: str, guard: str, model: Edit | None = None) -> Mutation:
     return Mutation(
         f"restore-{what}",
         f"`restore`: {guard}",
         "S2" if what == "digest" else "S4",
         Edit(_RESTORE, old, new),
-        (PROPERTY, EXHAUSTIVE, _RESTORE_TESTS) if model else (PROPERTY, _RESTORE_TESTS),
+        (PROPERTY, EXHAUSTIVE) if model else (PROPERTY,),
         model,
     )
 
@@ -104,14 +104,14 @@ SCRIPTS: tuple[Mutation, ...] = (
             "if #roster ~= world_size * INCARNATION_WIDTH then\n    return nil",
             "if false then\n    return nil",
         ),
-        (unit("unit/barrier/test_dispatch.py"),),
+        (SPOILED,),
     ),
     Mutation(
         "world-size",
         "a record for another world size is Unknown",
         "S4",
-        Edit(_DISPATCH, "if tonumber(record.world_size) ~= world_size then", "if false then"),
-        (PROPERTY, unit("unit/barrier/test_dispatch.py")),
+        Edit(_PRELUDE, "if tonumber(record.world_size) ~= world_size then", "if false then"),
+        (SPOILED,),
     ),
     # --- the gate ---------------------------------------------------------------------------------------------------------
     Mutation(
@@ -223,7 +223,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "no entry below a log that went on to a later epoch",
         "S4",
         Edit(_DISPATCH, "if log_number > tonumber(number) then", "if false then"),
-        (PROPERTY, unit("unit/barrier/test_dispatch.py")),
+        (SPOILED,),
     ),
     Mutation(
         "conclude-seen",
@@ -356,7 +356,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "a new number is above the record's",
         "S4",
         Edit(_OPEN, "math.max((tonumber(record[1]) or 0) + 1, tonumber(floor) + 1,", "math.max(tonumber(floor) + 1,"),
-        (PROPERTY, EXHAUSTIVE, unit("unit/barrier/test_open.py")),
+        (PROPERTY, EXHAUSTIVE),
         Edit(_REFERENCE, "record.id.number if record else 0, *(report.floor", "*(report.floor"),
     ),
     Mutation(
@@ -364,7 +364,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "a new number is above what the caller has seen",
         "S4",
         Edit(_OPEN, "tonumber(floor) + 1, log_number + 1, server_ms())", "log_number + 1, server_ms())"),
-        (PROPERTY, EXHAUSTIVE, unit("unit/barrier/test_open.py")),
+        (PROPERTY, EXHAUSTIVE),
         Edit(_REFERENCE, "    seen = [floor, state.log_end.number,", "    seen = [state.log_end.number,"),
     ),
     Mutation(
@@ -480,7 +480,7 @@ SCRIPTS: tuple[Mutation, ...] = (
             f"`{verb}` looks at the types of its keys before its first write",
             "S8",
             Edit(file, "if wrong then\n  return wrong\nend", ""),
-            (unit("unit/barrier/test_wrong_types.py"),),
+            (SPOILED,),
         )
         for verb, file in (("open", _OPEN), ("restore", _RESTORE), ("dispatch", _DISPATCH), ("conclude", _CONCLUDE))
     ),
@@ -497,14 +497,14 @@ RANKS: tuple[Mutation, ...] = (
             "        if self.promised is not None:\n            return NotPromised",
             "        if False:\n            return NotPromised",
         ),
-        (exhaustive("teardown"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+        (RANK, exhaustive("teardown"), SIMULATION),
     ),
     Mutation(
         "promise-current",
         "a rank promises the current epoch only, number and nonce",
         "S3",
         Edit(_MEMBER, 'if number is None or f"{number}-{nonce}" != str(epoch):', "if number is None:"),
-        (exhaustive("hearsay"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+        (RANK, exhaustive("hearsay"), SIMULATION),
     ),
     Mutation(
         "promise-verdict",
@@ -515,7 +515,7 @@ RANKS: tuple[Mutation, ...] = (
             "        if verdict is not None:\n            return NotPromised",
             "        if False:\n            return NotPromised",
         ),
-        (SIMULATION, unit("unit/barrier/test_member_promise.py")),
+        (RANK, SIMULATION),
     ),
     Mutation(
         "promise-floor",
@@ -526,7 +526,7 @@ RANKS: tuple[Mutation, ...] = (
             "        if epoch.number <= self._report.floor:\n            return",
             "        if False:\n            return",
         ),
-        (exhaustive("reuse"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+        (RANK, exhaustive("reuse"), SIMULATION),
     ),
     Mutation(
         "promise-spent",
@@ -537,14 +537,14 @@ RANKS: tuple[Mutation, ...] = (
             "self._report = replace(self._report, epoch=None, applied=0)",
             "self._report = replace(self._report, epoch=None, applied=0, floor=0)",
         ),
-        (exhaustive("floor"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+        (RANK, exhaustive("floor"), SIMULATION),
     ),
     Mutation(
         "promise-roster",
         "a rank promises only an epoch whose roster names its own incarnation",
         "S3",
         Edit(_MEMBER, "if mine != self.incarnation or world_size is None:", "if world_size is None:"),
-        (exhaustive("roster"), SIMULATION, unit("unit/barrier/test_member_promise.py")),
+        (RANK, exhaustive("roster"), SIMULATION),
     ),
     Mutation(
         "promise-announced",
@@ -555,7 +555,7 @@ RANKS: tuple[Mutation, ...] = (
             "        if entry.epoch.number <= self._member.report_now.floor:\n            return",
             "        if False:\n            return",
         ),
-        (SIMULATION, SECOND_LINE, unit("unit/runner/test_runner_store.py", "unit/runner/test_runner_failures.py")),
+        (SECOND_LINE, SIMULATION),
     ),
     Mutation(
         "teardown",
@@ -576,14 +576,14 @@ RANKS: tuple[Mutation, ...] = (
             "if entry.id.n <= self._report.applied:\n                            continue",
             "if False:\n                            continue",
         ),
-        (exhaustive("applied"), SIMULATION, unit("unit/barrier/test_member_log.py")),
+        (RANK, exhaustive("applied"), SIMULATION),
     ),
     Mutation(
         "rewind",
         "a rank does not wait beyond the end of a log that went back",
         "L6",
         Edit(_MEMBER, "if end < read_to and read_to == self._cursor:", "if False:"),
-        (exhaustive("cursor"), SIMULATION, unit("unit/barrier/test_member_log.py")),
+        (RANK, exhaustive("cursor"), SIMULATION),
     ),
     Mutation(
         "missed",
@@ -597,14 +597,7 @@ RANKS: tuple[Mutation, ...] = (
         "a rank that could not renew accepts nothing until it has read the epoch again",
         "S3",
         Edit(_MEMBER, "        while not self.trusted:", "        while False:"),
-        (
-            SIMULATION,
-            unit(
-                "unit/barrier/test_member_report.py",
-                "unit/barrier/test_member_log.py",
-                "unit/runner/test_runner_store.py",
-            ),
-        ),
+        (RANK, SIMULATION),
     ),
     Mutation(
         "claim",
@@ -615,14 +608,14 @@ RANKS: tuple[Mutation, ...] = (
             "        if holder == self.incarnation.encode():\n            return\n        other",
             "        if True:\n            return\n        other",
         ),
-        (SIMULATION, unit("unit/barrier/test_member_claim.py")),
+        (RANK, SIMULATION),
     ),
     Mutation(
         "reread",
         "a rank that was silent looks for a successor before it writes",
         "S6",
         Edit(_MEMBER, '            if self._renewed_at > float("-inf") and', "            if False and"),
-        (SIMULATION, unit("unit/barrier/test_member_claim.py")),
+        (RANK, SIMULATION),
     ),
     # --- the judge --------------------------------------------------------------------------------------------------------
     Mutation(
@@ -648,7 +641,7 @@ RANKS: tuple[Mutation, ...] = (
         "a runner acts only as the incarnation on the roster",
         "S3",
         Edit(_MACHINE, "if promise.incarnation != standing.incarnation:", "if False:"),
-        (SECOND_LINE, unit("unit/runner/test_machine.py")),
+        (JUDGE,),
     ),
     Mutation(
         "judge-instance",
@@ -694,7 +687,7 @@ RANKS: tuple[Mutation, ...] = (
         "a message is not read beyond its limit",
         "S7",
         Edit(_MESSAGES, "    if len(payload) > MAX_MESSAGE_BYTES:", "    if False:"),
-        (SECOND_LINE, unit("unit/runner/test_messages.py")),
+        (SECOND_LINE,),
     ),
     Mutation(
         "malformed",
@@ -708,14 +701,14 @@ RANKS: tuple[Mutation, ...] = (
         "work under way does not undo a failure",
         "S6",
         Edit(_RUNNER, "if _FINALITY.get(status.kind, 0) >= _FINALITY.get(self._status.kind, 0):", "if True:"),
-        (SECOND_LINE, SIMULATION, unit("unit/runner/test_runner_failures.py")),
+        (SECOND_LINE, SIMULATION),
     ),
     Mutation(
         "engine-death",
         "an engine that died is not loaded anew without its group",
         "S1",
         Edit(_RUNNER, "            await self._check_engine()\n", ""),
-        (SECOND_LINE, SIMULATION, unit("unit/runner/test_runner_failures.py")),
+        (SECOND_LINE, SIMULATION),
     ),
 )
 
@@ -729,14 +722,14 @@ PLANNERS: tuple[Mutation, ...] = (
             "    if report.epoch == epoch.id and report.incarnation == mine and report.status in failed:",
             "    if False:",
         ),
-        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "break-restarted",
         "a rank that was restarted ends the attempt for all",
         "S6",
         Edit(_ARRIVALS, "    if report.incarnation > mine:", "    if False:"),
-        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "break-earlier-life",
@@ -747,28 +740,28 @@ PLANNERS: tuple[Mutation, ...] = (
             "    if report.incarnation < mine:\n        return None",
             '    if report.incarnation < mine:\n        return 1, Break(f"{who} was restarted", view.rank)',
         ),
-        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "break-promised",
         "a report that promised a later epoch proves that the store went back",
         "S6",
         Edit(_ARRIVALS, "    if report.floor > epoch.id.number or (", "    if False and ("),
-        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "break-log",
         "a log of a later epoch proves that the record went back",
         "S6",
         Edit(_ARRIVALS, "    if snapshot.log_end.number > epoch.id.number:", "    if False:"),
-        (EXHAUSTIVE, SIMULATION, unit("unit/barrier/test_arrivals.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "ahead",
         "a report that is ahead of the steps dispatched proves that the store went back",
         "S6",
         Edit(_DECIDE, "    if not ahead:\n        return None", "    if True:\n        return None"),
-        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_decide.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "silent",
@@ -779,14 +772,14 @@ PLANNERS: tuple[Mutation, ...] = (
             "    if silent:\n        first = silent[0]\n        many",
             "    if False:\n        first = silent[0]\n        many",
         ),
-        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_decide.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "hold",
         "when most leases lapse at once, the planner holds for one lease",
         "L6",
         Edit(_RECOVERY, "    if len(lapsed) >= 2 and", "    if False and"),
-        (SIMULATION, unit("unit/planner/test_recovery.py", "unit/planner/test_loop.py")),
+        (DECISIONS, SIMULATION),
     ),
     Mutation(
         "lost-record-hold",
@@ -797,7 +790,7 @@ PLANNERS: tuple[Mutation, ...] = (
             "if memory.epoch_lost_at is not None and now < memory.epoch_lost_at + view.settings.lease:",
             "if False:",
         ),
-        (SIMULATION, unit("unit/planner/test_decide.py", "unit/planner/test_loop.py")),
+        (DECISIONS, SIMULATION),
     ),
     Mutation(
         "culprit",
@@ -808,49 +801,49 @@ PLANNERS: tuple[Mutation, ...] = (
             "    culprit = UNATTRIBUTED if epoch.verdict.culprit is None else epoch.verdict.culprit",
             "    culprit = UNATTRIBUTED",
         ),
-        (unit("unit/planner/test_recovery.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "charged-once",
         "a verdict is charged once",
         "L4",
         Edit(_RECOVERY, "if epoch.verdict is None or memory.accounted == epoch.id:", "if epoch.verdict is None:"),
-        (unit("unit/planner/test_recovery.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "backoff",
         "the next attempt waits for its backoff",
         "L4",
         Edit(_DECIDE, "        if now < memory.backoff_until:", "        if False:"),
-        (unit("unit/planner/test_decide.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "budget",
         "a spent budget ends the instance",
         "L4",
         Edit(_DECIDE, "        if exhausted(memory, view.policy):", "        if False:"),
-        (unit("unit/planner/test_decide.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "forgive",
         "a success resets the budget",
         "L4",
         Edit(_RECOVERY, "    if stable or _has_generated(snapshot):", "    if False:"),
-        (unit("unit/planner/test_recovery.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "stall",
         "an attempt in which nothing moves is ended",
         "L2",
         Edit(_DECIDE, "    if now >= until and missing_ranks(view.snapshot, requirement):", "    if False:"),
-        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_decide.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "progress",
         "progress renews the deadline: slow is not stalled",
         "L2",
         Edit(_RECOVERY, "    if signature != memory.signature:", "    if memory.signature is None:"),
-        (unit("unit/planner/test_recovery.py", "unit/planner/test_loop.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "teardown-gate",
@@ -861,7 +854,7 @@ PLANNERS: tuple[Mutation, ...] = (
             'Step("connect", lambda n: all_ranks(n, "Idle"),',
             'Step("connect", lambda n: all_ranks(n, ("Idle", "Failed", "Connected", "Loaded", "Ready")),',
         ),
-        (EXHAUSTIVE, SIMULATION, unit("unit/planner/test_lifecycle.py")),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "load-gate",
@@ -872,7 +865,7 @@ PLANNERS: tuple[Mutation, ...] = (
             'Step("load", lambda n: all_ranks(n, "Connected"),',
             'Step("load", lambda n: all_ranks(n, ("Connected", "Connecting", "Idle")),',
         ),
-        (EXHAUSTIVE, SIMULATION),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "leader-last",
@@ -883,35 +876,39 @@ PLANNERS: tuple[Mutation, ...] = (
             'RankRule(1, world_size - 1, ("WarmingUp", "Ready"))',
             'RankRule(1, world_size - 1, ("Loaded", "WarmingUp", "Ready"))',
         ),
-        (EXHAUSTIVE, SIMULATION),
+        (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "spec",
         "an attempt that was opened for another spec is ended",
         "S8",
         Edit(_DECIDE, "    if epoch.digest != view.spec.digest:", "    if False:"),
-        (unit("unit/planner/test_decide.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "permanent",
         "a permanent failure is not tried again",
         "L4",
         Edit(_DECIDE, '        if verdict.failure == "permanent":', "        if False:"),
-        (unit("unit/planner/test_decide.py"),),
+        (DECISIONS,),
     ),
     Mutation(
         "caller-floor",
         "a planner remembers the highest number that it has seen",
         "S4",
         Edit(_BARRIER, "        self._floor = max(self._floor, snapshot.floor)\n", ""),
-        (exhaustive("amnesia"), SIMULATION, unit("unit/barrier/test_open.py", "unit/barrier/test_barrier_wait.py")),
+        (exhaustive("amnesia"), SIMULATION),
     ),
     Mutation(
         "roster-size",
         "a record whose roster does not fit its size counts as missing",
         "S4",
-        Edit(_SCRIPTS, "        if recorded_size != world_size or len(roster) != recorded_size:", "        if False:"),
-        (unit("unit/barrier/test_inspect.py"),),
+        Edit(
+            _SCRIPTS,
+            "        if recorded_size != world_size or len(joined) != recorded_size * INCARNATION_WIDTH:",
+            "        if False:",
+        ),
+        (SPOILED,),
     ),
 )
 

@@ -69,8 +69,8 @@ class Search:
     """A way to look for a breach.
 
     Attributes:
-        kind: ``property``, ``second line``, ``exhaustive``, ``simulation`` or ``unit``.
-        what: for ``unit`` the test files; for ``exhaustive`` the guards that are taken out in the search's own model of ranks and
+        kind: ``property``, ``exhaustive`` or ``simulation``.
+        what: for ``property`` the test files; for ``exhaustive`` the guards that are taken out in the search's own model of ranks and
             planners, where it does not run the product's code; otherwise empty.
     """
 
@@ -79,11 +79,26 @@ class Search:
 
     def __str__(self) -> str:
         """As the table shows it."""
-        return " ".join(Path(one).stem for one in self.what) if self.kind == "unit" else self.kind
+        files = ", ".join(Path(one).stem.removeprefix("test_") for one in self.what)
+        return f"property ({files})" if self.kind == "property" else self.kind
 
 
-PROPERTY = Search("property")
-SECOND_LINE = Search("second line")
+def _property(*files: str) -> Search:
+    return Search("property", tuple(f"tests/{file}" for file in files))
+
+
+PROPERTY = _property("property/test_reference.py", "property/test_servers.py")
+"""Random calls of the verbs, against the reference."""
+SPOILED = _property("property/test_spoiled_store.py")
+"""Random calls of the verbs, on keys that somebody has spoiled."""
+RANK = _property("property/test_rank.py")
+"""One rank against a hostile store."""
+JUDGE = _property("property/test_judge.py")
+"""What a runner's judge says of random tasks."""
+DECISIONS = _property("property/test_decisions.py")
+"""The planner's decisions, on random pictures."""
+SECOND_LINE = _property("fuzz/test_second_line.py")
+"""One runner against a planner that checks nothing."""
 SIMULATION = Search("simulation")
 EXHAUSTIVE = Search("exhaustive")
 
@@ -91,11 +106,6 @@ EXHAUSTIVE = Search("exhaustive")
 def exhaustive(guard: str) -> Search:
     """The exhaustive search with a guard taken out in its own model; see MUTATIONS in ``tests/exhaustive/model.py``."""
     return Search("exhaustive", (guard,))
-
-
-def unit(*files: str) -> Search:
-    """The named unit tests: they were written with the guard in mind, so they are the last resort."""
-    return Search("unit", tuple(f"tests/{file}" for file in files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +204,15 @@ def _commands(search: Search, *, mutated: bool) -> Sequence[tuple[str, list[str]
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     hasty = [*pytest, "-p", "tests.mutants.hasty", "-m", "not redis and not slow and not bench and not mlx"]
     match search.kind:
-        case "property" | "second line":
-            where = "tests/property" if search.kind == "property" else "tests/fuzz/test_second_line.py"
-            return [(str(seed), [*hasty, f"--hypothesis-seed={seed}", where]) for seed in range(1, PROPERTY_SEEDS + 1)]
+        case "property":
+            seeds = range(1, PROPERTY_SEEDS + 1)
+            return [(str(seed), [*hasty, f"--hypothesis-seed={seed}", *search.what]) for seed in seeds]
         case "exhaustive":
             guards = ["--mutate", ",".join(search.what)] if search.what and mutated else []
             return [("", [sys.executable, "-m", "tests.exhaustive", "--jobs", "1", *guards])]
         case "simulation":
             first, end = map(str, SIMULATED)
             return [("", [sys.executable, "-m", "tests.mutants.simulate", first, end])]
-        case "unit":
-            return [("", [*hasty, "--hypothesis-seed=1", *search.what])]
         case _:
             raise LookupError(f"there is no search {search.kind!r}")
 

@@ -211,6 +211,29 @@ async def test_the_heartbeat_of_a_replaced_rank_ends_its_task_log(group: Group) 
     await successor.close()
 
 
+async def test_a_replaced_rank_is_given_no_task_any_more(group: Group) -> None:
+    """Regression: until its next heartbeat it was, although a report had told it already."""
+    rank = group.ranks[0]
+    epoch = await group.all_connected()
+    waiting = asyncio.create_task(rank.next_task())
+    await group.clock.advance(0.0)
+    group.store.delete(group.keys.claim(0))
+    successor = member(group.store)
+    await successor.claim(timeout=0)
+    with pytest.raises(ClaimLost):
+        await rank.report("Connected")
+    with pytest.raises(ClaimLost):
+        await group.clock.run(waiting)
+    with pytest.raises(ClaimLost):
+        await group.clock.run(anext(rank.member.tasks()))
+    await group.load(epoch)
+    assert rank.member.trusted, "its lease was renewed a moment ago"
+    with pytest.raises(ClaimLost):
+        await group.clock.run(anext(rank.member.tasks()))
+    await successor.leave()
+    await successor.close()
+
+
 async def test_a_replaced_rank_leaves_its_successor_alone(group: Group) -> None:
     successor = await replaced_while_stopped(group)
     with pytest.raises(ClaimLost):

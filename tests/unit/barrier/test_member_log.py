@@ -148,6 +148,24 @@ async def test_a_rank_does_not_wait_beyond_the_end_of_a_log_that_went_back(group
         assert [task.step for task in reader.tasks] == ["load", "x"]
 
 
+async def test_what_came_while_a_rank_stood_beyond_the_end_is_not_passed_over(group: Group) -> None:
+    """Regression: with its next report it went to the log's end, and over the entry that had been written there meanwhile."""
+    epoch = await group.all_connected()
+    async with Reader(group.ranks[0]) as reader, group.ranks[0].heartbeat():
+        await group.load(epoch)
+        await group.clock.advance(0.0)
+        commands = group.barrier.store.commands
+        entry = (await commands.xrange(group.keys.tasks))[-1][1]
+        other = EpochId(epoch.number + 5, NONCE)
+        await commands.xadd(group.keys.tasks, entry | {b"nonce": NONCE, b"step": b"foreign"}, id=f"{other.number}-7")
+        await group.clock.advance(0.0)
+        group.store.delete(group.keys.tasks)
+        await commands.xadd(group.keys.tasks, entry | {b"prev": b"2", b"step": b"next"}, id=f"{epoch.number}-3")
+        await commands.pexpire(group.keys.tasks, 60_000)
+        await group.clock.advance(8.0)
+        assert [task.step for task in reader.tasks] == ["load", "foreign", "next"]
+
+
 async def test_an_entry_that_never_came_is_told_with_the_next_one(group: Group) -> None:
     epoch = await group.all_connected()
     await group.barrier.dispatch(epoch, "connect", "{}", "Connected")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from barrier import EpochId, RankRule, Snapshot, TaskOutcome, Verdict
+from barrier import EpochId, LogId, RankRule, Snapshot, TaskOutcome, Verdict
 from barrier.model import StepRecord
 from planner.decide import (
     Action,
@@ -644,10 +644,37 @@ def test_a_stop_whose_record_was_lost_does_not_wait_for_ranks_that_are_gone() ->
     assert action.reason == "stopped; not all ranks were here to be told"
 
 
+def test_a_stop_tears_down_whatever_the_last_attempt_came_to() -> None:
+    told = picture("Ready", "Loaded", opened=False)
+    for failure in (FAILED, HOPELESS):
+        remembered = memory(stopping=True, epoch_lost_at=NOW - LEASE, last_failure=failure, backoff_until=NOW + 9)
+        assert isinstance(act(told, remembered=remembered), OpenEpoch)
+
+
 def test_a_stop_right_after_a_flush_gives_the_ranks_one_lease_to_say_where_they_are() -> None:
     flushed = memory(stopping=True, hold_until=NOW + LEASE, hold_reason="2 of 2 leases lapsed at once")
     assert isinstance(act(picture("-", "-", opened=False), remembered=flushed), Wait)
     assert isinstance(act(picture("-", "-", opened=False), now=NOW + LEASE, remembered=flushed), Finished)
+
+
+def test_an_end_that_was_seen_still_counts_when_its_record_is_lost() -> None:
+    """Regression: with the record went the pause, the budget, and the word that trying again is of no use."""
+    lost = picture("Idle", "Idle", opened=False, ranks={0: {"epoch": None}, 1: {"epoch": None}})
+    waiting = act(lost, remembered=memory(last_failure=FAILED, backoff_until=NOW + 3))
+    assert isinstance(waiting, Wait)
+    assert waiting.until == NOW + 3
+    assert isinstance(act(lost, now=NOW + 3, remembered=memory(last_failure=FAILED, backoff_until=NOW + 3)), OpenEpoch)
+    assert isinstance(act(lost, remembered=memory(last_failure=FAILED, charges={0: 99})), GiveUp)
+    assert isinstance(act(lost, remembered=memory(last_failure=HOPELESS)), GiveUp)
+
+
+def test_an_attempt_that_is_known_to_be_over_is_not_written_back() -> None:
+    """Regression: record and log were lost before any rank had read the verdict, and all still agreed on the attempt."""
+    agreed = picture("Ready", "Ready", opened=False)
+    assert isinstance(act(agreed), RestoreEpoch)
+    assert not isinstance(act(agreed, remembered=replace(memory(), accounted=EPOCH, last_failure=FAILED)), RestoreEpoch)
+    gone_on = replace(agreed, log_end=LogId(EPOCH.number + 1, 1))
+    assert not isinstance(act(gone_on), RestoreEpoch)
 
 
 # --- whatever the picture -------------------------------------------------------------------------------------------------
