@@ -95,6 +95,7 @@ class World:
     record: EpochRecord | None = None
     lost: EpochRecord | None = None
     lives: tuple[int, ...] = ()
+    opened: int = 0
     log: LogId = field(default_factory=lambda: LogId(0, 0))
     memory: Memory = field(default_factory=lambda: Memory.fresh(1_000.0))
     action: brain.Action | None = None
@@ -241,7 +242,7 @@ class World:
         """What the planner's shell and the store make of a decision."""
         match action:
             case OpenEpoch():
-                number = max(self.log.number, *(one.floor for one in self.ranks)) + 1
+                number = self.opened = max(self.opened, self.log.number, *(one.floor for one in self.ranks)) + 1
                 self.log = LogId(number, 1)
                 self.begin(EpochId(number, f"{number:032x}"), ())
             case RestoreEpoch(epoch, _, steps) if self.lost and (
