@@ -169,9 +169,8 @@ def _without_epoch(view: View, now: float) -> Action:
         )
     if memory.stopping and any(rank.report is None for rank in snapshot.ranks):
         return Finished("stopped; not all ranks were here to be told")
-    if (
-        memory.last_failure is not None and not memory.stopping
-    ):  # with the record went what was to come of the last attempt's end
+    # With the record went what was to come of the last attempt's end.
+    if memory.last_failure is not None and not memory.stopping:
         return _after_verdict(view, memory.last_failure, now)
     return _assemble(view, now, "no attempt is under way")
 

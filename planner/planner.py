@@ -167,6 +167,7 @@ class Planner:
         self._planned: dict[str, _Planned] = {}
         self._watching: asyncio.Task[None] | None = None
         self._adopting = False
+        self._knows_desired = True
 
     async def __aenter__(self) -> Planner:
         """Make sure that the guarantees hold on this store, and begin to follow the desired state."""
@@ -221,8 +222,7 @@ class Planner:
         """Plan every instance that the desired state names, until cancelled. Several planners may do so: one leads each."""
         self._adopting = True
         while True:
-            await self._follow_desired()
-            await self.clock.sleep(_RENEW_DESIRED)
+            await self.clock.sleep(await self._follow_desired())
 
     @property
     def instances(self) -> dict[str, State]:
@@ -263,16 +263,21 @@ class Planner:
 
     async def _watch_desired(self, start: str) -> None:
         async with self._wakeups.subscribe(self._registry.keys.changes, start) as changes:
+            look_again = _RENEW_DESIRED
             while True:
-                await changes.next(_RENEW_DESIRED)
-                await self._follow_desired()
+                await changes.next(look_again)
+                look_again = await self._follow_desired()
 
-    async def _follow_desired(self) -> None:
+    async def _follow_desired(self) -> float:
+        """Take up what is wanted now; in how many seconds to look again: soon where the store did not say."""
         try:
             wanted = await self._registry.all()
         except StoreError as error:
-            logger.warning("the desired state is not readable now: {}", error)
-            return
+            if self._knows_desired:
+                logger.warning("the desired state is not readable now: {}", error)
+            self._knows_desired = False
+            return self._store.settings.command_seconds
+        self._knows_desired = True
         for name, planned in list(self._planned.items()):
             record = wanted.get(name)
             if record is None:
@@ -288,6 +293,7 @@ class Planner:
                 planned = await self._plan(record)
                 if record.desired == "down":
                     planned.loop.stop()
+        return _RENEW_DESIRED
 
     async def _heal(self, planned: _Planned) -> None:
         """The store forgot an instance that nobody stopped."""

@@ -398,8 +398,12 @@ class World:
         whole.rename(path)
 
     def order_left(self, group: Group, rank: int) -> bool:
-        """Whether no engine has taken the order yet."""
-        return order_file(self.directory, group.name, rank).exists()
+        """Whether no engine has taken the order to refuse yet; one to fail may have been given since."""
+        try:
+            order: dict[str, Any] = json.loads(order_file(self.directory, group.name, rank).read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return False
+        return order["action"] == "refuse"
 
     def engine_of(self, process: Process) -> psutil.Process | None:
         """The engine's process of a runner, if it has one now."""

@@ -586,6 +586,17 @@ RANKS: tuple[Mutation, ...] = (
         (RANK, exhaustive("cursor"), SIMULATION),
     ),
     Mutation(
+        "rewind-place",
+        "a rank passes over nothing that came while its log had gone back",
+        "L6",
+        Edit(
+            _MEMBER,
+            "min(end, LogId(report.floor, report.applied if report.epoch else MAX_APPLIED))",
+            "end",
+        ),
+        (RANK,),
+    ),
+    Mutation(
         "missed",
         "a rank that missed an entry fails instead of going on without it",
         "S2",
@@ -791,6 +802,29 @@ PLANNERS: tuple[Mutation, ...] = (
             "if False:",
         ),
         (DECISIONS, SIMULATION),
+    ),
+    Mutation(
+        "lost-end",
+        "an attempt's end that was seen counts also when its record is lost",
+        "L4",
+        Edit(_DECIDE, "memory.last_failure is not None and not memory.stopping", "False"),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "over",
+        "an attempt whose end was seen is not written back",
+        "S5",
+        Edit(_DECIDE, "epoch == memory.accounted or snapshot.log_end", "snapshot.log_end"),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "over-log",
+        "an attempt that the log has gone beyond is not written back",
+        "S5",
+        Edit(
+            _DECIDE, "epoch == memory.accounted or snapshot.log_end.number > epoch.number", "epoch == memory.accounted"
+        ),
+        (DECISIONS,),
     ),
     Mutation(
         "culprit",

@@ -67,7 +67,7 @@ PRELUDES = (
     (), ("open",), ("open", "conclude", "promise"), (*BEGUN, "open"), (*BEGUN, "retire", "promise"), (*BEGUN, "task", "flush"),
     # the log goes back, the rank learns of it, and the log has its entries again
     (*BEGUN, "remember", "task", "task", "remember", "lose log", "wait 3", "roll back"),
-    (*BEGUN, "task", "task", "lose log"), ("open", "task", "lose log", "calm"),
+    (*BEGUN, "task", "task", "lose log"), ("open", "task", "lose log", "calm"), (*BEGUN, "open", "lose log", "task", "calm"),
     # its process stops, and the world goes on: tasks, or a successor
     (*BEGUN, "stop 2.5", "task"), (*BEGUN, "cut", "wait 4", "heal", "wait 1"), (*BEGUN, "stop 4", "succeed"), ("flush", "succeed"),
 )  # fmt: skip
@@ -116,6 +116,14 @@ class World:
 
     def log(self) -> list[LogId]:
         return [LogId(0, 0), *(LogId.parse(place.decode()) for place, _ in self.ask("xrange", KEYS.tasks))]
+
+    def tasks_of(self, epoch: EpochId) -> list[int]:
+        """The places of an epoch's tasks that are in the log now."""
+        return [
+            LogId.parse(place.decode()).n
+            for place, fields in self.ask("xrange", KEYS.tasks, f"{epoch.number}-0", f"{epoch.number}-{2**40}")
+            if (fields[b"kind"], fields[b"nonce"]) == (b"task", epoch.nonce.encode())
+        ]
 
     def succeeded(self) -> bool:
         return self.ask("get", KEYS.claim(RANK)) not in (None, MINE.encode())
@@ -203,6 +211,12 @@ class World:
             news = VerdictAnnounced(current, VERDICT) if over else EpochAnnounced(current)
             if news not in self.heard:
                 self.breaches.append(f"after a calm it has not heard of {news}")
+        if self.promised:
+            last = self.taken[self.promised][-1]
+            if waiting := [n for n in self.tasks_of(self.promised) if n > last]:
+                self.breaches.append(
+                    f"after a calm tasks {waiting} stand in the log, and it was given none after {last}"
+                )
         end, epoch, heard = self.log()[-1], self.promised, len(self.heard)
         if epoch is None or epoch.number < end.number or step.which:
             epoch = EpochId(max(end.number, 1), step.nonce)

@@ -584,6 +584,20 @@ async def running(planner: Planner) -> AsyncGenerator[asyncio.Task[None]]:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_planner_that_could_not_read_what_is_wanted_looks_again_soon(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    """Regression: it knew of no instance for 20 s; a flush and the end of the one other planner, and nobody did."""
+    plan = FaultPlan().answer("exec", "OOM command not allowed when used memory > 'maxmemory'.", touching="instances")
+    async with cluster(store, clock, 2) as made, made.planner("first") as first:
+        await made.run(first.launch(made.spec))
+        standby = made.planner("standby", faults=plan)
+        async with running(standby):
+            await clock.advance(3)
+            plan.assert_fired()
+            assert list(standby.instances) == ["demo"]
+
+
 async def test_two_planners_on_one_instance_load_once(store: FakeStore, clock: ManualClock) -> None:
     async with cluster(store, clock, 3) as made:
         async with made.planner("a") as first, made.planner("b") as second:
