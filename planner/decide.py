@@ -157,7 +157,8 @@ def _without_epoch(view: View, now: float) -> Action:
     if agreed is not None and not snapshot.unreadable:  # a record that is there must be ended, not written back
         epoch, status = agreed
         steps = _restorable_steps(snapshot, status)
-        known_to_be_over = epoch == memory.accounted or snapshot.log_end.number > epoch.number
+        last_over = 0 if memory.accounted is None else memory.accounted.number
+        known_to_be_over = epoch.number <= last_over or snapshot.log_end.number > epoch.number
         if steps and not known_to_be_over:
             return RestoreEpoch(
                 epoch, status, steps, f"the record is gone, and all ranks agree that they are {status} in it"

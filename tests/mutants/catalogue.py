@@ -814,16 +814,14 @@ PLANNERS: tuple[Mutation, ...] = (
         "over",
         "an attempt whose end was seen is not written back",
         "S5",
-        Edit(_DECIDE, "epoch == memory.accounted or snapshot.log_end", "snapshot.log_end"),
+        Edit(_DECIDE, "epoch.number <= last_over or snapshot", "snapshot"),
         (DECISIONS,),
     ),
     Mutation(
         "over-log",
         "an attempt that the log has gone beyond is not written back",
         "S5",
-        Edit(
-            _DECIDE, "epoch == memory.accounted or snapshot.log_end.number > epoch.number", "epoch == memory.accounted"
-        ),
+        Edit(_DECIDE, " or snapshot.log_end.number > epoch.number", ""),
         (DECISIONS,),
     ),
     Mutation(

@@ -252,7 +252,10 @@ class World:
                 if not self.log.number or all(one.applied == self.log.n for one in self.ranks):
                     # A step that went with the log before anybody had read it counts as never dispatched.
                     read = [step for step, place in self.lost.steps.items() if place.n <= self.ranks[0].applied]
-                    self.rule(set(steps) == set(read), f"it restored {steps}, and lost was {self.lost}")
+                    right = (
+                        set(steps) == set(read) or epoch != self.lost.id
+                    )  # of an older one nobody has a note any more
+                    self.rule(right, f"it restored {steps}, and lost was {self.lost}")
                     self.log = LogId(epoch.number, self.ranks[0].applied)
                     self.begin(epoch, steps)
             case Conclude(_, verdict) if self.record:

@@ -673,6 +673,8 @@ def test_an_attempt_that_is_known_to_be_over_is_not_written_back() -> None:
     agreed = picture("Ready", "Ready", opened=False)
     assert isinstance(act(agreed), RestoreEpoch)
     assert not isinstance(act(agreed, remembered=replace(memory(), accounted=EPOCH, last_failure=FAILED)), RestoreEpoch)
+    later = EpochId(EPOCH.number + 1, "e" * 32)
+    assert not isinstance(act(agreed, remembered=replace(memory(), accounted=later)), RestoreEpoch)
     gone_on = replace(agreed, log_end=LogId(EPOCH.number + 1, 1))
     assert not isinstance(act(gone_on), RestoreEpoch)
 
