@@ -23,7 +23,7 @@ _ANSWER = "return { 'DISPATCHED', id }"
 
 @contextmanager
 def noting_script() -> Generator[None]:
-    """While inside, `dispatch` notes when it began: TIME stands still while a script runs. One command more than the real one."""
+    """While inside, `dispatch` notes when it began: TIME stands still while a script runs. Two commands more than the real one."""
     real = scripts.script
     dispatch = real("dispatch")
     assert dispatch.text.count(_ANSWER) == 1

@@ -517,9 +517,8 @@ async def out_of_memory(world: World, rng: random.Random) -> Effect | None:
     """Just as much memory as is used now; what does not fit any more is refused."""
     seconds = LEASE * rng.uniform(0.5, 1.5)
     async with _outage(world):
-        url = (
-            await world.site.server()
-        )  # the same one afterwards, also if the sentinels have made another one the master
+        # The same one afterwards, also if the sentinels have made another one the master.
+        url = await world.site.server()
         async with client_of(url) as client:
             used = (await client.info("memory"))["used_memory"]
             await client.config_set("maxmemory", used + rng.randint(0, 4_000))
