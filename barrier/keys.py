@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from barrier.errors import InvalidName
 
@@ -26,6 +27,7 @@ def valid_name(what: str, value: str) -> str:
     return value
 
 
+@lru_cache(maxsize=64)
 def valid_status(value: str) -> str:
     """Return the value if it may be a status: 1 to 32 letters and digits, beginning with a letter."""
     if STATUS.fullmatch(value) is None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 from loguru import logger
@@ -278,7 +279,7 @@ class Member:
                     f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
                 )
         self._rank, self._constant = rank, []
-        self._report = replace(self._report, rank=rank)
+        self._report = self._report._replace(rank=rank)
         with self.store.errors():
             newest = await self.store.commands.xrevrange(self.keys.tasks, count=1)
         if newest:
@@ -347,8 +348,7 @@ class Member:
         outcomes = before.outcomes
         if outcome is not None:
             outcomes = (*(one for one in outcomes if one.task_id != outcome.task_id), outcome)[-MAX_OUTCOMES:]
-        self._report = replace(
-            before,
+        self._report = before._replace(
             status=before.status if status is None else valid_status(status),
             progress=progress,
             error=error,
@@ -363,35 +363,25 @@ class Member:
 
     def note_progress(self, done: int, total: int) -> None:
         """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip."""
-        self._report = replace(self._report, progress=(done, total))
+        self._report = self._report._replace(progress=(done, total))
 
     def _hint(self, *, alarm: bool) -> list[tuple[Any, ...]]:
         """The commands that wake the planners."""
         report = self._report
-        fields = {
-            "kind": "report",
-            "rank": report.rank,
-            "epoch": str(report.epoch or "-"),
-            "inc": report.incarnation,
-            "status": report.status,
-        }
-        if alarm:
-            fields["alarm"] = "1"
+        fields = ("kind", "report", "rank", report.rank, "epoch", str(report.epoch or "-"), "inc", report.incarnation)
+        fields += ("status", report.status, *(("alarm", "1") if alarm else ()))
         return self._append(self.keys.signals, [fields], self.settings.signal_entries)
 
     def _history(self, rank: int, events: Sequence[Event]) -> list[tuple[Any, ...]]:
         """The commands that tell the history."""
-        entries = [{"source": "rank", "rank": rank, "inc": self.incarnation, **event} for event in events]
+        mine = ("source", "rank", "rank", rank, "inc", self.incarnation)
+        entries = [(*mine, *chain.from_iterable(event.items())) for event in events]
         return self._append(self.keys.events, entries, self.settings.event_entries)
 
-    def _append(self, key: str, entries: Iterable[Mapping[str, str | int]], cap: int) -> list[tuple[Any, ...]]:
-        """The commands that append to a capped stream and keep its lifetime."""
-        commands: list[tuple[Any, ...]] = [
-            ("XADD", key, "MAXLEN", "~", cap, "*", *(part for pair in fields.items() for part in pair))
-            for fields in entries
-        ]
-        if commands:
-            commands.append(("PEXPIRE", key, round(self.settings.record_lifetime * 1000)))
+    def _append(self, key: str, entries: Sequence[tuple[str | int, ...]], cap: int) -> list[tuple[Any, ...]]:
+        """The commands that append to a capped stream, each entry as names and values in turn, and keep its lifetime."""
+        commands: list[tuple[Any, ...]] = [("XADD", key, "MAXLEN", "~", cap, "*", *fields) for fields in entries]
+        commands.append(("PEXPIRE", key, round(self.settings.record_lifetime * 1000)))
         return commands
 
     async def _write(self) -> None:
@@ -406,14 +396,14 @@ class Member:
             if self._renewed_at > float("-inf") and self.clock.now() - self._renewed_at > self.settings.reread_after:
                 await self._read_before_writing(rank)
             sent_at, read_to = self.clock.now(), self._cursor
-            self._report = replace(
-                self._report, seq=self._report.seq + 1, status_ms=max(0, round((sent_at - self._status_since) * 1000))
-            )
+            status_ms = max(0, round((sent_at - self._status_since) * 1000))
+            self._report = self._report._replace(seq=self._report.seq + 1, status_ms=status_ms)
             lease_ms = round(self.settings.lease * 1000)
-            claim, events = self.keys.claim(rank), list(self._unsaid)
+            events = list(self._unsaid)
             alarm, self._alarm = self._alarm, False  # one that comes up meanwhile goes with the next report
             saying = (self._report.status, self._report.epoch)
             if not self._constant:  # all that is the same in every report
+                claim = self.keys.claim(rank)
                 self._constant = [
                     pack(("SET", claim, self.incarnation, "PX", lease_ms, "NX")),  # heals a flushed claim
                     pack(("GET", claim)),
@@ -424,8 +414,9 @@ class Member:
             commands: list[tuple[Any, ...] | bytes] = [
                 *self._constant,
                 ("SET", self.keys.rank(rank), self._report.encode(), "PX", lease_ms),
-                *self._history(rank, events),
             ]
+            if events:
+                commands += self._history(rank, events)
             if alarm or saying != self._said:
                 commands += self._hint(alarm=alarm)
             try:
@@ -550,7 +541,7 @@ class Member:
                         if entry.id.n <= self._report.applied:
                             continue  # a log that went back says it again
                         entry = replace(entry, missed=entry.previous > self._report.applied)
-                        self._report = replace(self._report, applied=entry.id.n)
+                        self._report = self._report._replace(applied=entry.id.n)
                 yield entry
         finally:
             reading.cancel()
@@ -626,13 +617,13 @@ class Member:
                 f"the roster of epoch {epoch.number} names {mine or 'nobody'} for rank {self.rank}, not this process"
             )
         self.promised = epoch
-        self._report = replace(self._report, epoch=epoch, floor=epoch.number, applied=1, outcomes=())
+        self._report = self._report._replace(epoch=epoch, floor=epoch.number, applied=1, outcomes=())
         return Promised(epoch, int(world_size))
 
     def retire(self) -> None:
         """Spend the promise for good; its number stays as a floor. Tear down first. Safe to call twice."""
         self.promised = None
-        self._report = replace(self._report, epoch=None, applied=0)
+        self._report = self._report._replace(epoch=None, applied=0)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

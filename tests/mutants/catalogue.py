@@ -534,8 +534,8 @@ RANKS: tuple[Mutation, ...] = (
         "S3",
         Edit(
             _MEMBER,
-            "self._report = replace(self._report, epoch=None, applied=0)",
-            "self._report = replace(self._report, epoch=None, applied=0, floor=0)",
+            "self._report = self._report._replace(epoch=None, applied=0)",
+            "self._report = self._report._replace(epoch=None, applied=0, floor=0)",
         ),
         (RANK, exhaustive("floor"), SIMULATION),
     ),
@@ -840,6 +840,13 @@ PLANNERS: tuple[Mutation, ...] = (
         "a verdict is charged once",
         "L4",
         Edit(_RECOVERY, "if epoch.verdict is None or memory.accounted == epoch.id:", "if epoch.verdict is None:"),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "launch",
+        "an attempt belongs to the launch that it was opened for, whatever the store's clock says",
+        "L4",
+        Edit(_RECOVERY, "    launch = _launch_of(epoch.notes)\n", "    launch = None\n"),
         (DECISIONS,),
     ),
     Mutation(

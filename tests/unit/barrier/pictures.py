@@ -40,19 +40,17 @@ def record(world_size: int = 3, **changes: Any) -> EpochRecord:
 
 def report(rank: int, status: str = "Connected", **changes: Any) -> Report:
     """A report of the epoch and roster above."""
-    return replace(
-        Report(
-            rank=rank,
-            incarnation=life(rank),
-            status=status,
-            epoch=EPOCH,
-            applied=1,
-            floor=EPOCH.number,
-            node=f"node-{rank}",
-            lease_ms=6_000,
-        ),
-        **changes,
+    made = Report(
+        rank=rank,
+        incarnation=life(rank),
+        status=status,
+        epoch=EPOCH,
+        applied=1,
+        floor=EPOCH.number,
+        node=f"node-{rank}",
+        lease_ms=6_000,
     )
+    return made._replace(**changes)
 
 
 def view(rank: int, status: str = "Connected", *, left_ms: int = 5_000, **changes: Any) -> RankView:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -236,7 +235,7 @@ async def test_a_hint_that_is_lost_costs_one_backstop_at_most(group: Group) -> N
     async with group.ranks[0].heartbeat(), group.ranks[1].heartbeat():
         wait = waiting(group, epoch)
         await group.clock.advance(0.0)
-        said = replace(group.ranks[2].member.report_now, epoch=epoch, floor=epoch.number, applied=1, status="Connected")
+        said = group.ranks[2].member.report_now._replace(epoch=epoch, floor=epoch.number, applied=1, status="Connected")
         await group.barrier.store.commands.set(group.keys.rank(2), said.encode(), px=60_000)
         began = group.clock.now()
         assert await group.clock.run(wait) == Released(epoch)
@@ -425,7 +424,7 @@ async def test_a_rank_that_was_restarted_breaks_its_epoch_for_good(group: Group)
 
 async def test_an_earlier_life_that_comes_back_late_breaks_nothing_and_counts_as_missing(group: Group) -> None:
     epoch = await group.all_connected()
-    stale = replace(group.ranks[1].member.report_now, incarnation="0" * 28)
+    stale = group.ranks[1].member.report_now._replace(incarnation="0" * 28)
     await group.barrier.store.commands.set(group.keys.rank(1), stale.encode(), px=60_000)
     wait = waiting(group, epoch)
     await group.clock.advance(0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -129,15 +128,15 @@ async def test_a_report_of_an_earlier_epoch_does_not_count(group: Group) -> None
 
 
 OTHERWISE: dict[str, Callable[[Report], Report]] = {
-    "no epoch": lambda report: replace(report, epoch=None),
-    "later number": lambda report: replace(report, epoch=EpochId(epoch_of(report).number + 1, epoch_of(report).nonce)),
-    "earlier number": lambda report: replace(
-        report, epoch=EpochId(epoch_of(report).number - 1, epoch_of(report).nonce)
+    "no epoch": lambda report: report._replace(epoch=None),
+    "later number": lambda report: report._replace(epoch=EpochId(epoch_of(report).number + 1, epoch_of(report).nonce)),
+    "earlier number": lambda report: report._replace(
+        epoch=EpochId(epoch_of(report).number - 1, epoch_of(report).nonce)
     ),
-    "other nonce": lambda report: replace(report, epoch=EpochId(epoch_of(report).number, NONCE)),
-    "other life": lambda report: replace(report, incarnation="f" * 28),
-    "reversed life": lambda report: replace(report, incarnation=report.incarnation[::-1]),
-    "other status": lambda report: replace(report, status="Idle"),
+    "other nonce": lambda report: report._replace(epoch=EpochId(epoch_of(report).number, NONCE)),
+    "other life": lambda report: report._replace(incarnation="f" * 28),
+    "reversed life": lambda report: report._replace(incarnation=report.incarnation[::-1]),
+    "other status": lambda report: report._replace(status="Idle"),
 }
 
 
@@ -154,7 +153,7 @@ async def test_a_report_counts_for_exactly_this_epoch_roster_and_status(group: G
 async def test_a_rank_that_was_restarted_is_not_on_the_roster(group: Group) -> None:
     epoch = await group.all_connected()
     await group.ranks[1].restart()
-    forged = replace(group.ranks[1].member.report_now, epoch=epoch, floor=epoch.number, status="Connected")
+    forged = group.ranks[1].member.report_now._replace(epoch=epoch, floor=epoch.number, status="Connected")
     await group.barrier.store.commands.set(group.keys.rank(1), forged.encode(), px=60_000)
     assert await refused(group, epoch) == NotReady((1,))
 
@@ -186,8 +185,7 @@ async def test_the_script_counts_exactly_the_reports_that_python_counts(clock: M
         def collect(other: Report) -> None:
             for epoch_too, life_too, status_too in product((True, False), repeat=3):
                 cases.append(
-                    replace(
-                        other,
+                    other._replace(
                         rank=0,
                         epoch=mine.epoch if epoch_too else other.epoch,
                         incarnation=mine.incarnation if life_too else other.incarnation,
@@ -232,7 +230,7 @@ async def test_ranks_beyond_a_slice_and_a_chunk_are_checked_too(store: FakeStore
         async def say(epoch: EpochId | None, status: str) -> None:
             pipe = group.barrier.store.commands.pipeline(transaction=True)
             for rank, life in enumerate(lives):
-                said = replace(mine, rank=rank, incarnation=life, epoch=epoch, status=status)
+                said = mine._replace(rank=rank, incarnation=life, epoch=epoch, status=status)
                 pipe.set(group.keys.rank(rank), said.encode(), px=60_000)
             await pipe.execute()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -88,15 +87,15 @@ async def test_a_rank_without_a_live_report_prevents_it_and_is_named(group: Grou
 
 
 OTHERWISE: dict[str, Callable[[Report], Report]] = {
-    "no epoch": lambda report: replace(report, epoch=None),
-    "other nonce": lambda report: replace(report, epoch=EpochId(epoch_of(report).number, NONCE)),
-    "other number": lambda report: replace(report, epoch=EpochId(epoch_of(report).number - 1, epoch_of(report).nonce)),
-    "other status": lambda report: replace(report, status="Connected"),
-    "read less": lambda report: replace(report, applied=report.applied - 1),
-    "read more": lambda report: replace(report, applied=report.applied + 1),
-    "floor above": lambda report: replace(report, floor=report.floor + 1),
-    "floor below": lambda report: replace(report, floor=report.floor - 1),
-    "other digest": lambda report: replace(report, digest="cafe"),
+    "no epoch": lambda report: report._replace(epoch=None),
+    "other nonce": lambda report: report._replace(epoch=EpochId(epoch_of(report).number, NONCE)),
+    "other number": lambda report: report._replace(epoch=EpochId(epoch_of(report).number - 1, epoch_of(report).nonce)),
+    "other status": lambda report: report._replace(status="Connected"),
+    "read less": lambda report: report._replace(applied=report.applied - 1),
+    "read more": lambda report: report._replace(applied=report.applied + 1),
+    "floor above": lambda report: report._replace(floor=report.floor + 1),
+    "floor below": lambda report: report._replace(floor=report.floor - 1),
+    "other digest": lambda report: report._replace(digest="cafe"),
 }
 
 

@@ -44,7 +44,7 @@ def rank(number: int, status: str, **changes: Any) -> RankView:
         node=f"node-{number}",
         lease_ms=6_000,
     )
-    return RankView(number, replace(report, **changes), lease_left_ms=5_000)
+    return RankView(number, report._replace(**changes), lease_left_ms=5_000)
 
 
 def record(world_size: int, dispatched: int = 0, **changes: Any) -> EpochRecord:

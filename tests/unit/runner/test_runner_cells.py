@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ DURING_AND_AFTER: dict[TaskKind, tuple[StatusName, StatusName]] = {
 
 def unmoved(report: Report) -> Report:
     """A report without what may change though nothing has happened: its number, its age, and what it has read."""
-    return replace(report, seq=0, status_ms=0, applied=0, outcomes=())
+    return report._replace(seq=0, status_ms=0, applied=0, outcomes=())
 
 
 async def picture(rig: Rig) -> tuple[Any, ...]:
