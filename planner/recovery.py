@@ -34,7 +34,8 @@ class Memory:
         displaced: since when a rank's report has been that of an earlier life, by rank: that one came back late, and the
             rightful one overwrites it with its next heartbeat, if it lives.
         stopping: a stop was asked for.
-        launched_ms: when the instance was launched, by the store's clock: verdicts of attempts before do not count.
+        launched_ms: when the instance was launched, by the store's clock: which launch this is. Verdicts of attempts that were
+            opened for another one do not count.
     """
 
     since: float
@@ -122,8 +123,17 @@ def hold(memory: Memory, reason: str, now: float, settings: Settings) -> Memory:
 
 
 def is_history(memory: Memory, epoch: EpochRecord) -> bool:
-    """Whether an epoch ended before the instance was launched: then it says nothing about this launch."""
-    return epoch.verdict is not None and epoch.opened_ms < memory.launched_ms
+    """Whether an epoch has ended that was opened for another launch: then it says nothing about this one."""
+    return epoch.verdict is not None and _is_of_another_launch(memory, epoch)
+
+
+def _is_of_another_launch(memory: Memory, epoch: EpochRecord) -> bool:
+    """By its notes; by the time only where they do not name a launch.
+
+    A clock that went back would make history of every attempt of this launch, which then fails again and again without a pause.
+    """
+    launch = _launch_of(epoch.notes)
+    return epoch.opened_ms < memory.launched_ms if launch is None else launch != memory.launched_ms
 
 
 def exhausted(memory: Memory, policy: Policy) -> bool:
@@ -140,8 +150,10 @@ def backoff_seconds(failures: int, policy: Policy, jitter: float) -> float:
 
 
 def encode_notes(memory: Memory) -> str:
-    """What the next planner must know, kept in the epoch's record: who has failed how often."""
-    return json.dumps({"charges": {str(rank): count for rank, count in memory.charges.items()}})
+    """What the next planner must know, kept in the epoch's record: which launch it is for, and who has failed how often."""
+    return json.dumps(
+        {"launched_ms": memory.launched_ms, "charges": {str(rank): count for rank, count in memory.charges.items()}}
+    )
 
 
 def decode_notes(notes: str) -> dict[int, int]:
@@ -151,6 +163,15 @@ def decode_notes(notes: str) -> dict[int, int]:
         return {int(rank): int(count) for rank, count in charges.items() if int(count) > 0}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
+
+
+def _launch_of(notes: str) -> int | None:
+    """Which launch the notes name; ``None`` where they are not ours."""
+    try:
+        launched = json.loads(notes)["launched_ms"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return launched if type(launched) is int else None
 
 
 def _moves(snapshot: Snapshot) -> tuple[object, ...]:
@@ -188,7 +209,7 @@ def _notice_store_faults(memory: Memory, snapshot: Snapshot, settings: Settings,
 def _account(memory: Memory, snapshot: Snapshot, policy: Policy, now: float, jitter: float) -> Memory:
     """Charge a verdict once, to its culprit. A planner that takes over begins with what its predecessor noted."""
     epoch = snapshot.epoch
-    if epoch is None or is_history(memory, epoch):
+    if epoch is None or _is_of_another_launch(memory, epoch):
         return memory
     if memory.accounted is None and not memory.charges:
         memory = replace(memory, charges=decode_notes(epoch.notes))

@@ -97,7 +97,8 @@ class World:
     lives: tuple[int, ...] = ()
     opened: int = 0
     log: LogId = field(default_factory=lambda: LogId(0, 0))
-    memory: Memory = field(default_factory=lambda: Memory.fresh(1_000.0))
+    memory: Memory = field(default_factory=lambda: Memory.fresh(1_000.0, 5_000))
+    clock_ms: int = 5_000
     action: brain.Action | None = None
     over: bool = False
     # The rules' own notes: since when what holds, who failed how often in a row, and what a successor is told of that.
@@ -112,6 +113,8 @@ class World:
     fresh: bool = True
     charged: set[EpochId] = field(default_factory=set[EpochId])
     ended: Verdict | None = None
+    launch: int = 1
+    opened_for: dict[EpochId, int] = field(default_factory=dict[EpochId, int])
 
     def __post_init__(self) -> None:
         self.ranks = [Rank() for _ in range(self.size)]
@@ -128,10 +131,10 @@ class World:
         said = Report(rank, named(rank, one.life_shown), "Idle", digest=self.spec.digest, lease_ms=LEASE * 1_000)
         if one.silent or one.ghost:
             return None if one.silent else said
-        said = replace(said, status=one.status, epoch=one.epoch, applied=one.applied, floor=one.floor)
+        said = said._replace(status=one.status, epoch=one.epoch, applied=one.applied, floor=one.floor)
         text = TaskOutcome(task_id="x", step="generate x", n=9, result="done")
         done, texts = (one.done, 16) if one.done else None, (text,) if one.generated else ()
-        return replace(said, progress=done, permanent=one.permanent, outcomes=texts)
+        return said._replace(progress=done, permanent=one.permanent, outcomes=texts)
 
     @property
     def attempt(self) -> EpochRecord | None:
@@ -212,10 +215,19 @@ class World:
                 self.change(rank, status="Running")
             case "outage":
                 self.memory, self.hold_until = hold(self.memory, "no answer", self.now, SETTINGS), self.now + LEASE
-            case "takeover":
-                self.memory, self.stirred, self.hold_until, self.pause_until = Memory.fresh(self.now), True, 0, 0
+            case "takeover" | "launch":  # by another planner; and anew, which is nobody's successor
+                self.launch += it.kind == "launch"
+                launched_ms = self.memory.launched_ms + 1_000 * (it.kind == "launch")
+                self.memory, self.stirred, self.hold_until, self.pause_until = (
+                    Memory.fresh(self.now, launched_ms),
+                    True,
+                    0,
+                    0,
+                )
                 self.since, self.shown, self.charged = {}, set(), set()
                 self.failures, self.fresh, self.ended = Counter(), True, None
+            case "clock":
+                self.clock_ms = 1_000 if self.clock_ms > 1_000 else 60_000
             case "stop":
                 self.memory = replace(self.memory, stopping=True)
             case _:
@@ -271,7 +283,8 @@ class World:
         roster = tuple(named(rank, life) for rank, life in enumerate(self.lives))
         records = {step: StepRecord(2 + n, 1) for n, step in enumerate(steps)}
         last_n, digest, notes = max(self.log.n, 1 + len(steps)), self.spec.digest, encode_notes(self.memory)
-        self.record = EpochRecord(epoch, 1, 1, self.size, roster, records, last_n, digest, notes, 5_000, None)
+        self.record = EpochRecord(epoch, 1, 1, self.size, roster, records, last_n, digest, notes, self.clock_ms, None)
+        self.opened_for[epoch] = self.launch
 
     def gate(self, asked: PassGate) -> None:
         """The gate lets through exactly the pictures that the table wants; what it lets through is dispatched."""
@@ -317,7 +330,7 @@ class World:
             self.seen["forgiven"] += bool(self.failures)
             self.failures.clear()
             self.ended = None
-        if self.record:
+        if self.record and self.opened_for[self.record.id] == self.launch:
             self.charge(self.record, jitter)
 
     def charge(self, record: EpochRecord, jitter: float) -> None:
@@ -368,8 +381,11 @@ class World:
             self.judge_loss(action)
         elif self.record.verdict is None:
             self.judge_attempt(action, self.record)
-        else:
+        elif self.opened_for[self.record.id] == self.launch:
             self.judge_verdict(action, self.record.verdict)
+        else:
+            self.seen["an earlier launch's end"] += 1
+            self.judge_assembly(action)
 
     def judge_stop(self, action: brain.Action) -> None:
         bound = any(one.epoch and not one.silent and not one.ghost for one in self.ranks)
@@ -449,7 +465,7 @@ class World:
 KINDS = (
     "all all all all all all walk walk walk others others others others settle settle settle settle settle progress "
     "progress nothing nothing nothing fail fail fail fail_for_good restart restart ghost ghost silence silence "
-    "silence_most silence_most lose_record lose_record lose_all lose_all log promise leave ahead other_spec generate generate outage takeover"
+    "silence_most silence_most lose_record lose_record lose_all lose_all log promise leave ahead other_spec generate generate outage takeover launch clock clock"
 )
 """What may happen, as often as in proportion. A stop comes last, if at all."""
 
@@ -469,7 +485,12 @@ PRELUDES = (
     *("up, fail, up, fail", "up, fail, part, fail, up", "up, fail, up, stay, fail, part"),
     *("up, fail, up, generate, all, fail, part", "up, silence, silence most, lose record"),
     *("part, fail, part, silence, part, restart", "part, silence most, long, long, long, long"),
-    *("part, fail, lose record", "up, other spec, lose all"),
+    *(
+        "part, fail, lose record",
+        "up, other spec, lose all",
+        "clock, part, fail, part, fail",
+        "part, fail for good, launch",
+    ),
 )
 """Most random histories would never get far: most are given a start. Its parts, where they are not what happens: "part" of the way
 or all the way "up", an attempt just "open" whose first gate is waited at, and some time."""
@@ -486,7 +507,7 @@ EXPECTED = (
     "Wait, OpenEpoch, RestoreEpoch, PassGate, Serve, Conclude, GiveUp, Finished, connect, load, warm up followers, "
     "warm up leader, failed, failed for good, restarted, silent, most are silent, most fell silent at once, earlier life, "
     "earlier life for a lease, promised a later one, left, log of a later one, ahead, another spec, stalled, lost record, "
-    "never came, pause, budget spent, forgiven"
+    "never came, pause, budget spent, forgiven, an earlier launch's end"
 )
 
 

@@ -200,6 +200,21 @@ def test_what_was_opened_after_the_launch_counts() -> None:
     assert seen.charges == {1: 1}
 
 
+def test_an_attempt_belongs_to_the_launch_that_it_was_opened_for_whatever_the_clock_says() -> None:
+    """A clock that was set back opens attempts before the launch that they are for; it sets an old one after a later launch."""
+    launched = replace(memory(), accounted=None, launched_ms=5_000)
+    ours, before = encode_notes(launched), encode_notes(replace(launched, launched_ms=4_000))
+    assert see(launched, broken(1, epoch={"opened_ms": 2_000, "notes": ours})).charges == {1: 1}
+    assert see(launched, broken(1, epoch={"opened_ms": 9_000, "notes": before})).charges == {}
+
+
+@pytest.mark.parametrize("notes", ['{"launched_ms": "4000"}', '{"launched_ms": true}', "[" * 100_000])
+def test_notes_that_name_no_launch_leave_it_to_the_clock(notes: str) -> None:
+    launched = replace(memory(), accounted=None, launched_ms=5_000)
+    assert see(launched, broken(1, epoch={"opened_ms": 5_000, "notes": notes})).charges == {1: 1}
+    assert see(launched, broken(1, epoch={"opened_ms": 4_999, "notes": notes})).charges == {}
+
+
 def test_history_is_only_what_is_over() -> None:
     launched = replace(memory(), launched_ms=5_000)
     assert is_history(launched, record(2, opened_ms=1, verdict=Verdict.stopped()))
