@@ -303,6 +303,8 @@ async def test_two_ranks_stop_in_the_middle_of_a_prompt_that_would_outlast_the_h
 
 
 async def test_a_rank_that_dies_ends_the_generation_and_the_ring_is_formed_anew(folder: Path, expected: str) -> None:
+    """The other rank may hear nothing of it: if MLX's ring loses a peer between two exchanges, the next one waits for ever. So its
+    engine is killed, as its runner does when the attempt is ended."""
     addresses = free_addresses(2)
     async with hosts(2, hosts=[*addresses]) as ranks:
         await bring_up(ranks, folder, addresses)
@@ -314,11 +316,12 @@ async def test_a_rank_that_dies_ends_the_generation_and_the_ring_is_formed_anew(
         await wait_until(lambda: len(pieces) >= 5, "five pieces of text", 60)
         assert ranks[1].pid is not None
         psutil.Process(ranks[1].pid).kill()
-        ended = await asyncio.gather(*generating, return_exceptions=True)
-        assert all(isinstance(error, EngineFailure) for error in ended), ended
-        assert isinstance(ended[1], EngineDied)
+        with pytest.raises(EngineDied):
+            await generating[1]
         for host in ranks:
             await host.kill()
+        with pytest.raises(EngineFailure):
+            await generating[0]
         await bring_up(ranks, folder, addresses)
         assert await text_of_all(ranks) == [expected, ""]
 
