@@ -10,8 +10,10 @@ from typing import get_args
 import pytest
 
 from barrier import EpochId
-from planner import race
-from planner.race import FragileRunner, RaceFigures, RunFigures, conclusions, due_tasks, run_race, table
+from planner.race import RaceFigures, RunFigures, conclusions, due_tasks, run_race, table
+from planner.race.mail import Kind, make_task
+from planner.race.process import FragileRunner
+from planner.race.scenario import WORLD_SIZE
 from runner import EngineGroup, GenerationRequest
 from runner.machine import Accept, Promise, Standing, judge
 from runner.messages import (
@@ -91,7 +93,7 @@ def test_it_helps_those_that_are_behind() -> None:
 
 def test_it_sends_again_only_after_a_while() -> None:
     view = {0: "Connected", 1: "Connected", 2: "Connected"}
-    sent: dict[tuple[race.Kind, int], float] = {("LoadModel", 0): 10.0, ("LoadModel", 1): 9.8}
+    sent: dict[tuple[Kind, int], float] = {("LoadModel", 0): 10.0, ("LoadModel", 1): 9.8}
 
     assert due_tasks(view, sent, 10.1) == [("LoadModel", [2])]
     assert due_tasks(view, sent, 10.4) == [("LoadModel", [1, 2])]
@@ -138,15 +140,15 @@ class EasyEngine:
 
 
 @pytest.mark.parametrize("status", STATUSES, ids=lambda status: status.kind)
-@pytest.mark.parametrize("kind", get_args(race.Kind))
+@pytest.mark.parametrize("kind", get_args(Kind))
 async def test_the_fragile_runner_accepts_what_ours_accepts_and_raises_what_exo_raises(
-    status: RunnerStatus, kind: race.Kind
+    status: RunnerStatus, kind: Kind
 ) -> None:
     """It is no straw man: it differs from ours in one thing only, in what it does with a task that comes out of state."""
     runner = FragileRunner(0, EasyEngine())
     runner.status = status
-    task = race.make_task(kind, "race", EpochId(1, "0" * 32), 0)
-    promise = Promise(EpochId(1, "0" * 32), "i", race.WORLD_SIZE)
+    task = make_task(kind, "race", EpochId(1, "0" * 32), 0)
+    promise = Promise(EpochId(1, "0" * 32), "i", WORLD_SIZE)
     ours = judge(Standing("race", status.kind, "i", promise), task)
 
     if isinstance(ours, Accept):

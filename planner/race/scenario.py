@@ -1,0 +1,148 @@
+"""What is the same in every run: the times, the processes' supervisor, and the accident that befalls one rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+from barrier import Settings
+from barrier.errors import RankgateError
+from planner.launcher import Launcher, ProcessState, Program, Restarts, exit_sentence
+from planner.planner import InstanceFailed
+from runner.engines.simulated import SimulatedConfig
+from runner.messages import ModelSpec
+
+WORLD_SIZE = 3
+KILLED = 1
+"""The rank whose process is killed once it is connected."""
+LATE = 2
+"""The rank that is held back."""
+
+POLL = 0.1
+"""Seconds between two looks of the planner that polls."""
+PUBLISH = 0.2
+"""Seconds between two words of a runner into the table of statuses."""
+RESEND = 0.5
+"""Seconds after which the planner that polls sends a task again that has brought no change."""
+DOWN = 4.0
+"""Seconds for which a process that died stays down."""
+RESTARTS = 1
+"""How many deaths in a row a supervisor mends. With more, the fragile runner dies once for each LoadModel that waits for it."""
+PATIENCE = 3
+"""Refusals after which the planner that polls begins anew."""
+CONNECT = 0.2
+"""Seconds that a rank takes to connect."""
+HELD_BACK = 2.5
+"""Seconds that the late rank takes longer."""
+LIMIT = 40.0
+"""Seconds after which a run is over, ready or not."""
+
+MODEL = ModelSpec(model_id="simulated", total_layers=8)
+SETTINGS = Settings(lease=1.5, heartbeat=0.4)
+
+Say: TypeAlias = Callable[[str], None]
+"""Prints one line."""
+
+
+class Run:
+    """One run: its processes, what became of them, and the accident that befalls rank `KILLED`."""
+
+    def __init__(self, title: str, programs: Sequence[Program], say: Say) -> None:
+        self.title = title
+        self.deaths = 0
+        self.last_words = ""
+        self._say = say
+        self._began: float | None = None
+        self._accident = False
+        restarts = Restarts(first_pause=DOWN, longest_pause=DOWN, most=RESTARTS)
+        self.launcher = Launcher(programs, restarts=restarts, on_change=self._changed)
+
+    @property
+    def seconds(self) -> float:
+        """Since the planner began; 0 before."""
+        now = asyncio.get_running_loop().time()
+        return 0.0 if self._began is None else now - self._began
+
+    async def bring_up(
+        self, ready: Coroutine[Any, Any, None], status_of_killed: Callable[[], Awaitable[str]]
+    ) -> float | None:
+        """Wait for `ready`, while the accident happens; the seconds it took, or ``None`` where it never came."""
+        self._began = asyncio.get_running_loop().time()
+        accident = asyncio.create_task(self._suffer(status_of_killed))
+        try:
+            return await self._until(ready)
+        finally:
+            await cancelled(accident)
+
+    def tell(self, what: str) -> None:
+        """One line of what happens, with the time."""
+        self._say(f"  {self.seconds:5.1f} s  {what}")
+
+    async def _suffer(self, status_of: Callable[[], Awaitable[str]]) -> None:
+        """Kill rank `KILLED` as soon as it has said Connected."""
+        while await status_of() != "Connected":
+            await asyncio.sleep(0.01)
+        pid = self.launcher.states[KILLED].pid
+        if pid is None:
+            raise RankgateError(f"the process of rank {KILLED} was gone before it could be killed")
+        self._accident = True
+        os.kill(pid, signal.SIGKILL)
+        self.tell(f"rank {KILLED} is connected; its process is killed, and comes back in {DOWN:g} s")
+
+    def _changed(self, state: ProcessState) -> None:
+        if state.phase not in ("pausing", "given up") or not state.last_exit:
+            return
+        if self._accident and state.last_exit == exit_sentence(-signal.SIGKILL):
+            self._accident = False
+            return
+        self.deaths += 1
+        self.last_words = self.last_words or state.last_words
+        self.tell(f"{state.program.name} died ({state.last_exit}): {state.last_words}")
+        if state.phase == "given up":
+            self.tell(f"{state.program.name} is not started again: its supervisor mends {RESTARTS} death in a row")
+
+    async def _until(self, ready: Coroutine[Any, Any, None]) -> float | None:
+        waiting = asyncio.create_task(ready)
+        hopeless = asyncio.create_task(self.launcher.given_up())
+        try:
+            await asyncio.wait({waiting, hopeless}, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                self.tell("not Ready, and never will be" if hopeless.done() else f"not Ready within {LIMIT:g} s")
+                return None
+            try:
+                waiting.result()
+            except InstanceFailed as failure:
+                self.tell(str(failure))
+                return None
+            self.tell("all ranks are Ready")
+            return self.seconds
+        finally:
+            for task in (waiting, hopeless):
+                task.cancel()
+            await asyncio.gather(waiting, hopeless, return_exceptions=True)
+
+
+def engine_config(rank: int) -> SimulatedConfig:
+    """The same delays in every run."""
+    return SimulatedConfig(
+        connect_seconds=CONNECT + (HELD_BACK if rank == LATE else 0.0),
+        layer_seconds=0.05,
+        warmup_seconds=0.1,
+        jitter=0.0,
+    )
+
+
+def ranks_named(ranks: Sequence[int]) -> str:
+    """Some ranks, in words."""
+    return "all ranks" if len(ranks) == WORLD_SIZE else ", ".join(f"rank {rank}" for rank in ranks)
+
+
+async def cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task of ours and wait for its end."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
