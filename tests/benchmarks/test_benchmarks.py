@@ -27,7 +27,7 @@ class Scale:
     Attributes:
         gates: ranks, readers of the log, samples.
         holds: ranks, calls.
-        idle_seconds: a multiple of the periods of 3 and 5 s that the default settings have.
+        idle_seconds: a multiple of the periods of 3, 4 and 5 s that the default settings have.
         bursts: ranks.
     """
 
@@ -44,7 +44,7 @@ SCALES = {
             *((2, 2, 200), (8, 8, 200), (32, 32, 100), (128, 128, 100), (512, 32, 60), (4096, 32, 40)),
         ),
         holds=((128, 200), (4096, 40)),
-        idle_seconds=15,
+        idle_seconds=60,
         bursts=(128, 512),
     ),
     "quick": Scale(
