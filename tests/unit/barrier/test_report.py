@@ -143,6 +143,13 @@ def test_the_largest_report_that_can_be_written_can_be_read(worst: str) -> None:
     assert Report.decode(raw, 3).status == report.status
 
 
+def test_half_a_surrogate_pair_costs_one_character_and_not_the_report() -> None:
+    """Python reads file names and other processes' words that are not UTF-8 into such halves."""
+    read = Report.decode(REPORT._replace(node="n\udc80", error="no such file: \udcff.bin").encode(), 3)
+    assert (read.node, read.error) == ("n?", "no such file: ?.bin")
+    assert read.outcomes == REPORT.outcomes
+
+
 def test_long_sentences_do_not_push_the_outcomes_out() -> None:
     long = tuple(
         TaskOutcome(task_id=str(n), step="load", n=n, result="rejected", code="NotYet", detail="d" * 2_000)
