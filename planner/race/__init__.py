@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from barrier import connect
 from planner.embedded import EmbeddedServer
-from planner.race.figures import RaceFigures, RunFigures, conclusions, table
+from planner.race.figures import RaceFigures, conclusions, table
 from planner.race.gated import with_barrier
-from planner.race.polling import due_tasks, stale_and_fragile, stale_and_graceful
+from planner.race.polling import stale_and_fragile, stale_and_graceful
 from planner.race.scenario import SETTINGS, Say
 
-__all__ = ["RaceFigures", "RunFigures", "conclusions", "due_tasks", "run_race", "table"]
+__all__ = ["RaceFigures", "run_race"]
 
 
 async def run_race(console_print: Say) -> RaceFigures:

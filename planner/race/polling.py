@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Literal, TypeAlias
 
 from barrier import Barrier, EpochId, Opened, Store, Verdict
 from barrier.keys import Keys
@@ -14,12 +13,10 @@ from planner.history import History, find_breaches, read_history
 from planner.launcher import Program, own_environment
 from planner.race.figures import RunFigures
 from planner.race.mail import Kind, post, read_table, status_in_table, until_all_are_here
-from planner.race.scenario import KILLED, LIMIT, PATIENCE, POLL, RESEND, WORLD_SIZE, Run, Say, ranks_named
+from planner.race.scenario import KILLED, LIMIT, PATIENCE, POLL, RESEND, WORLD_SIZE, Role, Run, Say, ranks_named
 
 _ORDER = ("Idle", "Connecting", "Connected", "Loading", "Loaded", "WarmingUp", "Ready")
 _NEXT: Mapping[Kind, str] = {"ConnectToGroup": "Idle", "LoadModel": "Connected", "StartWarmup": "Loaded"}
-
-Role: TypeAlias = Literal["fragile", "graceful"]
 
 
 def due_tasks(
@@ -51,7 +48,7 @@ def due_tasks(
 
 
 class _PollingPlanner:
-    """Polls the table, sends what is due; `send` puts a task on its way, `trouble` says that it is time to begin anew."""
+    """Polls the table, sends what is due; `send` puts a task on its way, `begin_anew_if_need_be` ends an attempt that was refused too often."""
 
     def __init__(
         self,

@@ -16,8 +16,7 @@ from barrier.errors import StoreCorrupt
 from barrier.keys import Keys
 from planner.launcher import leave_with_parent
 from planner.race.mail import publish, tasks_for
-from planner.race.polling import Role
-from planner.race.scenario import SETTINGS, WORLD_SIZE, engine_config
+from planner.race.scenario import SETTINGS, WORLD_SIZE, Role, engine_config
 from runner import Engine, EngineGroup, InlineHost, Runner
 from runner.engines.simulated import SimulatedEngine
 from runner.messages import (

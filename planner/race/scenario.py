@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from barrier import Settings
 from barrier.errors import RankgateError
@@ -46,6 +46,8 @@ SETTINGS = Settings(lease=1.5, heartbeat=0.4)
 
 Say: TypeAlias = Callable[[str], None]
 """Prints one line."""
+Role: TypeAlias = Literal["fragile", "graceful"]
+"""Which runner a process of the first two runs is."""
 
 
 class Run:

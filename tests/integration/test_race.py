@@ -10,8 +10,10 @@ from typing import get_args
 import pytest
 
 from barrier import EpochId
-from planner.race import RaceFigures, RunFigures, conclusions, due_tasks, run_race, table
+from planner.race import run_race
+from planner.race.figures import RaceFigures, RunFigures, conclusions, table
 from planner.race.mail import Kind, make_task
+from planner.race.polling import due_tasks
 from planner.race.process import FragileRunner
 from planner.race.scenario import WORLD_SIZE
 from runner import EngineGroup, GenerationRequest
