@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from barrier import EpochId, EpochRecord, Settings, Snapshot, Verdict
 from planner.spec import Policy
@@ -157,21 +158,26 @@ def encode_notes(memory: Memory) -> str:
 
 
 def decode_notes(notes: str) -> dict[int, int]:
-    """Read `encode_notes`; anything else means that nobody has failed."""
+    """Who has failed how often, by `encode_notes`; anything else means that nobody has."""
     try:
-        charges = json.loads(notes)["charges"]
+        charges = _fields_of(notes)["charges"]
         return {int(rank): int(count) for rank, count in charges.items() if int(count) > 0}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
 
 
 def _launch_of(notes: str) -> int | None:
     """Which launch the notes name; ``None`` where they are not ours."""
-    try:
-        launched = json.loads(notes)["launched_ms"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+    launched = _fields_of(notes).get("launched_ms")
     return launched if type(launched) is int else None
+
+
+def _fields_of(notes: str) -> dict[str, Any]:
+    """What is noted; nothing where the text is not an object in JSON."""
+    try:
+        return dict(json.loads(notes).items())
+    except (ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _moves(snapshot: Snapshot) -> tuple[object, ...]:
