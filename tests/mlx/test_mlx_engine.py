@@ -316,12 +316,13 @@ async def test_a_rank_that_dies_ends_the_generation_and_the_ring_is_formed_anew(
         await wait_until(lambda: len(pieces) >= 5, "five pieces of text", 60)
         assert ranks[1].pid is not None
         psutil.Process(ranks[1].pid).kill()
-        with pytest.raises(EngineDied):
-            await generating[1]
-        for host in ranks:
-            await host.kill()
-        with pytest.raises(EngineFailure):
-            await generating[0]
+        async with asyncio.timeout(60):
+            with pytest.raises(EngineDied):
+                await generating[1]
+            for host in ranks:
+                await host.kill()
+            with pytest.raises(EngineFailure):
+                await generating[0]
         await bring_up(ranks, folder, addresses)
         assert await text_of_all(ranks) == [expected, ""]
 
