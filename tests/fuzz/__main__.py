@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
@@ -47,14 +48,15 @@ def by_coverage(python: str, seconds: float) -> bool:
             "-rss_limit_mb=1024",
             "-print_final_stats=1",
         ]
-        done = subprocess.run(
-            [python, "-m", "tests.fuzz.guided", name, *options],
-            check=False,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        with tempfile.TemporaryDirectory(prefix="rankgate-fuzz-") as corpus:
+            done = subprocess.run(
+                [python, "-m", "tests.fuzz.guided", name, corpus, *options],
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
         runs = re.search(r"number_of_executed_units: (\d+)", done.stdout)
         covered = re.findall(r"cov: (\d+)", done.stdout)
         figures = f"{int(runs[1]) if runs else 0:,} inputs, {covered[-1] if covered else '?'} edges in {share} s"

@@ -1,13 +1,12 @@
-"""Coverage-guided fuzzing of one decoder with atheris: ``python -m tests.fuzz.guided NAME [libFuzzer options]``.
+"""Coverage-guided fuzzing of one decoder with atheris: ``python -m tests.fuzz.guided NAME CORPUS [libFuzzer options]``.
 
-It ends with exit code 0 when its time is over, and otherwise with the input that breaks the decoder, which libFuzzer writes into the
-present folder. `tests.fuzz` runs it for every decoder.
+CORPUS is a folder that is the caller's to remove: libFuzzer ends the process by itself, with exit code 0 when its time is over, and
+otherwise with the input that breaks the decoder, which it writes into the present folder. `tests.fuzz` runs it for every decoder.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,21 @@ with atheris.instrument_imports(include=["barrier", "runner", "planner"]):
     from tests.fuzz.decoders import DECODERS
 
 
-def main(name: str, options: list[str]) -> None:
-    """Fuzz until the options' time is over."""
+def main(name: str, corpus: Path, options: list[str]) -> None:
+    """Fuzz from the decoder's samples, which are put into the corpus, until the options' time is over. Does not return."""
     from loguru import logger
 
     logger.remove()  # what is dropped is logged, a million times here
     decoder = DECODERS[name]
-    with tempfile.TemporaryDirectory(prefix="rankgate-fuzz-") as corpus:
-        for number, sample in enumerate(decoder.samples):
-            (Path(corpus) / f"sample-{number}").write_bytes(sample)
+    for number, sample in enumerate(decoder.samples):
+        (corpus / f"sample-{number}").write_bytes(sample)
 
-        def one_input(raw: bytes) -> None:
-            decoder.try_out(raw)
+    def one_input(raw: bytes) -> None:
+        decoder.try_out(raw)
 
-        atheris.Setup([sys.argv[0], corpus, *options], one_input)
-        atheris.Fuzz()
+    atheris.Setup([sys.argv[0], str(corpus), *options], one_input)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
