@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
@@ -72,11 +73,23 @@ class _ReportBody(BaseModel):
     outcomes: tuple[TaskOutcome, ...] = Field(default=(), max_length=MAX_OUTCOMES)
 
 
-def _json(said: dict[str, Any]) -> bytes:
+def _fields(**said: object) -> str:
+    """The fields of a JSON object, without its braces; what is empty is left out, since that is what a reader supposes."""
+    told = {name: value for name, value in said.items() if value}
+    if not told:
+        return ""
     try:
-        return to_json(said)
+        text = to_json(told)
     except PydanticSerializationError:  # half a surrogate pair, for one
-        return json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+        text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return text[1:-1].decode()
+
+
+@lru_cache(maxsize=64)
+def _who(rank: int, node: str, address: str, pid: int, world_size: int | None, lease_ms: int) -> str:
+    """What is the same in all reports of a rank."""
+    rest = _fields(node=node, address=address, pid=pid, world_size=world_size, lease_ms=lease_ms)
+    return f'"rank":{rank}{rest and "," + rest}'
 
 
 class UndecodableReport(ValueError):
@@ -149,23 +162,15 @@ class Report(NamedTuple):
         return raw
 
     def _encode_with(self, outcomes: tuple[TaskOutcome, ...]) -> bytes:
-        # Without the model that reads it: a report is written between the last arrival and the dispatch.
-        body: dict[str, Any] = {
-            "rank": self.rank,
-            "seq": self.seq,
-            "node": self.node[:255],
-            "address": self.address[:300],
-            "pid": self.pid,
-            "world_size": self.world_size,
-            "lease_ms": self.lease_ms,
-            "status_ms": self.status_ms,
-            "progress": self.progress,
-            "error": self.error[:2_000],
-            "permanent": self.permanent,
-            "outcomes": [one.model_dump(exclude_defaults=True) for one in outcomes],
-        }
-        said = {name: value for name, value in body.items() if value or name == "rank"}  # the rest are the defaults
-        return self.header.encode() + _json(said)
+        # Piece by piece, since a report is written between the last arrival and the dispatch, and little of it is new each time.
+        who = _who(self.rank, self.node[:255], self.address[:300], self.pid, self.world_size, self.lease_ms)
+        what = _fields(
+            progress=self.progress,
+            error=self.error[:2_000],
+            permanent=self.permanent,
+            outcomes=[one.model_dump(exclude_defaults=True) for one in outcomes],
+        )
+        return f'{self.header}{{{who},"seq":{self.seq},"status_ms":{self.status_ms}{what and "," + what}}}'.encode()
 
     @classmethod
     def decode(cls, raw: bytes, rank: int) -> Report:

@@ -32,8 +32,14 @@ from tests.benchmarks.readers import SETTINGS
 from tests.benchmarks.stats import Samples
 
 STEPS_PER_EPOCH = 20
-IDLE_SECONDS = 0.003
-"""Before each of the things that are compared: an arrival and a push both meet a machine that has had nothing to do."""
+SHORT_REST = 0.003
+RESTS = (0.0, SHORT_REST, 0.1)
+"""Seconds without work before each of the things that are compared, so that an arrival and a push meet the machine in one state.
+
+What both cost depends on it, and not alike: without a pause everything is at hand; after a few milliseconds a wake-up is at its
+cheapest while code and reports have to be fetched anew; after longer ones, as between the ranks of a real bring-up, the wake-up itself
+is most of either. So the one is measured as the others are, and all are told.
+"""
 
 
 @dataclass
@@ -43,6 +49,7 @@ class GateFigures:
     Attributes:
         world_size: number of ranks.
         readers: how many of them read the log; with none, nobody but the server and the planner has work to do.
+        rest: seconds without work before each thing that was measured; see `RESTS`.
         ping: floor: an idle round trip.
         push: floor: one client's XADD until another client's blocked XREAD returns, both in this process.
         plain_push: the same with the client as redis-py makes it by default.
@@ -54,6 +61,7 @@ class GateFigures:
 
     world_size: int
     readers: int
+    rest: float
     ping: Samples = field(default_factory=Samples)
     push: Samples = field(default_factory=Samples)
     plain_push: Samples = field(default_factory=Samples)
@@ -67,6 +75,7 @@ class GateFigures:
         return {
             "world_size": self.world_size,
             "readers": self.readers,
+            "rest_ms": round(self.rest * 1000, 3),
             **{name: value.as_json() for name, value in samples.items()},
             "in_push_floors": {
                 name: {"p50": round(value.p50 / self.push.p50, 2), "p99": round(value.p99 / self.push.p99, 2)}
@@ -104,11 +113,11 @@ class Push:
         self._store = store
         self._cursor = "0-0"
 
-    async def measure(self, blocked: int) -> float:
-        """In seconds. `blocked`: how many clients the server holds already."""
+    async def measure(self, blocked: int, rest: float) -> float:
+        """In seconds. `blocked`: how many clients the server holds already; `rest`: how long nothing happens before it."""
         reading = asyncio.create_task(self._read())
         await until_blocked(self._store, blocked + 1)
-        await asyncio.sleep(IDLE_SECONDS)
+        await asyncio.sleep(rest)
         started = now()
         await self._writer.xadd(self._key, {"kind": "report"}, maxlen=100)
         return await reading - started
@@ -167,14 +176,14 @@ class GateBench:
         blocked = figures.readers + 1  # everybody's log, and the planner's dispatch that waits for the last arrival
         await until_blocked(barrier.store, blocked)
         for samples, push in self._floors:
-            samples.add(await push.measure(blocked))
-        await asyncio.sleep(IDLE_SECONDS)
+            samples.add(await push.measure(blocked, figures.rest))
+        await asyncio.sleep(figures.rest)
         started = now()
         await barrier.store.commands.ping()
         figures.ping.add(now() - started)
 
         await self._commits.begin()
-        await asyncio.sleep(IDLE_SECONDS)
+        await asyncio.sleep(figures.rest)
         started, started_by_day = now(), time.time()
         await self._last.report("Connected")
         outcome, known_at = await releasing
@@ -204,13 +213,13 @@ class GateBench:
         return received
 
 
-async def measure_gate(url: str, world_size: int, *, with_readers: int, samples: int) -> GateFigures:
-    """Let the last of `world_size` ranks arrive `samples` times, a few times in each epoch.
+async def measure_gate(url: str, world_size: int, *, with_readers: int, samples: int, rest: float) -> GateFigures:
+    """Let the last of `world_size` ranks arrive `samples` times, a few times in each epoch, each time after a `rest` in seconds.
 
     With readers, the last rank reads the log in this process and ``with_readers - 1`` others in one other process.
     """
-    group = f"gate-{world_size}-{with_readers}"
-    figures = GateFigures(world_size, with_readers)
+    group = f"gate-{world_size}-{with_readers}-{rest * 1000:.0f}"
+    figures = GateFigures(world_size, with_readers, rest)
     async with AsyncExitStack() as stack:
 
         async def closing(thing: Any, close: Callable[[Any], Any]) -> Any:

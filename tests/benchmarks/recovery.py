@@ -36,7 +36,7 @@ from planner.requests import RequestQueue
 from runner import Runner
 from runner.messages import ModelSpec
 from runner.testing import ScriptedEngine, ScriptedHost
-from tests.benchmarks.gate import Push
+from tests.benchmarks.gate import SHORT_REST, Push
 from tests.benchmarks.group import PATIENCE, now
 from tests.benchmarks.stats import Samples
 from tests.integration.cluster import Cluster, Process
@@ -224,8 +224,8 @@ async def measure_reported_failures(*, trials: int) -> RecoveryFigures:
         instance = await planner.launch(spec_of("reported"), timeout=PATIENCE)
         for trial in range(trials):
             blocked = WORLD_SIZE + 1  # everybody's log, and the planner's wake-ups
-            await push.measure(blocked)  # the first one after a bring-up finds everything cold
-            figures.floors.add(await push.measure(blocked))
+            await push.measure(blocked, SHORT_REST)  # the first one after a bring-up finds everything cold
+            figures.floors.add(await push.measure(blocked, SHORT_REST))
             epoch, failing = epoch_of(instance), ranks[trial % WORLD_SIZE]
             failing.host.die()
             figures.times.add(await told(ranks, epoch) - failing.member.failed_at)

@@ -8,10 +8,11 @@ import platform
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.gate import GateFigures
+from tests.benchmarks.gate import RESTS, GateFigures
 from tests.benchmarks.group import ROOT
 from tests.benchmarks.recovery import RecoveryFigures
 from tests.benchmarks.server_time import HoldFigures
@@ -68,7 +69,10 @@ class Results:
                 **{name: version(name) for name in ("redis", "hiredis")},
             },
             "gate": {transport: [one.as_json() for one in found] for transport, found in self.gates.items()},
-            "slopes_us_per_rank": {transport: slope_of(found) for transport, found in self.gates.items()},
+            "slopes_us_per_rank": {
+                transport: {f"rest_ms={rest * 1000:g}": slope_of(_alone(found, rest)) for rest in RESTS}
+                for transport, found in self.gates.items()
+            },
             "server_held": [one.as_json() for one in self.holds],
             "bring_up": self.bring_up.as_json() if self.bring_up else None,
             "idle": self.idle.as_json() if self.idle else None,
@@ -82,19 +86,20 @@ class Results:
     def verdicts(self) -> list[str]:
         """Every aim, and whether this run met it."""
         said: list[str] = []
-        for transport, found in self.gates.items():
-            alone = [one for one in found if not one.readers]
+        for (transport, found), rest in product(self.gates.items(), RESTS):
+            alone = _alone(found, rest)
+            where = f"{transport}, {_after(rest)}"
             small = {one.world_size: one.committed.p50 / one.push.p50 for one in alone if one.world_size <= SMALL}
             worst = max(small, key=lambda size: small[size])
             said.append(
-                f"{transport}: committed within {FLOORS_AIMED_AT:g} push floors up to {SMALL} ranks: "
+                f"{where}: committed within {FLOORS_AIMED_AT:g} push floors up to {SMALL} ranks: "
                 f"{_met(small[worst] <= FLOORS_AIMED_AT)} (p50 {min(small.values()):.1f} to {small[worst]:.1f} floors, "
                 f"most at {worst} ranks)"
             )
-            steepness = slope_of(found)
+            steepness = slope_of(alone)
             if steepness is not None:
                 said.append(
-                    f"{transport}: beyond that under {MICROSECONDS_AIMED_AT:g} µs a rank: "
+                    f"{where}: beyond that under {MICROSECONDS_AIMED_AT:g} µs a rank: "
                     f"{_met(steepness < MICROSECONDS_AIMED_AT)} ({steepness:.2f} µs, least squares over the p50 of "
                     f"{', '.join(str(one.world_size) for one in alone if one.world_size >= SMALL)} ranks)"
                 )
@@ -131,7 +136,7 @@ class Results:
             parts.append(
                 "readers 0: nobody reads the log, so the planner's own path is measured. Otherwise so many real Member.tasks() share "
                 "one other process and these cores, where real runners have machines of their own; groups of more than "
-                f"{SMALL} have a sample."
+                f"{SMALL} have a sample. rest ms: how long nothing happened before each ping, push and arrival."
             )
         if self.holds:
             parts.append(
@@ -166,10 +171,19 @@ class Results:
         return "\n".join([*parts, "", *(f"* {line}" for line in self.verdicts())])
 
 
-def slope_of(found: list[GateFigures]) -> float | None:
+def slope_of(alone: list[GateFigures]) -> float | None:
     """Microseconds that each rank adds to the commit; ``None`` where too few large groups were measured."""
-    points = [(one.world_size, one.committed.p50) for one in found if not one.readers and one.world_size >= SMALL]
+    points = [(one.world_size, one.committed.p50) for one in alone if one.world_size >= SMALL]
     return round(slope(points), 3) if len(points) > 1 else None
+
+
+def _alone(found: list[GateFigures], rest: float) -> list[GateFigures]:
+    """The groups whose log nobody reads, measured after one rest."""
+    return [one for one in found if not one.readers and one.rest == rest]
+
+
+def _after(rest: float) -> str:
+    return f"after {rest * 1000:g} ms of rest" if rest else "without a pause"
 
 
 def _met(yes: bool) -> str:
@@ -180,6 +194,7 @@ def _gate_table(found: list[GateFigures]) -> str:
     header = [
         "ranks",
         "readers",
+        "rest ms",
         "n",
         "ping",
         "push floor",
@@ -193,7 +208,7 @@ def _gate_table(found: list[GateFigures]) -> str:
     ]
     rows: list[list[str]] = []
     for one in found:
-        row = [str(one.world_size), str(one.readers), str(len(one.committed.seconds))]
+        row = [str(one.world_size), str(one.readers), f"{one.rest * 1000:g}", str(len(one.committed.seconds))]
         row += [f"{samples.p50:,.0f}/{samples.p99:,.0f}" for samples in (one.ping, one.push)]
         for samples in (one.committed, one.known):
             row.append(f"{samples.p50:,.0f}/{samples.p99:,.0f}")

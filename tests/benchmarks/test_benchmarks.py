@@ -12,10 +12,13 @@ import pytest
 from redis.asyncio import Redis
 
 from planner.embedded import EmbeddedServer, Transport
-from tests.benchmarks.gate import measure_gate
+from tests.benchmarks.gate import RESTS, SHORT_REST, measure_gate
 from tests.benchmarks.results import Results
 from tests.benchmarks.server_time import measure_holds
 from tests.benchmarks.traffic import count_bring_up, count_burst, count_idle
+
+SAMPLES_AFTER_LONG = 30
+"""Each of them takes four rests."""
 
 pytestmark = [pytest.mark.bench, pytest.mark.anyio]
 
@@ -25,13 +28,15 @@ class Scale:
     """How much is measured.
 
     Attributes:
-        gates: ranks, readers of the log, samples.
+        alone: ranks, samples; nobody reads the log. Once for each of `RESTS`.
+        read: ranks, readers of the log, samples; after `SHORT_REST`.
         holds: ranks, calls.
         idle_seconds: a multiple of the periods of 3, 4 and 5 s that the default settings have.
         bursts: ranks.
     """
 
-    gates: tuple[tuple[int, int, int], ...]
+    alone: tuple[tuple[int, int], ...]
+    read: tuple[tuple[int, int, int], ...]
     holds: tuple[tuple[int, int], ...]
     idle_seconds: float
     bursts: tuple[int, ...]
@@ -39,16 +44,15 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        gates=(
-            *((2, 0, 200), (8, 0, 200), (32, 0, 200), (128, 0, 200), (512, 0, 100), (4096, 0, 40)),
-            *((2, 2, 200), (8, 8, 200), (32, 32, 100), (128, 128, 100), (512, 32, 60), (4096, 32, 40)),
-        ),
+        alone=((2, 200), (8, 200), (32, 200), (128, 200), (512, 100), (4096, 40)),
+        read=((2, 2, 200), (8, 8, 200), (32, 32, 100), (128, 128, 100), (512, 32, 60), (4096, 32, 40)),
         holds=((128, 200), (4096, 40)),
         idle_seconds=60,
         bursts=(128, 512),
     ),
     "quick": Scale(
-        gates=((2, 0, 40), (128, 0, 40), (4096, 0, 6), (8, 8, 20)),
+        alone=((2, 40), (128, 40), (4096, 6)),
+        read=((8, 8, 20),),
         holds=((4096, 10),),
         idle_seconds=5,
         bursts=(128,),
@@ -56,13 +60,18 @@ SCALES = {
 }
 
 
+@pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-async def test_from_the_last_arrival_to_every_hand(results: Results, scale: str, transport: Transport) -> None:
+async def test_from_the_last_arrival_to_every_hand(
+    results: Results, scale: str, transport: Transport, rest: float
+) -> None:
     async with EmbeddedServer(transport=transport) as server:
         results.scale, results.server = scale, await _server_version(server.url)
-        for ranks, readers, samples in SCALES[scale].gates:
-            figures = await measure_gate(server.url, ranks, with_readers=readers, samples=samples)
-            assert len(figures.committed.seconds) == samples
+        alone = [(ranks, 0, samples) for ranks, samples in SCALES[scale].alone]
+        for ranks, readers, samples in sorted([*alone, *(SCALES[scale].read if rest == SHORT_REST else ())]):
+            enough = samples if rest <= SHORT_REST else min(samples, SAMPLES_AFTER_LONG)
+            figures = await measure_gate(server.url, ranks, with_readers=readers, samples=enough, rest=rest)
+            assert len(figures.committed.seconds) == enough
             results.gates.setdefault(transport, []).append(figures)
 
 
