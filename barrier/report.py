@@ -2,9 +2,10 @@
 
 A report is laid out so that a script can check it by comparing a prefix::
 
-    1|<epoch number>-<nonce>|<incarnation>|<status>|<applied>|<floor>|<digest>|{"rank":0,…}
+    2|<epoch number>-<nonce>|<status>|<applied>|<incarnation>|<floor>|<digest>|{"rank":0,…}
 
-``-`` stands for "no epoch" and "no digest"; applied has 10 digits, floor 16. See DESIGN section 4.
+What ranks that have arrived have alike stands first. ``-`` stands for "no epoch" and "no digest"; applied has 10 digits, floor 16.
+See DESIGN section 4.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from barrier.errors import InvalidName
 from barrier.ids import EpochId
 from barrier.keys import shown, valid_status
 
-SCHEMA = "1"
+SCHEMA = "2"
 MAX_REPORT_BYTES = 16 * 1024
 MAX_APPLIED = 10**10 - 1
 MAX_OUTCOMES = 8
@@ -88,7 +89,7 @@ def _fields(**said: object) -> str:
 @lru_cache(maxsize=64)
 def _who(rank: int, node: str, address: str, pid: int, world_size: int | None, lease_ms: int) -> str:
     """What is the same in all reports of a rank."""
-    rest = _fields(node=node, address=address, pid=pid, world_size=world_size, lease_ms=lease_ms)
+    rest = _fields(node=node[:255], address=address[:300], pid=pid, world_size=world_size, lease_ms=lease_ms)
     return f'"rank":{rank}{rest and "," + rest}'
 
 
@@ -145,13 +146,13 @@ class Report(NamedTuple):
     def header(self) -> str:
         """What scripts compare."""
         return (
-            f"{SCHEMA}|{self.epoch or '-'}|{self.incarnation}|{valid_status(self.status)}"
-            f"|{self.applied:010d}|{self.floor:016d}|{self.digest or '-'}|"
+            f"{SCHEMA}|{self.epoch or '-'}|{valid_status(self.status)}|{self.applied:010d}"
+            f"|{self.incarnation}|{self.floor:016d}|{self.digest or '-'}|"
         )
 
     def encode(self) -> bytes:
         """Write the report: header, then JSON. Texts are cut to what a report may hold, so that every reader takes it."""
-        outcomes = self.outcomes[-MAX_OUTCOMES:]
+        outcomes = self.outcomes and self.outcomes[-MAX_OUTCOMES:]
         raw = self._encode_with(outcomes)
         if len(raw) > MAX_REPORT_BYTES:  # of an outcome, the planner needs the code more than the sentence
             outcomes = tuple(one.model_copy(update={"detail": one.detail[:200]}) for one in outcomes)
@@ -163,13 +164,15 @@ class Report(NamedTuple):
 
     def _encode_with(self, outcomes: tuple[TaskOutcome, ...]) -> bytes:
         # Piece by piece, since a report is written between the last arrival and the dispatch, and little of it is new each time.
-        who = _who(self.rank, self.node[:255], self.address[:300], self.pid, self.world_size, self.lease_ms)
-        what = _fields(
-            progress=self.progress,
-            error=self.error[:2_000],
-            permanent=self.permanent,
-            outcomes=[one.model_dump(exclude_defaults=True) for one in outcomes],
-        )
+        who = _who(self.rank, self.node, self.address, self.pid, self.world_size, self.lease_ms)
+        what = ""
+        if outcomes or self.progress or self.error or self.permanent:
+            what = _fields(
+                progress=self.progress,
+                error=self.error[:2_000],
+                permanent=self.permanent,
+                outcomes=[one.model_dump(exclude_defaults=True) for one in outcomes],
+            )
         return f'{self.header}{{{who},"seq":{self.seq},"status_ms":{self.status_ms}{what and "," + what}}}'.encode()
 
     @classmethod
@@ -182,7 +185,7 @@ class Report(NamedTuple):
         if len(raw) > MAX_REPORT_BYTES:
             raise UndecodableReport(f"rank {rank}: {len(raw):,} bytes; at most {MAX_REPORT_BYTES:,} are read")
         try:
-            schema, epoch, incarnation, status, applied, floor, digest, text = raw.decode().split("|", 7)
+            schema, epoch, status, applied, incarnation, floor, digest, text = raw.decode().split("|", 7)
         except (UnicodeDecodeError, ValueError):
             raise UndecodableReport(f"rank {rank}: not a report") from None
         if schema != SCHEMA:

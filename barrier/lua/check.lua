@@ -10,12 +10,13 @@ local wrong = wrong_type({ { KEYS[1], 'hash' } })
 if wrong then
   return wrong
 end
-local record = read_record(KEYS[1])
+local world_size = #KEYS - FIRST_RANK + 1
+local record = read_record(KEYS[1], world_size)
 local refusal = not_current(record, number, nonce)
 if refusal then
   return refusal
 end
-local roster, unknown = read_roster(KEYS[1], record, #KEYS - FIRST_RANK + 1)
+local roster, unknown = roster_of(record, world_size)
 if not roster then
   return unknown
 end

@@ -23,22 +23,20 @@ local refusal = fenced(KEYS[2], term, holder)
 if refusal then
   return refusal
 end
-local record = read_record(KEYS[1])
+local world_size, field, needed = #KEYS - FIRST_RANK + 1, 'step:' .. step, after ~= '' and 'step:' .. after or nil
+local record = read_record(KEYS[1], world_size, field, needed)
 refusal = not_current(record, number, nonce)
 if refusal then
   return refusal
 end
-local roster, unknown = read_roster(KEYS[1], record, #KEYS - FIRST_RANK + 1)
+local roster, unknown = roster_of(record, world_size)
 if not roster then
   return unknown
 end
 
-local field = 'step:' .. step
-local before
+local before = record[field]
 if repeatable == '1' then
   before = redis.call('GET', KEYS[5])
-else
-  before = redis.call('HGET', KEYS[1], field)
 end
 if before then
   local id, attempts = string.match(before, '^(%d+%-%d+):(%d+)$')
@@ -49,7 +47,7 @@ if before then
     return { 'ALREADY', id }
   end
 end
-if after ~= '' and redis.call('HEXISTS', KEYS[1], 'step:' .. after) == 0 then
+if needed and not record[needed] then
   return { 'UNKNOWN', 'step ' .. after .. ' was not dispatched in this epoch' }
 end
 
@@ -59,19 +57,38 @@ if #missing > 0 then
 end
 
 -- Above everything that anybody has read, so that no rank takes a new entry for an old one or waits beyond the log's end.
-local log_number, log_n = log_end(KEYS[3])
-if log_number > tonumber(number) then
-  return { 'UNKNOWN', 'the log has entries of epoch ' .. whole(log_number) }
+local function place(log_n)
+  local written = math.max(log_n, tonumber(record.last_n) or 0)
+  local newest = math.max(written, applied, tonumber(seen_n))
+  -- A step that the store forgot gets the position that it had, so that a rank that has read it does not take it for another.
+  if not before and tonumber(known_n) > written then
+    return tonumber(known_n), written
+  end
+  return newest + 1, newest
 end
-local written = math.max(log_number == tonumber(number) and log_n or 0, tonumber(record.last_n) or 0)
-local newest = math.max(written, applied, tonumber(seen_n))
-local n = newest + 1
--- A step that the store forgot gets the position that it had, so that a rank that has read it does not take it for another.
-if not before and tonumber(known_n) > written then
-  n, newest = tonumber(known_n), written
+
+local n
+local function append(call, log_n)
+  local newest
+  n, newest = place(log_n)
+  return call('XADD', KEYS[3], 'MAXLEN', log_cap, number .. '-' .. whole(n), 'kind', 'task', 'nonce', nonce,
+    'prev', whole(newest), 'term', term, 'step', step, 'to', to, 'task', payload)
 end
-local id = announce(KEYS[3], number, n, log_cap, record_ms, 'kind', 'task', 'nonce', nonce, 'prev', whole(newest),
-  'term', term, 'step', step, 'to', to, 'task', payload)
+
+-- A log refuses an id that is not above all that it has ever had. So its end is read only where it refuses, or where the step
+-- may have a position from before.
+local id
+if before or tonumber(known_n) == 0 then
+  id = append(redis.pcall, 0)
+end
+if type(id) ~= 'string' then
+  local log_number, log_n = log_end(KEYS[3])
+  if log_number > tonumber(number) then
+    return { 'UNKNOWN', 'the log has entries of epoch ' .. whole(log_number) }
+  end
+  id = append(redis.call, log_number == tonumber(number) and log_n or 0)
+end
+redis.call('PEXPIRE', KEYS[3], record_ms)
 local mark = id .. ':' .. attempt
 if repeatable == '1' then
   redis.call('SET', KEYS[5], mark, 'PX', once_ms)

@@ -2,6 +2,7 @@
 
 local ROSTER_CHUNK = 64 -- incarnations in one roster field, so that a rank reads 64 of them and not 4,096
 local INCARNATION_WIDTH = 28
+local APPLIED_WIDTH = 10
 local SLICE = 2000 -- keys in one MGET; Lua's stack holds 8,000
 
 -- Milliseconds: Lua numbers are doubles, and tostring would shorten microseconds.
@@ -51,28 +52,29 @@ local function not_current(record, number, nonce)
   return nil
 end
 
-local function read_record(epoch_key)
-  local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n' }
+-- What the verbs need of the record, in one read. With a world size, its roster as well, chunk by chunk (see `roster_of`);
+-- with the names of steps, where these were dispatched.
+local function read_record(epoch_key, world_size, ...)
+  local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n', ... }
+  for chunk = 0, math.ceil((world_size or 0) / ROSTER_CHUNK) - 1 do
+    fields[#fields + 1] = 'roster:' .. chunk
+  end
   local values = redis.call('HMGET', epoch_key, unpack(fields))
   local record = {}
-  for i, field in ipairs(fields) do
-    record[field] = values[i]
+  for i = 1, #fields do
+    record[fields[i]] = values[i]
   end
   return record
 end
 
 -- The roster of a record that is for so many ranks as the caller has; otherwise why there is none.
-local function read_roster(epoch_key, record, world_size)
+local function roster_of(record, world_size)
   if tonumber(record.world_size) ~= world_size then
     return nil, { 'UNKNOWN', 'the record says world_size ' .. record.world_size .. ', the caller ' .. world_size }
   end
-  local fields = {}
-  for chunk = 0, math.floor((world_size - 1) / ROSTER_CHUNK) do
-    fields[#fields + 1] = 'roster:' .. chunk
-  end
-  local chunks = redis.call('HMGET', epoch_key, unpack(fields))
-  for i = 1, #fields do
-    chunks[i] = chunks[i] or ''
+  local chunks = {}
+  for chunk = 0, math.ceil(world_size / ROSTER_CHUNK) - 1 do
+    chunks[chunk + 1] = record['roster:' .. chunk] or ''
   end
   local roster = table.concat(chunks)
   if #roster ~= world_size * INCARNATION_WIDTH then
@@ -101,11 +103,11 @@ local function read_reports(first_key)
   return reports
 end
 
--- A report's header: 1|<number>-<nonce> or -|<incarnation>|<status>|<applied>|<floor>|<digest>|{...}
+-- A report's header: 2|<number>-<nonce> or -|<status>|<applied>|<incarnation>|<floor>|<digest>|{...}
 -- Returns epoch, incarnation, status, applied, floor, digest; nil where the bytes are not a report of ours.
 local function parse_report(report)
-  local epoch, incarnation, status, applied, floor, digest =
-    string.match(report, '^1|([^|]+)|(%x+)|(%a%w*)|(%d+)|(%d+)|([^|]+)|')
+  local epoch, status, applied, incarnation, floor, digest =
+    string.match(report, '^2|([^|]+)|(%a%w*)|(%d+)|(%x+)|(%d+)|([^|]+)|')
   if not epoch or #incarnation ~= INCARNATION_WIDTH then
     return nil
   end
@@ -115,44 +117,57 @@ end
 -- Which ranks are missing: no live report, or not one of exactly this epoch and incarnation in a wanted status. Compares
 -- prefixes and decodes nothing. Rules are triplets in ARGV from `first_rule`: first rank, last rank, statuses joined by commas.
 -- Also returns the highest log position that a counted report has applied.
--- This is the one loop that every rank adds to, so it makes no string that it can do without, and keeps no report longer than
--- its slice: 1.0 instead of 1.4 µs a rank.
+-- This is the one loop that every rank adds to, between the last arrival and the dispatch. So what most reports begin with
+-- (epoch, status, position) is compared with what another began with, that was found right; and all incarnations are compared
+-- with the roster at once, one by one only where that shows a difference.
 local function missing_ranks(record, roster, first_key, first_rule)
-  local sub = string.sub
-  local head = '1|' .. record.number .. '-' .. record.nonce .. '|'
-  local from, to = #head + 1, #head + INCARNATION_WIDTH
+  local sub, find = string.sub, string.find -- find makes no string of what it compares, and a string is hashed whole
+  local head = '2|' .. record.number .. '-' .. record.nonce .. '|'
   local missing, highest, last_rank = {}, '0', #KEYS - first_key
   for rule = first_rule, #ARGV, 3 do
-    local tails = {}
+    local statuses = {}
     for status in string.gmatch(ARGV[rule + 2], '[^,]+') do
-      tails[#tails + 1] = '|' .. status .. '|'
+      statuses[#statuses + 1] = head .. status .. '|'
     end
     local first, last = tonumber(ARGV[rule]), tonumber(ARGV[rule + 1])
+    local right, length = nil, 0
+
+    local function begins_right(report)
+      for i = 1, #statuses do
+        local wanted = statuses[i]
+        if sub(report, 1, #wanted) == wanted then
+          local applied = sub(report, #wanted + 1, #wanted + APPLIED_WIDTH)
+          if applied > highest then
+            highest = applied
+          end
+          right, length = wanted .. applied, #wanted + APPLIED_WIDTH
+          return true
+        end
+      end
+      return false
+    end
+
     for slice = first, last, SLICE do
       local slice_last = math.min(slice + SLICE - 1, last)
-      local reports = {}
+      local arrived, count = {}, slice_last - slice + 1 -- reports, and then the incarnation of each that counts
       if slice >= 0 and slice <= last_rank then
-        reports = redis.call('MGET', unpack(KEYS, first_key + slice, first_key + math.min(slice_last, last_rank)))
+        arrived = redis.call('MGET', unpack(KEYS, first_key + slice, first_key + math.min(slice_last, last_rank)))
       end
-      for rank = slice, slice_last do
-        local report, place = reports[rank - slice + 1], rank * INCARNATION_WIDTH
-        local arrived = false
-        if report and sub(report, 1, from - 1) == head
-          and sub(report, from, to) == sub(roster, place + 1, place + INCARNATION_WIDTH) then
-          for i = 1, #tails do
-            local tail = tails[i]
-            if sub(report, to + 1, to + #tail) == tail then
-              arrived = true
-              local applied = sub(report, to + #tail + 1, to + #tail + 10)
-              if applied ~= highest and applied > highest then
-                highest = applied
-              end
-              break
-            end
-          end
+      for i = 1, count do
+        local report = arrived[i]
+        if report and (right and find(report, right, 1, true) == 1 or begins_right(report)) then
+          arrived[i] = sub(report, length + 2, length + 1 + INCARNATION_WIDTH)
+        else
+          arrived[i] = ''
         end
-        if not arrived then
-          missing[#missing + 1] = rank
+      end
+      local expected = sub(roster, slice * INCARNATION_WIDTH + 1, (slice_last + 1) * INCARNATION_WIDTH)
+      if #expected ~= count * INCARNATION_WIDTH or table.concat(arrived) ~= expected then
+        for i = 1, count do
+          local before = (slice + i - 1) * INCARNATION_WIDTH
+          if arrived[i] == '' or arrived[i] ~= sub(roster, before + 1, before + INCARNATION_WIDTH) then
+            missing[#missing + 1] = slice + i - 1
+          end
         end
       end
     end

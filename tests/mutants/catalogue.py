@@ -48,6 +48,12 @@ def _verb_fence(verb: str, file: str) -> Mutation:
     )
 
 
+def _begins(wanted: str) -> Edit:
+    """What a report has to begin with, as the gate has it, replaced by this Lua expression."""
+    check = "\n        if sub(report, 1, #wanted) == wanted then"
+    return Edit(_PRELUDE, f"local wanted = statuses[i]{check}", f"local wanted = {wanted}{check}")
+
+
 def _restore_needs(what: str, old: str, new: str, guard: str, model: Edit | None = None) -> Mutation:
     return Mutation(
         f"restore-{what}",
@@ -130,14 +136,18 @@ SCRIPTS: tuple[Mutation, ...] = (
         "gate-live",
         "only a live report arrives",
         "S1",
-        Edit(_PRELUDE, "if not arrived then\n          missing", "if report and not arrived then\n          missing"),
+        Edit(
+            _PRELUDE,
+            "local report = arrived[i]\n",
+            "local report = arrived[i] or right and right .. '|' .. sub(roster, (slice + i - 1) * 28 + 1, (slice + i) * 28)\n",
+        ),
         (PROPERTY, SIMULATION),
     ),
     Mutation(
         "gate-status",
         "only the required status arrives",
         "S1",
-        Edit(_PRELUDE, "if sub(report, to + 1, to + #tail) == tail then", "if true then"),
+        _begins("head .. (string.match(sub(report, #head + 1), '^%a%w*|') or '|')"),
         (PROPERTY, SIMULATION, EXHAUSTIVE),
         Edit(_REFERENCE, "                and report.status in rule.statuses\n", ""),
     ),
@@ -145,7 +155,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "gate-epoch",
         "only a report of exactly this epoch arrives",
         "S1",
-        Edit(_PRELUDE, "if report and sub(report, 1, from - 1) == head", "if report"),
+        _begins("(string.match(report, '^2|[^|]*|') or '') .. sub(statuses[i], #head + 1)"),
         (PROPERTY, SIMULATION, EXHAUSTIVE),
         Edit(_REFERENCE, "                and report.epoch == record.id\n", ""),
     ),
@@ -153,11 +163,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "gate-nonce",
         "a report of the same number and another nonce does not arrive",
         "S1",
-        Edit(
-            _PRELUDE,
-            "if report and sub(report, 1, from - 1) == head",
-            "if report and sub(report, 1, #record.number + 3) == sub(head, 1, #record.number + 3)",
-        ),
+        _begins("(string.match(report, '^2|' .. record.number .. '%-%x*|') or '') .. sub(statuses[i], #head + 1)"),
         (PROPERTY, EXHAUSTIVE),
         Edit(
             _REFERENCE,
@@ -171,11 +177,22 @@ SCRIPTS: tuple[Mutation, ...] = (
         "S6",
         Edit(
             _PRELUDE,
-            "          and sub(report, from, to) == sub(roster, place + 1, place + INCARNATION_WIDTH) then",
-            "then",
+            "if #expected ~= count * INCARNATION_WIDTH or table.concat(arrived) ~= expected then",
+            "if #table.concat(arrived) ~= count * INCARNATION_WIDTH then",
         ),
         (PROPERTY, SIMULATION, EXHAUSTIVE),
         Edit(_REFERENCE, "                and report.incarnation == record.roster[rank]\n", ""),
+    ),
+    Mutation(
+        "gate-roster-each",
+        "where the roster and those that arrived differ, each rank is compared",
+        "S6",
+        Edit(
+            _PRELUDE,
+            "if arrived[i] == '' or arrived[i] ~= sub(roster, before + 1, before + INCARNATION_WIDTH) then",
+            "if arrived[i] == '' then",
+        ),
+        (PROPERTY, SIMULATION),
     ),
     Mutation(
         "once",
@@ -189,7 +206,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "after",
         "a step follows the one before it",
         "S1",
-        Edit(_DISPATCH, "if after ~= '' and redis.call", "if false and redis.call"),
+        Edit(_DISPATCH, "if needed and not record[needed] then", "if false then"),
         (PROPERTY, EXHAUSTIVE),
         Edit(_REFERENCE, "    if after and after not in {name for name, _, _ in record.steps}:", "    if False:"),
     ),
@@ -625,7 +642,7 @@ RANKS: tuple[Mutation, ...] = (
         "reread",
         "a rank that was silent looks for a successor before it writes",
         "S6",
-        Edit(_MEMBER, '            if self._renewed_at > float("-inf") and', "            if False and"),
+        Edit(_MEMBER, "            if self._renewed_at > -inf and", "            if False and"),
         (RANK, SIMULATION),
     ),
     # --- the judge --------------------------------------------------------------------------------------------------------

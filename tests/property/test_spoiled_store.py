@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from barrier import Settings, StoreCorrupt, Verdict, adopt, scripts
 from barrier.outcomes import Dispatched, Released, Unknown
+from barrier.report import SCHEMA
 from barrier.testing import FakeStore, ManualClock
 from tests.property.side_by_side import PRELUDES, WORLD, SideBySide, begun, carry_out, steps
 
@@ -173,7 +174,7 @@ class Trial:
         roster = self.kept[b"roster:0"].decode()
         life = roster[rank * 28 : rank * 28 + 28]
         number = epoch.partition("-")[0]
-        text = f"1|{epoch}|{life}|Idle|0000000001|{int(number):016d}|-|{{}}"
+        text = f"{SCHEMA}|{epoch}|Idle|0000000001|{life}|{int(number):016d}|-|{{}}"
         await self.commands.set(self.both.keys.rank(rank), text, px=3_000)
 
     async def ask(self, verb: str, size: int = WORLD) -> object:

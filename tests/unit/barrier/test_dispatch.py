@@ -140,14 +140,39 @@ OTHERWISE: dict[str, Callable[[Report], Report]] = {
 }
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2], ids=["the first", "the middle one", "the last"])
 @pytest.mark.parametrize("said", OTHERWISE)
-async def test_a_report_counts_for_exactly_this_epoch_roster_and_status(group: Group, said: str) -> None:
+async def test_a_report_counts_for_exactly_this_epoch_roster_and_status(group: Group, said: str, rank: int) -> None:
     epoch = await group.all_connected()
-    mine = group.ranks[1].member.report_now
-    await group.barrier.store.commands.set(group.keys.rank(1), OTHERWISE[said](mine).encode(), px=60_000)
-    assert await refused(group, epoch) == NotReady((1,))
-    await group.barrier.store.commands.set(group.keys.rank(1), mine.encode(), px=60_000)
+    mine = group.ranks[rank].member.report_now
+    await group.barrier.store.commands.set(group.keys.rank(rank), OTHERWISE[said](mine).encode(), px=60_000)
+    assert await refused(group, epoch) == NotReady((rank,))
+    await group.barrier.store.commands.set(group.keys.rank(rank), mine.encode(), px=60_000)
     assert isinstance(await load(group, epoch), Dispatched)
+
+
+async def test_ranks_that_exchanged_their_lives_are_both_missing(group: Group) -> None:
+    epoch = await group.all_connected()
+    first, last = (group.ranks[rank].member.report_now for rank in (0, 2))
+    await group.barrier.store.commands.set(group.keys.rank(0), last.encode(), px=60_000)
+    await group.barrier.store.commands.set(group.keys.rank(2), first.encode(), px=60_000)
+    assert await refused(group, epoch) == NotReady((0, 2))
+
+
+async def test_ranks_count_in_any_mixture_of_the_wanted_statuses_and_of_places_in_the_log(group: Group) -> None:
+    epoch = await group.all_connected()
+    for rank, (status, applied) in enumerate([("Ready", 7), ("WarmingUp", 9), ("Ready", 8)]):
+        said = group.ranks[rank].member.report_now._replace(status=status, applied=applied)
+        await group.barrier.store.commands.set(group.keys.rank(rank), said.encode(), px=60_000)
+    rules = all_ranks(3, ("WarmingUp", "Ready"))
+    dispatched = await group.barrier.dispatch(epoch, "serve", "{}", rules)
+    assert dispatched == Dispatched(LogId(epoch.number, 10)), "above the place that the furthest has read to"
+
+
+async def test_ranks_that_the_group_does_not_have_are_missing(group: Group) -> None:
+    epoch = await group.all_connected()
+    rules = (RankRule(1, 4, ("Connected",)),)
+    assert await group.barrier.dispatch(epoch, "load", "{}", rules) == NotReady((3, 4))
 
 
 async def test_a_rank_that_was_restarted_is_not_on_the_roster(group: Group) -> None:
@@ -165,7 +190,7 @@ async def test_one_ranks_report_does_not_count_for_another(group: Group) -> None
     assert await refused(group, epoch) == NotReady((1,))
 
 
-@pytest.mark.parametrize("garbage", [b"", b"garbage", b"\xff" * 100, b"1|" * 50])
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"\xff" * 100, b"2|" * 50])
 async def test_garbage_counts_as_missing(group: Group, garbage: bytes) -> None:
     epoch = await group.all_connected()
     await group.barrier.store.commands.set(group.keys.rank(2), garbage, px=60_000)

@@ -57,7 +57,7 @@ async def test_the_end_of_a_log_that_was_trimmed_to_nothing_is_known(group: Grou
     assert (await group.inspect()).log_end == LogId(epoch.number, 1)
 
 
-@pytest.mark.parametrize("raw", [b"\xff\xfe", b"garbage", b"1|", b"x" * 20_000])
+@pytest.mark.parametrize("raw", [b"\xff\xfe", b"garbage", b"2|", b"x" * 20_000])
 async def test_bytes_that_are_not_a_report_are_told_as_such(group: Group, raw: bytes) -> None:
     await group.barrier.store.commands.set(group.keys.rank(1), raw, px=60_000)
     found = (await group.inspect()).ranks[1]

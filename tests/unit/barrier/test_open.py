@@ -69,7 +69,7 @@ async def test_a_report_whose_lease_is_over_is_no_live_report(group: Group) -> N
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"", b"hello", b"1|-|abc|Idle|0000000000|0000000000000000|-|{}", b"2|-|" + b"1" * 28 + b"|Idle|0|0|-|{}"],
+    [b"", b"hello", b"2|-|Idle|0000000000|abc|0000000000000000|-|{}", b"1|-|Idle|0|" + b"1" * 28 + b"|0|-|{}"],
 )
 async def test_what_is_not_a_report_counts_as_missing(group: Group, garbage: bytes) -> None:
     await group.barrier.store.commands.set(group.keys.rank(1), garbage, px=60_000)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from barrier import EpochId, InvalidName, Report, TaskOutcome
-from barrier.report import MAX_OUTCOMES, MAX_REPORT_BYTES, UndecodableReport
+from barrier.report import MAX_OUTCOMES, MAX_REPORT_BYTES, SCHEMA, UndecodableReport
 
 hexadecimal = st.binary(min_size=14, max_size=14).map(bytes.hex)
 epochs = st.builds(EpochId, st.integers(0, 10**16 - 1), st.binary(min_size=16, max_size=16).map(bytes.hex))
@@ -76,12 +76,17 @@ def test_a_damaged_report_is_a_report_or_is_refused_by_name(report: Report, data
     assert Report.decode(decoded.encode(), report.rank) == decoded
 
 
+def _counted(epoch: EpochId | None, status: str, applied: int, incarnation: str) -> bytes:
+    """What a report begins with that a script counts."""
+    return f"{SCHEMA}|{epoch}|{status}|{applied:010d}|{incarnation}|".encode()
+
+
 @given(reports, epochs, hexadecimal, statuses)
 def test_a_report_counts_for_no_other_epoch_incarnation_or_status(
     report: Report, epoch: EpochId, incarnation: str, status: str
 ) -> None:
     """The scripts compare exactly this prefix."""
-    wanted = f"1|{epoch}|{incarnation}|{status}|".encode()
+    wanted = _counted(epoch, status, report.applied, incarnation)
     same = (report.epoch, report.incarnation, report.status) == (epoch, incarnation, status)
     assert report.encode().startswith(wanted) == same
 
@@ -91,7 +96,7 @@ def test_a_report_counts_for_its_own_epoch_incarnation_and_status_only(report: R
     assert report.epoch is not None
     epoch, incarnation, status = report.epoch, report.incarnation, report.status
     raw = report.encode()
-    assert raw.startswith(f"1|{epoch}|{incarnation}|{status}|".encode())
+    assert raw.startswith(_counted(epoch, status, report.applied, incarnation))
     neighbours = [
         (EpochId(epoch.number + 1, epoch.nonce), incarnation, status),
         (EpochId(epoch.number // 10, epoch.nonce), incarnation, status) if epoch.number >= 10 else None,
@@ -102,13 +107,14 @@ def test_a_report_counts_for_its_own_epoch_incarnation_and_status_only(report: R
     ]
     for other in neighbours:
         if other is not None:
-            assert not raw.startswith("1|{}|{}|{}|".format(*other).encode())
+            other_epoch, other_incarnation, other_status = other
+            assert not raw.startswith(_counted(other_epoch, other_status, report.applied, other_incarnation))
 
 
 def test_the_header_is_as_the_scripts_read_it() -> None:
-    assert REPORT.header == f"1|7-{'a' * 32}|{'1' * 28}|Connected|0000000002|0000000000000007|-|"
+    assert REPORT.header == f"2|7-{'a' * 32}|Connected|0000000002|{'1' * 28}|0000000000000007|-|"
     assert REPORT._replace(epoch=None, digest="ab").header == (
-        f"1|-|{'1' * 28}|Connected|0000000002|0000000000000007|ab|"
+        f"2|-|Connected|0000000002|{'1' * 28}|0000000000000007|ab|"
     )
 
 
@@ -166,7 +172,7 @@ def test_long_sentences_do_not_push_the_outcomes_out() -> None:
         (b"", "not a report"),
         (b"hello", "not a report"),
         (b"\xff|" * 8, "not a report"),
-        (b"2" + REPORT.encode()[1:], "schema '2'; this version reads 1"),
+        (b"1" + REPORT.encode()[1:], "schema '1'; this version reads 2"),
         (REPORT.encode().replace(b"1" * 28, b"1" * 27), "malformed header"),
         (REPORT.encode().replace(b"1" * 28, b"G" * 28), "malformed header"),
         (REPORT.encode().replace(b"0000000002", b"2"), "malformed header"),

@@ -12,7 +12,7 @@ import pytest
 
 from barrier import member, scripts
 from barrier.ids import INCARNATION_WIDTH
-from barrier.report import SCHEMA
+from barrier.report import MAX_APPLIED, SCHEMA
 from barrier.scripts import VERBS, script
 
 inside: Any = scripts
@@ -127,6 +127,7 @@ def test_read_only_verbs_write_nothing(verb: str) -> None:
 def test_lua_and_python_agree_on_the_layout() -> None:
     assert f"local ROSTER_CHUNK = {vars(member)['_ROSTER_CHUNK']} " in PRELUDE
     assert f"local INCARNATION_WIDTH = {INCARNATION_WIDTH}\n" in PRELUDE
+    assert f"local APPLIED_WIDTH = {len(str(MAX_APPLIED))}\n" in PRELUDE
     assert f"'^{SCHEMA}|" in PRELUDE
     assert f"local head = '{SCHEMA}|'" in PRELUDE
 
