@@ -157,6 +157,11 @@ class ClusterConnection(PromptConnection):
         """Whether the node that was last talked to is connected."""
         return self._at is not None and self._at.is_connected
 
+    @property
+    def at_rest(self) -> bool:
+        """Never known beforehand: `can_read` looks at all nodes."""
+        return False
+
     async def connect(self) -> None:
         """Nothing yet: which node it will be is known with the first call."""
 

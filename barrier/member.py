@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import inf
 from typing import Any, TypeAlias
 
 from loguru import logger
@@ -28,7 +29,7 @@ from barrier.errors import ClaimLost, InvalidName, RankTaken, StoreCorrupt, Stor
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
-from barrier.prompt import pack
+from barrier.prompt import GAP, Template, pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
 from barrier.store import Store, stream_entries
@@ -112,6 +113,18 @@ Event: TypeAlias = Mapping[str, str]
 """One line of history: a flat mapping of short texts."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Frames:
+    """The commands of a report, packed as far as they are the same each time."""
+
+    holder: bytes
+    look: tuple[bytes, ...]
+    report: Template
+    hint: Template
+    alarm: Template
+    keep_signals: bytes
+
+
 class Member:
     """One rank of a group, in one life of its process.
 
@@ -178,8 +191,10 @@ class Member:
         )
         self._status_since = self.clock.now()
         self._writing = asyncio.Lock()
-        self._renewed_at = float("-inf")
-        self._constant: list[bytes] = []
+        self._renewed_at = -inf
+        self._looked_at = -inf
+        self._lease_ms = round(self.settings.lease * 1000)
+        self._frames: _Frames | None = None
         self._said: tuple[str, EpochId | None] | None = None
         self._alarm = False
         self._unsaid: deque[Event] = deque(maxlen=_UNSAID_EVENTS)
@@ -278,7 +293,7 @@ class Member:
                 raise StoreCorrupt(
                     f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
                 )
-        self._rank, self._constant = rank, []
+        self._rank, self._frames = rank, None
         self._report = self._report._replace(rank=rank)
         with self.store.errors():
             newest = await self.store.commands.xrevrange(self.keys.tasks, count=1)
@@ -306,7 +321,10 @@ class Member:
                 pipe.delete(claim)
                 if said_hello:  # before that, the report's key is a predecessor's, or somebody else's altogether
                     pipe.delete(self.keys.rank(rank))
-                    for command in self._hint(alarm=True):
+                    for command in (
+                        self._hint(str(self._report.epoch or "-"), self._report.status, alarm=True),
+                        self._keep(self.keys.signals),
+                    ):
                         pipe.execute_command(*command)
                 try:
                     await pipe.execute()
@@ -359,33 +377,56 @@ class Member:
         for event in events:
             self._event_seq += 1
             self._unsaid.append({"seq": str(self._event_seq), "epoch": str(self._report.epoch or "-"), **event})
-        await self._write()
+        await self._write(look=status is None)
 
     def note_progress(self, done: int, total: int) -> None:
         """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip."""
         self._report = self._report._replace(progress=(done, total))
 
-    def _hint(self, *, alarm: bool) -> list[tuple[Any, ...]]:
-        """The commands that wake the planners."""
-        report = self._report
-        fields = ("kind", "report", "rank", report.rank, "epoch", str(report.epoch or "-"), "inc", report.incarnation)
-        fields += ("status", report.status, *(("alarm", "1") if alarm else ()))
-        return self._append(self.keys.signals, [fields], self.settings.signal_entries)
+    def _hint(self, epoch: str, status: str, *, alarm: bool) -> tuple[str | int, ...]:
+        """The command that wakes the planners."""
+        fields = ("kind", "report", "rank", self.rank, "epoch", epoch, "inc", self.incarnation, "status", status)
+        return self._append(
+            self.keys.signals, (*fields, *(("alarm", "1") if alarm else ())), self.settings.signal_entries
+        )
 
-    def _history(self, rank: int, events: Sequence[Event]) -> list[tuple[Any, ...]]:
+    def _history(self, events: Sequence[Event]) -> list[tuple[str | int, ...]]:
         """The commands that tell the history."""
-        mine = ("source", "rank", "rank", rank, "inc", self.incarnation)
+        mine = ("source", "rank", "rank", self.rank, "inc", self.incarnation)
         entries = [(*mine, *chain.from_iterable(event.items())) for event in events]
-        return self._append(self.keys.events, entries, self.settings.event_entries)
+        appended = [self._append(self.keys.events, entry, self.settings.event_entries) for entry in entries]
+        return [*appended, self._keep(self.keys.events)]
 
-    def _append(self, key: str, entries: Sequence[tuple[str | int, ...]], cap: int) -> list[tuple[Any, ...]]:
-        """The commands that append to a capped stream, each entry as names and values in turn, and keep its lifetime."""
-        commands: list[tuple[Any, ...]] = [("XADD", key, "MAXLEN", "~", cap, "*", *fields) for fields in entries]
-        commands.append(("PEXPIRE", key, round(self.settings.record_lifetime * 1000)))
-        return commands
+    def _append(self, key: str, entry: tuple[str | int, ...], cap: int) -> tuple[str | int, ...]:
+        """Append names and values, in turn, to a capped stream. To be followed by `_keep`."""
+        return ("XADD", key, "MAXLEN", "~", cap, "*", *entry)
 
-    async def _write(self) -> None:
-        """Send the report in one MULTI, and look at what it brings back: the claim, the epoch and the log's end.
+    def _keep(self, key: str) -> tuple[str | int, ...]:
+        """Keep a stream's lifetime."""
+        return ("PEXPIRE", key, round(self.settings.record_lifetime * 1000))
+
+    def _prepare(self) -> _Frames:
+        """Pack what can be packed before it is known what will be said."""
+        claim = self.keys.claim(self.rank)
+        return _Frames(
+            holder=pack(("GET", claim)),
+            look=(
+                pack(("SET", claim, self.incarnation, "PX", self._lease_ms, "NX")),  # heals a flushed claim
+                pack(("PEXPIRE", claim, self._lease_ms)),
+                pack(("HMGET", self.keys.epoch, "number", "nonce", "verdict")),
+                pack(("XREVRANGE", self.keys.tasks, "+", "-", "COUNT", 1)),
+            ),
+            report=Template(("SET", self.keys.rank(self.rank), GAP, "PX", self._lease_ms)),
+            hint=Template(self._hint(GAP, GAP, alarm=False)),
+            alarm=Template(self._hint(GAP, GAP, alarm=True)),
+            keep_signals=pack(self._keep(self.keys.signals)),
+        )
+
+    async def _write(self, *, look: bool = True) -> None:
+        """Send the report in one MULTI; with a `look`, renew the claim and bring back the epoch's record and the log's end as well.
+
+        A look is due every heartbeat, whoever asks for what. In between, a report says what is new, makes sure that the rank is still held
+        by this incarnation, and leaves out the rest: it lies between an arrival and the dispatch.
 
         Hint and history that could not be sent go with the next report. A reply that was lost after the commit makes them
         come twice; events carry their number, so that a reader can tell.
@@ -393,44 +434,52 @@ class Member:
         async with self._writing:
             rank = self.rank
             self._refuse_if_replaced()
-            if self._renewed_at > float("-inf") and self.clock.now() - self._renewed_at > self.settings.reread_after:
+            now = self.clock.now()
+            if self._renewed_at > -inf and now - self._renewed_at > self.settings.reread_after:
                 await self._read_before_writing(rank)
-            sent_at, read_to = self.clock.now(), self._cursor
-            status_ms = max(0, round((sent_at - self._status_since) * 1000))
-            self._report = self._report._replace(seq=self._report.seq + 1, status_ms=status_ms)
-            lease_ms = round(self.settings.lease * 1000)
-            events = list(self._unsaid)
-            alarm, self._alarm = self._alarm, False  # one that comes up meanwhile goes with the next report
-            saying = (self._report.status, self._report.epoch)
-            if not self._constant:  # all that is the same in every report
-                claim = self.keys.claim(rank)
-                self._constant = [
-                    pack(("SET", claim, self.incarnation, "PX", lease_ms, "NX")),  # heals a flushed claim
-                    pack(("GET", claim)),
-                    pack(("PEXPIRE", claim, lease_ms)),
-                    pack(("HMGET", self.keys.epoch, "number", "nonce", "verdict")),
-                    pack(("XREVRANGE", self.keys.tasks, "+", "-", "COUNT", 1)),
-                ]
-            commands: list[tuple[Any, ...] | bytes] = [
-                *self._constant,
-                ("SET", self.keys.rank(rank), self._report.encode(), "PX", lease_ms),
-            ]
-            if events:
-                commands += self._history(rank, events)
-            if alarm or saying != self._said:
-                commands += self._hint(alarm=alarm)
-            try:
-                with self.store.errors():
-                    replies = await self.store.transact(commands)
-            except BaseException:
-                self._alarm = self._alarm or alarm
-                raise
-            self._check_claim(replies[1])
-            self._renewed_at = sent_at
-            self._said = saying
-            for _ in range(min(len(events), len(self._unsaid))):
-                self._unsaid.popleft()
-            self._notice(replies[3], replies[4], read_to)
+            look = look or now - self._looked_at >= self.settings.heartbeat
+            if not await self._say(look=look):
+                await self._say(look=True)  # the claim is gone, and a look heals it
+
+    async def _say(self, *, look: bool) -> bool:
+        """Send one report; whether the claim was there."""
+        sent_at, read_to = self.clock.now(), self._cursor
+        status_ms = max(0, round((sent_at - self._status_since) * 1000))
+        self._report = report = self._report._replace(seq=self._report.seq + 1, status_ms=status_ms)
+        events = list(self._unsaid)
+        alarm, self._alarm = self._alarm, False  # one that comes up meanwhile goes with the next report
+        saying = (report.status, report.epoch)
+        frames = self._frames
+        if frames is None:
+            frames = self._frames = self._prepare()
+        commands: list[Sequence[Any] | bytes] = [frames.holder, frames.report.fill(report.encode())]
+        if alarm or saying != self._said:
+            hint = frames.alarm if alarm else frames.hint
+            commands += (hint.fill(str(report.epoch or "-").encode(), report.status.encode()), frames.keep_signals)
+        if events:
+            commands += self._history(events)
+        if look:
+            commands += frames.look
+        try:
+            with self.store.errors():
+                replies = await self.store.transact(commands)
+        except BaseException:
+            self._alarm = self._alarm or alarm
+            raise
+        self._said = saying
+        for _ in range(min(len(events), len(self._unsaid))):
+            self._unsaid.popleft()
+        holder = replies[0]
+        if holder is not None:
+            self._check_claim(holder)
+        elif not look:
+            return False
+        self._renewed_at = sent_at
+        if look:
+            self._looked_at = sent_at
+            record, newest = replies[-2:]
+            self._notice(record, newest, read_to)
+        return True
 
     async def _read_before_writing(self, rank: int) -> None:
         """After a gap (a stopped process, a lost network) this rank may have been replaced: then it must not write."""

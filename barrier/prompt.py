@@ -53,6 +53,31 @@ def pack(command: Sequence[Any]) -> bytes:
     return b"".join(pieces)
 
 
+GAP = "\0"
+"""Stands for a word that a `Template` leaves open."""
+
+
+class Template:
+    """A command that is packed beforehand but for some of its words.
+
+    Packing a report's commands anew takes a sixth of the time between an arrival and the wire.
+
+    Args:
+        command: the command; `GAP` stands for each word that is given later.
+    """
+
+    def __init__(self, command: Sequence[Any]) -> None:
+        packed = pack(command).replace(b"%", b"%%")
+        self._format = packed.replace(pack((GAP,)).partition(b"\r\n")[2], b"$%d\r\n%b\r\n")
+
+    def fill(self, *words: bytes) -> bytes:
+        """The packed command, with these words in its gaps."""
+        values: list[int | bytes] = []
+        for word in words:
+            values += (len(word), word)
+        return self._format % tuple(values)
+
+
 def _pack_words(words: Sequence[Any]) -> bytes:
     """The words without the line that counts them."""
     packed = _packed(words)
@@ -71,7 +96,13 @@ def _packed(words: Sequence[Any]) -> bytes:
 class PromptConnection(AbstractConnection):
     """Mixed in before a connection class of redis-py; see `prompt`."""
 
+    _reader: Any  # a StreamReader, or a fake one
     _writer: Any  # a StreamWriter, or a fake one
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether it is connected and, for all that the event loop has seen, the server has not hung up."""
+        return self.is_connected and not self._reader.at_eof()
 
     def pack_command(self, *args: Any) -> list[bytes]:  # noqa: ANN401  as redis-py
         """Pack one command, as redis-py's own synchronous client does: a name of two words is two arguments."""
@@ -87,11 +118,14 @@ class PromptConnection(AbstractConnection):
         """
         if not self.is_connected:
             await self.connect()
-        if check_health:
+        if check_health and self.health_check_interval:
             await self.check_health()
         packed = command.encode() if isinstance(command, str) else command
         try:
-            self._writer.writelines((packed,) if isinstance(packed, bytes) else packed)
+            if isinstance(packed, bytes):
+                self._writer.write(packed)
+            else:
+                self._writer.writelines(packed)
             async with asyncio.timeout(self.socket_timeout):
                 await self._writer.drain()
         except TimeoutError:
@@ -103,6 +137,14 @@ class PromptConnection(AbstractConnection):
         except BaseException:  # half a command may have gone out: the connection is of no more use
             await self.disconnect(nowait=True)
             raise
+
+
+def at_rest(connection: AbstractConnection) -> bool:
+    """Whether a pooled connection can be used as it is. If not, or if it is of another kind, its pool has to make sure of it.
+
+    redis-py makes sure each time, by an asynchronous read of nothing: a tenth of the time between an arrival and the wire.
+    """
+    return isinstance(connection, PromptConnection) and connection.at_rest
 
 
 def prompt(made: type[AbstractConnection]) -> type[AbstractConnection]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from loguru import logger
 from redis import exceptions as driver
@@ -22,7 +22,7 @@ from barrier.errors import (
     StoreUnavailable,
     StoreUnsuitable,
 )
-from barrier.prompt import pack
+from barrier.prompt import at_rest, pack
 from barrier.settings import Settings
 
 MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
@@ -50,27 +50,49 @@ def raw_entries(reply: Any) -> list[StreamEntry]:  # noqa: ANN401  a server's un
     ]
 
 
-@contextmanager
-def translated(where: str) -> Generator[None]:
-    """Turn a driver's error into one of ours; `where` names the store without its password."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except (driver.AuthenticationError, driver.AuthorizationError, driver.NoPermissionError) as error:
-        raise StoreRefused(f"the store at {where} refused: {_tidy(error)}. Check user, password and rights.") from error
-    except (driver.BusyLoadingError, driver.MaxConnectionsError) as error:
-        raise StoreUnavailable(f"the store at {where} cannot answer now: {_tidy(error)}") from error
-    except (driver.ConnectionError, driver.TimeoutError, OSError, asyncio.IncompleteReadError) as error:
-        raise StoreUnavailable(f"no answer from the store at {where}: {_tidy(error)}") from error
-    except driver.OutOfMemoryError as error:
-        raise StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.") from error
-    except driver.ReadOnlyError as error:
-        raise StoreUnsuitable(f"the store at {where} is a replica; connect to its master") from error
-    except driver.ResponseError as error:
-        raise _from_reply(error, where) from error
-    except driver.RedisError as error:
-        raise StoreUnavailable(f"the store at {where} failed: {_tidy(error)}") from error
+class translated:  # noqa: N801  used as a function, like contextlib's
+    """Turn a driver's error into one of ours; `where` names the store without its password.
+
+    A class, since every report goes through it before it leaves, and a generator takes three times as long.
+    """
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> Literal[False]:
+        """Raise the translation of what was raised inside, if that is a driver's."""
+        ours = _translation(error, self._where)
+        if ours is not None:
+            raise ours from error
+        return False
+
+
+def _translation(error: BaseException | None, where: str) -> StoreError | None:
+    """Ours for a driver's error; ``None`` where it is not one."""
+    match error:
+        case None | StoreError():
+            return None
+        case driver.AuthenticationError() | driver.AuthorizationError() | driver.NoPermissionError():
+            return StoreRefused(f"the store at {where} refused: {_tidy(error)}. Check user, password and rights.")
+        case driver.BusyLoadingError() | driver.MaxConnectionsError():
+            return StoreUnavailable(f"the store at {where} cannot answer now: {_tidy(error)}")
+        case driver.ConnectionError() | driver.TimeoutError() | OSError() | asyncio.IncompleteReadError():
+            return StoreUnavailable(f"no answer from the store at {where}: {_tidy(error)}")
+        case driver.OutOfMemoryError():
+            return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
+        case driver.ReadOnlyError():
+            return StoreUnsuitable(f"the store at {where} is a replica; connect to its master")
+        case driver.ResponseError():
+            return _from_reply(error, where)
+        case driver.RedisError():
+            return StoreUnavailable(f"the store at {where} failed: {_tidy(error)}")
+        case _:
+            return None
 
 
 def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
@@ -153,15 +175,20 @@ class Store:
         A report sent through the driver's pipeline costs two to three times the CPU, mostly for its many replies, and that is felt
         between the last arrival and the dispatch. One deadline covers all replies; nothing is sent twice.
         """
+        packed = b"".join([command if isinstance(command, bytes) else pack(command) for command in commands])
         pool = self.commands.connection_pool
-        connection = await pool.get_connection()
+        connection = pool.get_available_connection()
         try:
-            packed = [command if isinstance(command, bytes) else pack(command) for command in commands]
-            await connection.send_packed_command(b"".join(packed))
+            if not at_rest(connection):
+                await pool.ensure_connection(connection)
+            await connection.send_packed_command(packed)
             async with asyncio.timeout(connection.socket_timeout):
                 return [await _reply(connection) for _ in commands]
-        except TimeoutError:
-            raise driver.TimeoutError(f"Timeout reading from {self.where}") from None
+        except BaseException as error:  # replies may be left unread: the next call must not take them for its own
+            await connection.disconnect(nowait=True)
+            if isinstance(error, TimeoutError):
+                raise driver.TimeoutError(f"Timeout reading from {self.where}") from None
+            raise
         finally:
             await pool.release(connection)
 

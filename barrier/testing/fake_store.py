@@ -258,6 +258,12 @@ class FakeStore:
 class _Delivery(PromptConnection):
     """The last part of the way to the server: hands commands over unpacked, where fakeredis would parse them in Python."""
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether it is connected, and was not cut meanwhile."""
+        sock: ServerSocket | None = getattr(self, "_sock", None)
+        return self.is_connected and sock is not None and sock.responses.empty()
+
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
         """Carry the commands out."""
         sock: ServerSocket | None = getattr(self, "_sock", None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from barrier import InvalidName, Member, Report, StoreFull, StoreUnavailable, StoreUnsuitable, TaskOutcome
+from barrier import ClaimLost, InvalidName, Member, Report, StoreFull, StoreUnavailable, StoreUnsuitable, TaskOutcome
 from barrier.report import MAX_OUTCOMES
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import Group, started_group
@@ -26,6 +26,10 @@ async def hints(group: Group) -> list[dict[str, str]]:
     return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in entries]
 
 
+async def claim_left(group: Group) -> int:
+    return await group.barrier.store.commands.pttl(group.keys.claim(0))
+
+
 async def history(group: Group) -> list[dict[str, str]]:
     entries: Any = await group.barrier.store.commands.xrange(group.keys.events)
     return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in entries]
@@ -35,6 +39,39 @@ async def test_a_report_is_one_round_trip(group: Group) -> None:
     sent = group.store.sent["rank 0"]
     await group.ranks[0].report("Connecting", progress=(1, 4))
     assert group.store.sent["rank 0"] == sent + 1
+
+
+async def test_a_status_between_two_heartbeats_renews_no_claim(group: Group) -> None:
+    """It lies between an arrival and the dispatch, so it leaves out what the heartbeats do."""
+    left = await claim_left(group)
+    await group.clock.advance(0.5)
+    await group.ranks[0].report("Connecting")
+    assert await claim_left(group) == left - 500
+    await group.ranks[0].beat()
+    assert await claim_left(group) == left
+
+
+async def test_a_status_looks_as_well_once_a_heartbeat_is_due(group: Group) -> None:
+    """Whoever reports statuses and never beats keeps the rank all the same."""
+    left = await claim_left(group)
+    await group.clock.advance(group.barrier.settings.heartbeat)
+    await group.ranks[0].report("Connecting")
+    assert await claim_left(group) == left
+
+
+async def test_a_status_heals_a_claim_that_is_gone_and_tells_its_history_once(group: Group) -> None:
+    claim = group.keys.claim(0)
+    group.store.delete(claim)
+    await group.ranks[0].member.report("Connecting", events=[{"kind": "Said"}])
+    assert await group.barrier.store.commands.get(claim) == group.ranks[0].member.incarnation.encode()
+    assert (await stored(group)).status == "Connecting"
+    assert [event["kind"] for event in await history(group)].count("Said") == 1
+
+
+async def test_a_status_finds_out_that_another_process_holds_the_rank(group: Group) -> None:
+    await group.barrier.store.commands.set(group.keys.claim(0), "f" * 28, px=60_000)
+    with pytest.raises(ClaimLost, match="f" * 28):
+        await group.ranks[0].report("Connecting")
 
 
 async def test_it_says_everything(group: Group) -> None:

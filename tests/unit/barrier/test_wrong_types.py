@@ -139,16 +139,27 @@ async def test_a_report_key_of_the_wrong_type_is_replaced_by_the_next_heartbeat(
     assert (await group.inspect()).ranks[0].report is not None
 
 
-@pytest.mark.parametrize("key", [KEYS.claim(1), KEYS.epoch, KEYS.tasks, KEYS.signals])
-async def test_a_wrong_type_that_comes_up_later_is_told_at_the_next_report_and_heals_when_it_goes(
-    group: Group, key: str
+@pytest.mark.parametrize(
+    ("key", "next_time"),
+    [
+        (KEYS.claim(1), "report"),
+        (KEYS.claim(1), "beat"),
+        (KEYS.epoch, "beat"),
+        (KEYS.tasks, "beat"),
+        (KEYS.signals, "report"),
+    ],
+)
+async def test_a_wrong_type_that_comes_up_later_is_told_when_it_is_next_touched_and_heals_when_it_goes(
+    group: Group, key: str, next_time: str
 ) -> None:
     await put_wrong(group, key, "list")
+    rank = group.ranks[1]
     with pytest.raises(StoreCorrupt) as refusal:
-        await group.ranks[1].report("Connecting")
+        await (rank.report("Connecting") if next_time == "report" else rank.beat())
     assert key in str(refusal.value)
     group.store.delete(key)
-    await group.ranks[1].report()
+    await rank.report("Connecting")
+    await rank.beat()
     found = (await group.inspect()).ranks[1].report
     assert found is not None
     assert found.status == "Connecting"
