@@ -26,7 +26,7 @@ from barrier import (
     connect,
 )
 from barrier.outcomes import DispatchOutcome, ReleaseOutcome
-from tests.benchmarks.commits import Commits, noting_script
+from tests.benchmarks.commits import Commits, telling_script
 from tests.benchmarks.group import PATIENCE, Absent, Readers, load_task, now, open_epoch, readers
 from tests.benchmarks.readers import SETTINGS
 from tests.benchmarks.stats import Samples
@@ -239,8 +239,7 @@ async def measure_gate(url: str, world_size: int, *, with_readers: int, samples:
         absent = Absent(store, barrier, range(others, world_size - 1), world_size)
         await absent.report("Idle", None)
 
-        stack.enter_context(noting_script())
-        commits = Commits(last_store, barrier.keys.epoch)
+        commits = Commits(last_store, stack.enter_context(telling_script()))
         bench = GateBench(figures, barrier, last, children, commits)
         untyped: Any = Redis
         key = f"{{bench:{group}}}"
