@@ -139,6 +139,27 @@ async def test_nothing_is_kept_on_disk_and_nothing_is_evicted() -> None:
     assert values == ["save", "", "appendonly", "no", "maxmemory-policy", "noeviction", "+OK"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ("", "glibc.malloc.tcache_count=2000"),
+        ("glibc.malloc.arena_max=1", "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=2000"),
+        ("glibc.malloc.tcache_count=9", "glibc.malloc.tcache_count=9"),
+    ],
+)
+async def test_its_allocator_keeps_what_a_script_frees_at_hand_unless_told_otherwise(
+    asked: str, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talkative = tmp_path / "talkative-server"
+    talkative.write_text('#!/bin/sh\necho "told: $GLIBC_TUNABLES"\nexit 1\n')
+    talkative.chmod(0o700)
+    monkeypatch.setenv("GLIBC_TUNABLES", asked)
+    monkeypatch.setattr(embedded, "find_valkey_binary", lambda: talkative)
+    with pytest.raises(EmbeddedServerError) as caught:
+        await EmbeddedServer().start()
+    assert f"told: {given}\n" in f"{caught.value}\n"
+
+
 async def test_two_at_once_share_nothing() -> None:
     async with EmbeddedServer() as one, EmbeddedServer(transport="tcp") as other:
         assert one.pid != other.pid
