@@ -402,7 +402,8 @@ class Barrier:
 
         Once a single rank is missing, the dispatch itself is left with the store, behind a blocking read of the hints: the store runs
         it when that rank arrives, and no round trip of ours lies between. It is the same dispatch, with the same checks, so one that
-        comes too early, too late or twice does no harm.
+        comes too early, too late or twice does no harm. It is tried when it is left, too: so the store has at hand what it needs, and one
+        that has forgotten the script says so then, and not at the arrival.
 
         Returns:
             What the dispatch answered; or, if it was not tried or refused as `NotReady`, why the wait ended. Then `inspect`.
@@ -413,14 +414,17 @@ class Barrier:
         tally = _Tally(snapshot, args["requirement"])
         deadline = self.clock.now() + seconds
         outcome: DispatchOutcome | None = None
+        tried = False
         while tally.missing and (left := deadline - self.clock.now()) > 0:
             if len(tally.missing) == 1:
-                hints, outcome = await self._leave_dispatch(args, tally.place, left)
+                hints, outcome = await self._leave_dispatch(args, tally.place, left, try_first=not tried)
+                tried = True
                 if outcome is None:
                     return Wake.DISTURBED
             else:
                 async with self._subscribe(snapshot) as subscription:
                     hints = await subscription.next(left, after=tally.place)
+                tried = False
             undisturbed = tally.take(hints)
             if outcome is not None and not isinstance(outcome, NotReady):
                 return self._note(args, outcome)
@@ -431,12 +435,18 @@ class Barrier:
         return self._note(args, await scripts.dispatch(self.store, self.keys, **args))
 
     async def _leave_dispatch(
-        self, args: scripts.DispatchArgs, place: tuple[int, int], seconds: float
+        self, args: scripts.DispatchArgs, place: tuple[int, int], seconds: float, *, try_first: bool
     ) -> tuple[list[Hint], DispatchOutcome | None]:
         if self._gate_reader is None:
             self._gate_reader = self.store.reader()
         entries, outcome = await scripts.dispatch_when_pushed(
-            self.store, self._gate_reader, self.keys, hints_after=f"{place[0]}-{place[1]}", seconds=seconds, **args
+            self.store,
+            self._gate_reader,
+            self.keys,
+            hints_after=f"{place[0]}-{place[1]}",
+            seconds=seconds,
+            try_first=try_first,
+            **args,
         )
         return [decode_hint(entry_id, fields) for entry_id, fields in entries], outcome
 

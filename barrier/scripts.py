@@ -270,6 +270,7 @@ async def dispatch_when_pushed(
     *,
     hints_after: str,
     seconds: float,
+    try_first: bool,
     **args: Unpack[DispatchArgs],
 ) -> tuple[list[StreamEntry], DispatchOutcome | None]:
     """Leave a dispatch with the server, which runs it when the next hint comes; returns the hints and the answer.
@@ -280,6 +281,7 @@ async def dispatch_when_pushed(
         reader: a client of `Store.reader`, used for nothing else.
         hints_after: the id of the last hint that is known.
         seconds: how long to wait for a hint; the dispatch is tried then too. At most `Settings.reader_block` is waited.
+        try_first: try it at once as well, so that the server has the script, and what that reads, at hand when the hint comes.
         args: as `dispatch`'s.
 
     The answer is ``None`` where there is none: the server has lost the script, or the connection.
@@ -288,13 +290,17 @@ async def dispatch_when_pushed(
     block = min(_milliseconds(seconds), _milliseconds(store.settings.reader_block))
     read = ("XREAD", "COUNT", _HINTS, "BLOCK", block, "STREAMS", keys.signals, hints_after)
     with store.errors():
-        pushed, reply = await store.when_pushed(
-            reader, read, ("EVALSHA", loaded.sha, *_call(loaded, *_dispatch_call(store, keys, args)))
-        )
+        call = ("EVALSHA", loaded.sha, *_call(loaded, *_dispatch_call(store, keys, args)))
+        pushed, reply = await store.when_pushed(reader, read, call, settled=_settles if try_first else None)
         for one in (pushed, reply):
             if isinstance(one, RedisError) and not isinstance(one, NoScriptError):
                 raise one
     return raw_entries(pushed), None if reply is None or isinstance(reply, NoScriptError) else _dispatched(reply)
+
+
+def _settles(reply: object) -> bool:
+    """Whether a dispatch that answered so need not be tried again when the next hint comes."""
+    return not isinstance(reply, list) or reply[:1] != [b"NOT_READY"]
 
 
 def _dispatch_call(

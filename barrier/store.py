@@ -192,8 +192,18 @@ class Store:
         finally:
             await pool.release(connection)
 
-    async def when_pushed(self, reader: Any, read: Sequence[Any], then: Sequence[Any]) -> tuple[Any, Any]:  # noqa: ANN401
+    async def when_pushed(
+        self,
+        reader: Any,  # noqa: ANN401  as `reader` makes it
+        read: Sequence[Any],
+        then: Sequence[Any],
+        *,
+        settled: Callable[[Any], bool] | None = None,
+    ) -> tuple[Any, Any]:
         """Send a blocking read and, right behind it, a command that the server runs at the instant at which the read ends.
+
+        With `settled`, the command is run once before the read as well; where this says of its reply that there is nothing to wait for,
+        nothing is waited for: the first reply is then ``None``, and the second is this one.
 
         A server carries out what one client sends in its order, and takes up what waits behind a blocked command as soon as that is
         over (``processUnblockedClients`` in Redis and Valkey). So no round trip lies between a push and what is done about it.
@@ -204,8 +214,12 @@ class Store:
         pool = reader.connection_pool
         connection = await pool.get_connection()
         try:
-            await connection.send_packed_command(pack(read) + pack(then))
+            packed = pack(then)
+            await connection.send_packed_command((packed if settled else b"") + pack(read) + packed)
             async with asyncio.timeout(connection.socket_timeout):
+                if settled and settled(tried := await _reply(connection)):
+                    await connection.disconnect(nowait=True)
+                    return None, tried
                 first = await _reply(connection)
                 second = await _reply(connection) if connection.is_connected else None
             return first, second

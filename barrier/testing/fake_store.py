@@ -312,10 +312,10 @@ class _StoreConnection(FaultyConnection, _Delivery, FakeAsyncRedisConnection):  
         await asyncio.sleep(0)
         self._refuse_if_cut()
         packed = _joined(command)
-        first = unpack_commands(packed)[0]
-        if first[0].upper() not in _HANDSHAKE:
+        commands = unpack_commands(packed)
+        if commands[0][0].upper() not in _HANDSHAKE:
             self._fake_store.sent[self.fake_name] += 1
-        self._block_seconds = _block_seconds(first) if self._fake_store.clock else 0.0
+        self._block_seconds = max(map(_block_seconds, commands)) if self._fake_store.clock else 0.0
         await super().send_packed_command(packed, check_health)
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as redis-py

@@ -166,22 +166,26 @@ class GateBench:
                     self._hands.put_nowait((str(entry.id), now()))
 
     async def arrive(self, epoch: EpochId, step: str) -> None:
-        """The floors first, then one last arrival, so that whatever else the machine does meets both alike."""
+        """The floors first, then one last arrival, so that whatever else the machine does meets both alike.
+
+        Before its rest, each has what comes before it in life: a push the reader that blocks for it, an arrival the rank's last status
+        and the planner that looks and then waits.
+        """
         barrier, figures = self._barrier, self.figures
-        await self._last.report("Connecting")
-        barrier.waiting.clear()
-        barrier.ends.clear()
-        releasing = asyncio.create_task(self._release(epoch, step))
-        await barrier.waiting.wait()
-        blocked = figures.readers + 1  # everybody's log, and the planner's dispatch that waits for the last arrival
-        await until_blocked(barrier.store, blocked)
         for samples, push in self._floors:
-            samples.add(await push.measure(blocked, figures.rest))
+            samples.add(await push.measure(figures.readers, figures.rest))
         await asyncio.sleep(figures.rest)
         started = now()
         await barrier.store.commands.ping()
         figures.ping.add(now() - started)
 
+        await self._last.report("Connecting")
+        barrier.waiting.clear()
+        barrier.ends.clear()
+        releasing = asyncio.create_task(self._release(epoch, step))
+        await barrier.waiting.wait()
+        # Everybody's log, and the planner's dispatch that waits for the last arrival.
+        await until_blocked(barrier.store, figures.readers + 1)
         await self._commits.begin()
         await asyncio.sleep(figures.rest)
         started, started_by_day = now(), time.time()

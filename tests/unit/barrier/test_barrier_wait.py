@@ -155,6 +155,24 @@ async def test_a_server_that_forgot_the_script_is_given_it_anew(group: Group) ->
     assert await release == Released(epoch, LogId(epoch.number, 2))
 
 
+async def test_a_script_that_was_forgotten_is_missed_before_the_last_arrival(store: FakeStore) -> None:
+    """The dispatch is tried when it is left with the store; if not, a round trip lay between the last arrival and the task."""
+    faults = FaultPlan()
+    async with started_group(store, 3, faults=faults) as group:
+        epoch = await group.open()
+        release = releasing(group, epoch)
+        await group.clock.advance(0.0)
+        await group.arrive("Idle", [2])
+        store.forget_scripts()
+        await group.arrive("Connected", [0, 1])
+        await group.clock.advance(0.0)
+        faults.refuse("dispatch")
+        await group.arrive("Connected", [2])
+        await group.clock.advance(0.0)
+        assert await release == Released(epoch, LogId(epoch.number, 2))
+        assert faults.fired == ()
+
+
 async def test_a_reply_that_is_lost_after_the_store_has_dispatched_is_asked_for_again(group: Group) -> None:
     epoch = await group.open()
     await group.arrive("Connected", [0, 1])
