@@ -6,8 +6,9 @@
 --
 -- after: a step that must have been dispatched before, or empty. attempt: 1, or more for a step that was refused by a rank and
 -- is asked again. repeatable: 1 for steps that come any number of times (generations), which are remembered in their own
--- short-lived key, across epochs: an id of an earlier epoch in ALREADY means that it will not be done again. seen_n: the highest log position that the caller knows of; known_n: the position that this step had when the
--- caller dispatched it before, or 0. Rules: see missing_ranks.
+-- short-lived key, across epochs: an id of an earlier epoch in ALREADY means that it will not be done again. seen_n: the highest
+-- log position that the caller knows of; known_n: the position that this step had when the caller dispatched it before, or 0.
+-- Rules: see missing_ranks.
 
 local term, holder, number, nonce, step, attempt, after, repeatable, to, seen_n, known_n, record_ms, once_ms, log_cap, event_cap,
   payload = unpack(ARGV, 1, 16)
