@@ -6,12 +6,11 @@
 local number, nonce = unpack(ARGV, 1, 2)
 local FIRST_RANK, FIRST_RULE = 2, 3
 
-local wrong = wrong_type({ { KEYS[1], 'hash' } })
+local world_size = #KEYS - FIRST_RANK + 1
+local record, wrong = read_record(KEYS[1], world_size)
 if wrong then
   return wrong
 end
-local world_size = #KEYS - FIRST_RANK + 1
-local record = read_record(KEYS[1], world_size)
 local refusal = not_current(record, number, nonce)
 if refusal then
   return refusal

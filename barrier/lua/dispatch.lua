@@ -14,9 +14,9 @@ local term, holder, number, nonce, step, attempt, after, repeatable, to, seen_n,
   payload = unpack(ARGV, 1, 16)
 local FIRST_RANK, FIRST_RULE = 6, 17
 
-local wrong = wrong_type({
-  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, { KEYS[5], 'string' },
-})
+local world_size, field, needed = #KEYS - FIRST_RANK + 1, 'step:' .. step, after ~= '' and 'step:' .. after or nil
+local record, wrong = read_record(KEYS[1], world_size, field, needed)
+wrong = wrong or wrong_type({ { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, repeatable == '1' and { KEYS[5], 'string' } or nil })
 if wrong then
   return wrong
 end
@@ -24,8 +24,6 @@ local refusal = fenced(KEYS[2], term, holder)
 if refusal then
   return refusal
 end
-local world_size, field, needed = #KEYS - FIRST_RANK + 1, 'step:' .. step, after ~= '' and 'step:' .. after or nil
-local record = read_record(KEYS[1], world_size, field, needed)
 refusal = not_current(record, number, nonce)
 if refusal then
   return refusal

@@ -26,9 +26,21 @@ local function wrong_type(expected)
   return nil
 end
 
+-- Fields of a hash, or why it cannot be read: an error reply, as above. Asks for no type where a read tells.
+local function fields_of(key, ...)
+  local values = redis.pcall('HMGET', key, ...)
+  if values.err then
+    return nil, wrong_type({ { key, 'hash' } }) or values
+  end
+  return values
+end
+
 -- A planner acts under a (term, holder) that must be the stored one; a missing leadership fences everybody.
 local function fenced(leader_key, term, holder)
-  local leader = redis.call('HMGET', leader_key, 'term', 'holder')
+  local leader, wrong = fields_of(leader_key, 'term', 'holder')
+  if wrong then
+    return wrong
+  end
   if leader[1] ~= term or leader[2] ~= holder then
     return { 'FENCED', string.match(leader[1] or '', '^%d+$') or '0', leader[2] or '' }
   end
@@ -52,14 +64,17 @@ local function not_current(record, number, nonce)
   return nil
 end
 
--- What the verbs need of the record, in one read. With a world size, its roster as well, chunk by chunk (see `roster_of`);
+-- What the verbs need of the record, in one read; or an error reply. With a world size, its roster as well, chunk by chunk (see `roster_of`);
 -- with the names of steps, where these were dispatched.
 local function read_record(epoch_key, world_size, ...)
   local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n', ... }
   for chunk = 0, math.ceil((world_size or 0) / ROSTER_CHUNK) - 1 do
     fields[#fields + 1] = 'roster:' .. chunk
   end
-  local values = redis.call('HMGET', epoch_key, unpack(fields))
+  local values, wrong = fields_of(epoch_key, unpack(fields))
+  if wrong then
+    return nil, wrong
+  end
   local record = {}
   for i = 1, #fields do
     record[fields[i]] = values[i]

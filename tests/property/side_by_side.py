@@ -111,7 +111,8 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
             status = a["rules"][0].statuses[0]
             for rank in range(WORLD):
                 n = a["n"] + rank * a.get("apart", 0)
-                await say(both, rank, {**a, "status": status, "life": INCARNATIONS[0], "n": n}, epoch)
+                life = INCARNATIONS[bool(a.get("stranger")) and rank == a["rank"]]
+                await say(both, rank, {**a, "status": status, "life": life, "n": n}, epoch)
         case "silence":
             both.fake.delete(both.keys.rank(a["rank"]))
             both.state = replace(
@@ -239,6 +240,7 @@ BEGUN = ("agree", "lead", "open", "arrive", "dispatch")
 PRELUDES = (
     (),
     BEGUN,
+    (*BEGUN, "arrive with a stranger"),  # in one rank's place: a life that is not on the roster
     (*BEGUN, "arrive ahead"),  # ranks that have read further than the store remembers
     (*BEGUN, "lose record"),
     (*BEGUN, "arrive apart", "lose record"),  # one rank has read further than the other
@@ -262,6 +264,7 @@ def begun(prelude: Sequence[str], like: dict[str, Any]) -> list[tuple[str, dict[
         "late": {"which": 1},
         "ahead": {"n": 4},
         "apart": {"apart": 1},
+        "with a stranger": {"stranger": True},
         "late and ahead": {"which": 1, "n": 4},
     }
     calls: list[tuple[str, dict[str, Any]]] = []
