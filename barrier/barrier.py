@@ -419,8 +419,9 @@ class Barrier:
             if len(tally.missing) == 1:
                 hints, outcome = await self._leave_dispatch(args, tally.place, left, try_first=not tried)
                 tried = True
-                if outcome is None:
-                    return Wake.DISTURBED
+                if outcome is None:  # the script is not there, or the connection: the ordinary way brings both along
+                    outcome = self._note(args, await scripts.dispatch(self.store, self.keys, **args))
+                    return Wake.DISTURBED if isinstance(outcome, NotReady) else outcome
             else:
                 async with self._subscribe(snapshot) as subscription:
                     hints = await subscription.next(left, after=tally.place)

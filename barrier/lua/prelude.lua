@@ -64,8 +64,8 @@ local function not_current(record, number, nonce)
   return nil
 end
 
--- What the verbs need of the record, in one read; or an error reply. With a world size, its roster as well, chunk by chunk (see `roster_of`);
--- with the names of steps, where these were dispatched.
+-- What the verbs need of the record, in one read; or an error reply. With a world size, its roster as well, chunk by chunk (see
+-- `roster_of`); with the fields of steps, where these were dispatched.
 local function read_record(epoch_key, world_size, ...)
   local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n', ... }
   for chunk = 0, math.ceil((world_size or 0) / ROSTER_CHUNK) - 1 do

@@ -26,8 +26,9 @@ from barrier import (
     TimedOut,
     Unknown,
     Verdict,
+    Wake,
 )
-from barrier.outcomes import ReleaseOutcome, WaitOutcome
+from barrier.outcomes import DispatchOutcome, ReleaseOutcome, WaitOutcome
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank
 from tests.unit.barrier.group import NONCE, Group, started_group
 
@@ -171,6 +172,24 @@ async def test_a_script_that_was_forgotten_is_missed_before_the_last_arrival(sto
         await group.clock.advance(0.0)
         assert await release == Released(epoch, LogId(epoch.number, 2))
         assert faults.fired == ()
+
+
+async def test_a_script_that_was_forgotten_is_brought_along_and_then_waited_with(group: Group) -> None:
+    """Whoever asks again at once, as the planner's loop does, must not run in circles. Found by simulated history 3."""
+    epoch = await group.open()
+    await group.arrive("Connected", [0, 1])
+
+    async def leave() -> DispatchOutcome | Wake:
+        picture = await group.inspect()
+        return await group.barrier.dispatch_on_arrival(picture, epoch, "load", "{}", "Connected", seconds=5.0)
+
+    group.store.forget_scripts()
+    assert await leave() == Wake.DISTURBED
+    again = asyncio.create_task(leave())
+    await group.clock.advance(0.0)
+    assert not again.done()
+    await group.arrive("Connected", [2])
+    assert await group.clock.run(again) == Dispatched(LogId(epoch.number, 2))
 
 
 async def test_a_reply_that_is_lost_after_the_store_has_dispatched_is_asked_for_again(group: Group) -> None:
