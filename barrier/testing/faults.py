@@ -280,7 +280,8 @@ class FaultyConnection(PromptConnection):
         self._pending, self._counted = [], []
 
     def _as_error(self, text: str) -> driver.RedisError:
-        parser: Any = self._get_parser()
+        made: Any = getattr(self, "_get_parser", None)
+        parser: Any = made() if made else getattr(self, "_parser")  # noqa: B009  redis-py 7.0; a private name
         error: driver.RedisError = parser.parse_error(text)
         return error
 
