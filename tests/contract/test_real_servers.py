@@ -61,6 +61,34 @@ async def test_a_suitable_server_is_taken(kind: Kind, transport: Any) -> None:
         await store.close()
 
 
+async def test_replies_that_nobody_read_are_not_taken_for_those_of_the_next_call(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with RealServer(kind=kind) as server:
+        store = await connect(server.url)
+
+        async def gives_up(_: object) -> None:
+            raise RuntimeError("a mistake of ours")
+
+        with monkeypatch.context() as broken:
+            broken.setattr("barrier.store._reply", gives_up)
+            with pytest.raises(RuntimeError, match="a mistake of ours"):
+                await store.exchange([("ECHO", "first"), ("ECHO", "second")])
+        assert await store.exchange([("ECHO", "third")]) == [b"third"]
+        await store.close()
+
+
+async def test_an_idle_connection_that_the_server_closed_is_made_anew(kind: Kind) -> None:
+    async with RealServer(kind=kind) as server, client_of(server.url) as mine:
+        store = await connect(server.url)
+        [number] = await store.exchange([("CLIENT", "ID")])
+        await mine.client_kill_filter(_id=str(number))
+
+        [now] = await store.exchange([("CLIENT", "ID")])
+        assert now != number
+        await store.close()
+
+
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 async def test_a_server_that_evicts_is_refused(kind: Kind, policy: str) -> None:
     async with RealServer(kind=kind, config=[f"maxmemory-policy {policy}"]) as server:
