@@ -483,6 +483,20 @@ async def test_a_step_that_a_rollback_forgot_gets_the_place_it_had(group: Group)
     assert await group.load(epoch) == first
 
 
+async def test_a_step_that_gets_the_place_it_had_names_the_entry_before_it(group: Group) -> None:
+    """The record may remember less than the log; a rank that has not read that entry must find out that it is missing."""
+    epoch = await group.all_connected()
+    other = await group.barrier.dispatch(epoch, "other", "{}", "Connected")
+    assert isinstance(other, Dispatched)
+    earlier = group.store.snapshot()
+    first = await group.load(epoch)
+    group.store.roll_back(earlier)
+    await group.barrier.store.commands.hset(group.keys.epoch, "last_n", "1")
+    assert await group.load(epoch) == first
+    entry_id, fields = (await group.log())[-1]
+    assert (entry_id, fields["prev"]) == (str(first), str(other.id.n))
+
+
 async def test_a_new_step_after_a_rollback_gets_a_place_that_nobody_has_read(group: Group) -> None:
     epoch = await group.all_connected()
     earlier = group.store.snapshot()

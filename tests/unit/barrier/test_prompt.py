@@ -14,7 +14,7 @@ from barrier.prompt import GAP, Arguments, Template, pack
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from tests.unit.barrier.group import Group
 
-words = st.text(alphabet=st.characters(exclude_characters=GAP), max_size=20)
+words = st.text(alphabet=st.characters(codec="utf-8", exclude_characters=GAP), max_size=20)
 
 
 @given(st.lists(st.one_of(words, st.none()), min_size=1, max_size=8), st.data())
@@ -23,6 +23,10 @@ def test_a_filled_template_is_the_packed_command(command: list[str | None], data
     later = iter(given_later)
     whole = [next(later) if word is None else word for word in command]
     assert Template([GAP if word is None else word for word in command]).fill(*given_later) == pack(whole)
+
+
+def test_a_percent_sign_in_a_template_stands_for_itself() -> None:
+    assert Template(("SET", "100%d", GAP)).fill(b"50%b") == pack(("SET", "100%d", b"50%b"))
 
 
 def test_arguments_that_were_packed_beforehand_stand_for_as_many_as_they_hold() -> None:
