@@ -21,11 +21,49 @@ mkdir "$bundle"
 # shellcheck disable=SC2086 # several words are meant
 docker save -o "$bundle/images.tar" $images
 echo "$images" >"$bundle/images.txt"
-for path in docker-compose.yml .env .dockerignore pyproject.toml README.md LICENSE barrier runner planner deploy; do
-    cp -a "$root/$path" "$bundle/"
-done
-find "$bundle" -name __pycache__ -type d -prune -exec rm -rf {} +
-find "$bundle/deploy/secrets" -type f ! -name .gitignore -delete
+# Listed by name, and code by its kind: a folder would take along passwords and keys that lie in it.
+{
+    (cd "$root" && find barrier runner planner -type f \( -name '*.py' -o -name '*.lua' -o -name py.typed \))
+    (cd "$root" && find deploy/wheels -type f -name '*.whl')
+    cat <<'EOF'
+docker-compose.yml
+.dockerignore
+pyproject.toml
+README.md
+LICENSE
+deploy/Dockerfile
+deploy/ROLLOUT.md
+deploy/airgap/README.md
+deploy/airgap/bases.sh
+deploy/airgap/bundle.sh
+deploy/airgap/load.sh
+deploy/airgap/wheels.sh
+deploy/build.lock
+deploy/compose/rank-users.yml
+deploy/config/engine.json
+deploy/config/instance.toml
+deploy/nixos/rankgate.nix
+deploy/requirements.lock
+deploy/rolling-update.sh
+deploy/secrets.sh
+deploy/secrets/.gitignore
+deploy/store/store-tls.conf
+deploy/store/store.conf
+deploy/store/store.sh
+deploy/systemd/instance.toml.example
+deploy/systemd/planner.env.example
+deploy/systemd/rankgate-planner.service
+deploy/systemd/rankgate-runner@.service
+deploy/systemd/rankgate-runner@.service.d/gpu.conf.example
+deploy/systemd/runner.env.example
+deploy/wheels/.gitignore
+EOF
+} >"$room/files"
+tar -C "$root" -c -f "$room/files.tar" -T "$room/files"
+tar -C "$bundle" -x -p -f "$room/files.tar"
+# Of .env only the remarks, and the settings that docker-compose.yml asks for: somebody may keep a password of something else in it.
+asked=$(grep -o '\${[A-Z_]*' "$root/docker-compose.yml" | cut -c 3- | sort -u | tr '\n' '|')
+grep -E "^(#|\$|(${asked}COMPOSE_PROFILES)=)" "$root/.env" | grep -v '^# *[A-Za-z_]*=' >"$bundle/.env"
 # What it was made with is what it is run with.
 for name in RANKGATE_IMAGE RANKGATE_VERSION STORE_IMAGE BASE BUILD_BASE; do
     sed -i "s|^$name=.*|$name=$(setting $name)|" "$bundle/.env"
