@@ -9,8 +9,10 @@ from barrier.clock import Clock, SystemClock
 from barrier.connect import adopt, connect
 from barrier.errors import (
     ClaimLost,
+    HeartbeatFailed,
     InvalidName,
     InvalidSettings,
+    PartFailed,
     RankgateError,
     RankTaken,
     StoreCorrupt,
@@ -82,6 +84,7 @@ __all__ = [
     "Fenced",
     "Following",
     "Garbage",
+    "HeartbeatFailed",
     "InvalidName",
     "InvalidSettings",
     "LeadOutcome",
@@ -94,6 +97,7 @@ __all__ = [
     "NotReady",
     "OpenOutcome",
     "Opened",
+    "PartFailed",
     "Promised",
     "RankRule",
     "RankTaken",

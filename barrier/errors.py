@@ -10,7 +10,9 @@
     │   ├── StoreFull         out of memory; nothing was written
     │   └── StoreCorrupt      a key of the wrong type, or bytes that are not ours
     ├── RankTaken             another incarnation holds every rank that was asked for
-    └── ClaimLost             another incarnation holds this rank now; this one must not write any more
+    ├── ClaimLost             another incarnation holds this rank now; this one must not write any more
+    └── PartFailed            a mistake of ours ended a part of this process; its frames are in the log
+        └── HeartbeatFailed   … the heartbeat of a rank, which accepts nothing any more
 
 Expected outcomes (timed out, aborted, superseded…) are values in `barrier.model`. A driver's error is translated once, in
 `barrier.store`, with ``from``.
@@ -61,3 +63,11 @@ class RankTaken(RankgateError):
 
 class ClaimLost(RankgateError):
     """Another incarnation holds this rank now; this one must not write any more."""
+
+
+class PartFailed(RankgateError):
+    """A mistake of ours ended a part of this process. The log has its frames; its text is told nowhere, as it may quote a prompt."""
+
+
+class HeartbeatFailed(PartFailed):
+    """A mistake of ours ended this rank's heartbeat. It accepts nothing any more, and its lease lapses."""

@@ -23,9 +23,18 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
+from barrier import supervise
 from barrier.clock import Clock, SystemClock
 from barrier.connect import adopt
-from barrier.errors import ClaimLost, InvalidName, RankTaken, StoreCorrupt, StoreError
+from barrier.errors import (
+    ClaimLost,
+    HeartbeatFailed,
+    InvalidName,
+    PartFailed,
+    RankTaken,
+    StoreCorrupt,
+    StoreError,
+)
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
@@ -200,6 +209,7 @@ class Member:
         self._unsaid: deque[Event] = deque(maxlen=_UNSAID_EVENTS)
         self._event_seq = 0
         self._dropped_claim: ClaimLost | None = None
+        self._failed: HeartbeatFailed | None = None
         self._cursor = LogId(0, 0)
         self._announced: EpochId | None = None
         self._entries: asyncio.Queue[LogEntry | BaseException] = asyncio.Queue(maxsize=1_000)
@@ -219,7 +229,7 @@ class Member:
     @property
     def trusted(self) -> bool:
         """Whether the lease was surely renewed recently enough for this rank to accept tasks."""
-        return self.clock.now() - self._renewed_at < self.settings.distrust_after
+        return self._failed is None and self.clock.now() - self._renewed_at < self.settings.distrust_after
 
     # --- claiming -----------------------------------------------------------------------------------------------------
 
@@ -524,7 +534,7 @@ class Member:
             self._announced = epoch
             self._offer(EpochAnnounced(epoch))
 
-    def _offer(self, entry: LogEntry | ClaimLost) -> None:
+    def _offer(self, entry: LogEntry | ClaimLost | HeartbeatFailed) -> None:
         """Hand an entry to the reader, unless it is too far behind: the next heartbeat says it again."""
         try:
             self._entries.put_nowait(entry)
@@ -536,13 +546,33 @@ class Member:
         """Rewrite the whole report every `Settings.heartbeat` seconds while inside.
 
         A store that does not answer is tried again with backoff and never raises here; `ClaimLost` ends `tasks`.
+
+        Raises:
+            HeartbeatFailed: a mistake of ours ended the heartbeat. It cancels what is inside, as a timeout does, ends `tasks`, and from
+                then on this rank is not `trusted` and promises nothing. It may still say with `report` that it has failed.
         """
-        beating = asyncio.create_task(self._beat(), name=f"rankgate heartbeat of rank {self._rank}")
+        inside = asyncio.current_task()
+        asked = inside.cancelling() if inside is not None else 0
+
+        def failed(mistake: BaseException) -> None:
+            self._failed = HeartbeatFailed(
+                f"group {self.keys.group}, rank {self._rank}: a mistake of ours ended the heartbeat ({supervise.described(mistake)}); "
+                "this rank accepts nothing any more. Start its process again, and report what its log says"
+            )
+            self._offer(self._failed)
+            if inside is not None:
+                inside.cancel()
+
+        beating = supervise.background(self._beat(), f"heartbeat of rank {self._rank}", on_mistake=failed)
         try:
-            yield
-        finally:
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+            try:
+                yield
+            finally:
+                await supervise.end(beating)
+        except (asyncio.CancelledError, HeartbeatFailed):
+            if self._failed is None or (inside is not None and inside.uncancel() > asked):
+                raise
+            raise self._failed from None
 
     async def _beat(self) -> None:
         failures = 0
@@ -576,11 +606,15 @@ class Member:
 
         Raises:
             ClaimLost: another incarnation holds the rank now.
+            HeartbeatFailed: see `heartbeat`.
+            PartFailed: a mistake of ours ended the reading of the log.
         """
-        reading = asyncio.create_task(self._follow(), name=f"rankgate task log of rank {self._rank}")
+        name = f"task log of rank {self._rank}"
+        reading = supervise.background(self._follow(), name, on_mistake=self._end_log)
         try:
             while True:
                 self._refuse_if_replaced()
+                self._refuse_if_failed()
                 entry = await self._entries.get()
                 if isinstance(entry, BaseException):
                     raise entry
@@ -593,12 +627,27 @@ class Member:
                         self._report = self._report._replace(applied=entry.id.n)
                 yield entry
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await supervise.end(reading)
+
+    def _end_log(self, mistake: BaseException) -> None:
+        """Whoever waits for entries must not wait for ever."""
+        failure = PartFailed(
+            f"group {self.keys.group}, rank {self._rank}: a mistake of ours ended the reading of the task log "
+            f"({supervise.described(mistake)}). Start its process again, and report what its log says"
+        )
+        if self._entries.full():  # the reader finds this behind what it has not taken yet
+            self._entries.get_nowait()
+        self._entries.put_nowait(failure)
+
+    def _refuse_if_failed(self) -> None:
+        """Raise where a part of this rank has failed, so that it accepts nothing."""
+        if self._failed is not None:
+            raise self._failed
 
     async def _make_sure(self) -> None:
         """Renew and re-read until the lease is trusted again; only then may a task be judged."""
         while not self.trusted:
+            self._refuse_if_failed()
             try:
                 await self._write()
             except StoreError:
@@ -627,9 +676,6 @@ class Member:
                     for entry_id, fields in entries:
                         self._cursor = LogId.parse(entry_id.decode())
                         await self._entries.put(decode_entry(self._cursor, fields))
-        except Exception as error:
-            await self._entries.put(error)  # a mistake of ours: whoever waits for entries must not wait for ever
-            raise
         finally:
             await reader.aclose()
 
@@ -643,7 +689,9 @@ class Member:
 
         Raises:
             StoreError: unknown; nothing is promised.
+            HeartbeatFailed: see `heartbeat`.
         """
+        self._refuse_if_failed()
         if self.promised is not None:
             return NotPromised(f"still in epoch {self.promised}: retire from it first")
         chunk, offset = divmod(self.rank, _ROSTER_CHUNK)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from loguru import logger
 
+from barrier import supervise
 from barrier.clock import Clock
 from barrier.errors import StoreError
 from barrier.store import Store, stream_entries
@@ -186,24 +187,34 @@ class Wakeups:
         await self._end(reading)
 
     async def _end(self, reading: list[asyncio.Task[None]]) -> None:
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
+        await supervise.end(*reading)
 
     def _restart(self, place: str) -> None:
         """A blocked read does not learn of a new stream: end it (this costs the connection) and begin another."""
         if place in self._reading:
             self._reading[place].cancel()
-        self._reading[place] = asyncio.create_task(self._read(place), name="rankgate wake-ups")
+        self._reading[place] = supervise.restarted(
+            lambda: self._read(place),
+            "reading of wake-ups",
+            clock=self._clock,
+            longest_pause=self._store.settings.lease / 5,
+            on_mistake=lambda _: self._look_for_yourselves(self._streams_of(place)),
+        )
+
+    def _streams_of(self, place: str) -> list[str]:
+        return [key for key in self._cursors if self._store.place_of(key) == place]
+
+    def _look_for_yourselves(self, streams: Iterable[str]) -> None:
+        """Hints may be missing: whoever waits looks itself."""
+        for key in streams:
+            self._push(key, Hint(self.cursor(key), "lost"))
 
     async def _read(self, place: str) -> None:
         reader = self._store.reader()
         pause = 0.0
         try:
             while True:
-                streams = {
-                    key: f"{at[0]}-{at[1]}" for key, at in self._cursors.items() if self._store.place_of(key) == place
-                }
+                streams = {key: "{}-{}".format(*self._cursors[key]) for key in self._streams_of(place)}
                 try:
                     with self._store.errors():
                         reply = await reader.xread(
@@ -216,9 +227,7 @@ class Wakeups:
                 except StoreError as error:
                     if not pause:
                         logger.warning("wake-ups interrupted: {}", error)
-                    # Whoever waits looks for itself meanwhile.
-                    for key in streams:
-                        self._push(key, Hint(self.cursor(key), "lost"))
+                    self._look_for_yourselves(streams)
                     pause = min(max(pause * 2, 0.05), self._store.settings.lease / 5)
                     await self._clock.sleep(pause)
         finally:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from barrier import EpochAnnounced, EpochId, Garbage, LogId, Member, RankRule, TaskEntry, VerdictAnnounced
+from barrier import EpochAnnounced, EpochId, Garbage, LogId, Member, PartFailed, RankRule, TaskEntry, VerdictAnnounced
 from barrier.member import LogEntry, decode_entry
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import NONCE, Group, started_group
@@ -423,12 +423,14 @@ async def test_a_mistake_in_the_reader_ends_the_log_and_nobody_waits_for_ever(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mistaken(*_: object) -> LogEntry:
-        raise ZeroDivisionError("a mistake of ours")
+        raise ZeroDivisionError("its own text may quote a prompt")
 
     epoch = await group.all_connected()
     monkeypatch.setattr("barrier.member.decode_entry", mistaken)
     await group.load(epoch)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(
+        PartFailed, match="a mistake of ours ended the reading of the task log .ZeroDivisionError at .*in mistaken"
+    ):
         await asyncio.wait_for(anext(group.ranks[0].member.tasks()), 5)
 
 

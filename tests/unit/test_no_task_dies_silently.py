@@ -1,0 +1,210 @@
+"""A mistake of ours in any task that runs by itself is heard, and ends in a named way what depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing
+
+import pytest
+
+from barrier import HeartbeatFailed, PartFailed
+from barrier.testing import FakeStore, ManualClock, wait_until
+from barrier.wakeups import Hint, Wakeups
+from tests.unit.barrier.group import Group, started_group
+from tests.unit.mistakes import Heard, hearing, mistaken, mistaken_later
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def heard() -> Generator[Heard]:
+    with hearing() as log:
+        yield log
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def group(clock: ManualClock) -> AsyncGenerator[Group]:
+    async with started_group(FakeStore(clock), 3) as made:
+        yield made
+
+
+# --- a rank's heartbeat ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_rank_whose_heartbeat_died_says_so_and_accepts_nothing(
+    group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = await group.all_connected()
+    member = group.ranks[1].member
+    monkeypatch.setattr(member, "_write", mistaken_later)
+
+    async def beat() -> None:
+        async with member.heartbeat():
+            await asyncio.Event().wait()
+
+    with pytest.raises(
+        HeartbeatFailed, match=r"rank 1: a mistake of ours ended the heartbeat \(Injected at .*mistaken"
+    ):
+        await group.clock.run(beat())
+    heard.check("heartbeat of rank 1: ")
+    assert not member.trusted
+    with pytest.raises(HeartbeatFailed):
+        await anext(member.tasks())
+    member.retire()
+    with pytest.raises(HeartbeatFailed):
+        await member.promise(epoch)
+
+
+async def test_whoever_reads_the_log_elsewhere_hears_of_the_heartbeat(
+    group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = group.ranks[1].member
+    inside, reading = asyncio.Event(), asyncio.Event()
+
+    async def beat() -> None:
+        async with member.heartbeat():
+            inside.set()
+            await asyncio.Event().wait()
+
+    async def read() -> None:
+        async with aclosing(member.tasks()) as entries:
+            reading.set()
+            async for _ in entries:
+                pass
+
+    async with asyncio.TaskGroup() as both:
+        reader = both.create_task(_ends_with(HeartbeatFailed, read()))
+        beating = both.create_task(_ends_with(HeartbeatFailed, beat()))
+        await inside.wait()
+        await reading.wait()
+        monkeypatch.setattr(member, "_write", mistaken_later)
+        await group.clock.advance(member.settings.heartbeat)
+        await asyncio.wait_for(asyncio.gather(reader, beating), 5)
+    heard.check("heartbeat of rank 1: ")
+
+
+async def _ends_with(kind: type[BaseException], doing: Awaitable[object]) -> None:
+    with pytest.raises(kind):
+        await doing
+
+
+async def test_a_cancellation_from_outside_stays_one_though_the_heartbeat_died(
+    group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = group.ranks[1].member
+    monkeypatch.setattr(member, "_write", mistaken_later)
+
+    async def beat() -> None:
+        async with member.heartbeat():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                own = asyncio.current_task()
+                assert own is not None
+                own.cancel()  # somebody else, meanwhile
+                raise
+
+    beating = asyncio.create_task(beat())
+    await group.clock.advance(member.settings.heartbeat)
+    await asyncio.wait({beating})
+    assert beating.cancelled()
+    heard.check("heartbeat of rank 1: ")
+
+
+async def test_a_body_that_ends_with_its_own_error_at_that_moment_leaves_no_cancellation_behind(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = group.ranks[1].member
+    monkeypatch.setattr(member, "_write", mistaken_later)
+    over = asyncio.Event()
+
+    def offer(_: object) -> None:
+        over.set()
+
+    monkeypatch.setattr(member, "_offer", offer)
+
+    async def beat() -> None:
+        with pytest.raises(HeartbeatFailed):
+            async with member.heartbeat():
+                await over.wait()
+        own = asyncio.current_task()
+        assert own is not None
+        assert own.cancelling() == 0
+        await asyncio.sleep(0)  # where a cancellation that was left behind would come up
+
+    await group.clock.run(beat())
+
+
+# --- readers of the store -------------------------------------------------------------------------------------------------
+
+
+async def test_a_task_log_that_cannot_be_read_by_our_own_fault_ends_the_reading_by_name(
+    group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = group.ranks[0].member
+    monkeypatch.setattr(member.store, "reader", mistaken)
+    with pytest.raises(PartFailed, match="a mistake of ours ended the reading of the task log"):
+        await asyncio.wait_for(anext(member.tasks()), 5)
+    heard.check("task log of rank 0: ")
+
+
+async def test_a_reading_of_the_log_that_fails_behind_a_full_queue_is_still_told(
+    group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = group.ranks[0].member
+    small: asyncio.Queue[object] = asyncio.Queue(maxsize=1)
+    monkeypatch.setattr(member, "_entries", small)
+    epoch = await group.all_connected()
+    await group.load(epoch)
+    entries = member.tasks()
+    await anext(entries)
+    monkeypatch.setattr("barrier.member.LogId.parse", mistaken)
+    await group.conclude(epoch)
+    await group.clock.advance(member.settings.heartbeat)
+
+    async def read() -> None:
+        while True:
+            await asyncio.wait_for(anext(entries), 5)
+
+    await _ends_with(PartFailed, read())
+    heard.check("task log of rank 0: ")
+
+
+@pytest.mark.parametrize("where", ["_hand_out", "_streams_of"])
+async def test_wakeups_begin_anew_and_whoever_waits_looks_for_itself(
+    where: str, group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch, clock: ManualClock
+) -> None:
+    wakeups = Wakeups(group.barrier.store, clock)
+    snapshot = await group.barrier.inspect()
+    async with wakeups.subscribe(group.barrier.keys.signals, snapshot.signals_end) as hints:
+        await clock.advance(0.0)
+        with monkeypatch.context() as broken:
+            sound: Callable[..., object] = getattr(wakeups, where)
+            tried: list[object] = []
+
+            def once(*arguments: object) -> object:
+                tried.append(arguments)
+                return mistaken() if len(tried) == 1 else sound(*arguments)
+
+            broken.setattr(wakeups, where, once)
+            await group.ranks[0].member.report("Failed")
+            await clock.advance(1.0)
+            assert tried
+        found = await hints.next(1.0)
+        assert any(hint.kind == "lost" for hint in found), found
+        await group.ranks[1].member.report("Failed")
+        later: list[Hint] = []
+
+        async def heard_again() -> bool:
+            later.extend(await hints.next(0.1))
+            return any(hint.kind == "report" and hint.rank == 1 for hint in later)
+
+        await clock.run(wait_until(heard_again, "the hint after the mistake"))
+    await wakeups.close()
+    heard.check("reading of wake-ups, which begins anew: ")
