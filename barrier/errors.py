@@ -4,11 +4,11 @@
     ├── InvalidName           a namespace, group, status or step that may not become part of a key   (also a ValueError)
     ├── InvalidSettings       numbers that contradict one another                                    (also a ValueError)
     ├── StoreError            could not find out
-    │   ├── StoreUnavailable  no connection, no answer in time, or the store is loading
+    │   ├── StoreUnavailable  no connection, no answer in time, or an answer that says: not now
     │   ├── StoreRefused      wrong password, or a right that is missing
     │   ├── StoreUnsuitable   would lose keys in silence, is a replica, or is too old
     │   ├── StoreFull         out of memory; nothing was written
-    │   └── StoreCorrupt      a key of the wrong type, or bytes that are not ours
+    │   └── StoreCorrupt      a key of the wrong type, or bytes that are not ours: the only one that waiting cannot mend
     ├── RankTaken             another incarnation holds every rank that was asked for
     ├── ClaimLost             another incarnation holds this rank now; this one must not write any more
     └── PartFailed            a mistake of ours ended a part of this process; its frames are in the log
@@ -16,6 +16,9 @@
 
 Expected outcomes (timed out, aborted, superseded…) are values in `barrier.model`. A driver's error is translated once, in
 `barrier.store`, with ``from``.
+
+Whoever runs on waits out every `StoreError` but `StoreCorrupt`: a failover ends, a secret is renewed, an administrator sets a policy
+right. So the list of what is permanent is the closed one, and an answer that nobody has ever seen is waited out.
 """
 
 from __future__ import annotations
@@ -34,19 +37,30 @@ class InvalidSettings(RankgateError, ValueError):
 
 
 class StoreError(RankgateError):
-    """The store could not tell: the answer is unknown, which never means released."""
+    """The store could not tell: the answer is unknown, which never means released.
+
+    Attributes:
+        passes: whether it may pass without anybody's doing, so that a process that has just been started waits for it where it was told
+            to (``--wait-for-store``). What only a person mends is said at once there.
+    """
+
+    passes: bool = True
 
 
 class StoreUnavailable(StoreError):
-    """No connection, no answer in time, or a store that is still loading. The command may or may not have been carried out."""
+    """No connection, no answer in time, or an answer that says: not now. The command may or may not have been carried out."""
 
 
 class StoreRefused(StoreError):
-    """Wrong password, or a right that the user does not have."""
+    """Wrong password, or a right that the user does not have. It passes where a secret is being renewed."""
 
 
 class StoreUnsuitable(StoreError):
-    """A store on which the guarantees would not hold: it evicts keys, is a replica, or is too old."""
+    """A store on which the guarantees would not hold: it evicts keys, is a replica, or is too old. A replica passes: failovers end."""
+
+    def __init__(self, said: str, *, passes: bool = False) -> None:
+        super().__init__(said)
+        self.passes = passes
 
 
 class StoreFull(StoreError):
@@ -54,7 +68,9 @@ class StoreFull(StoreError):
 
 
 class StoreCorrupt(StoreError):
-    """A key of the wrong type, or bytes that are not ours. Nothing was written."""
+    """A key of the wrong type, or bytes that are not ours. Nothing was written. Waiting does not mend it."""
+
+    passes = False
 
 
 class RankTaken(RankgateError):

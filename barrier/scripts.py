@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from redis.exceptions import NoScriptError, RedisError
 
 from barrier.arrivals import Requirement
-from barrier.errors import InvalidName, StoreCorrupt
+from barrier.errors import InvalidName, StoreUnavailable
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId
 from barrier.keys import Keys
 from barrier.model import EpochRecord, Leadership, RankView, Snapshot, StepRecord, Verdict
@@ -115,7 +115,10 @@ async def _run(
             [reply] = await store.exchange([(f"EVAL{suffix}", loaded.text, *words)])
         if isinstance(reply, RedisError):
             raise reply
-        return reply
+        answered: Any = reply
+        if not isinstance(reply, list):
+            raise _not_understood(name, reply)
+        return answered
 
 
 def _call(
@@ -160,8 +163,9 @@ def _rules(requirement: Requirement) -> list[str]:
     return [part for rule in requirement for part in (str(rule.first), str(rule.last), ",".join(rule.statuses))]
 
 
-def _not_understood(name: str, words: Sequence[str]) -> StoreCorrupt:
-    return StoreCorrupt(f"verb {name} answered {words[:3]}, which this version does not understand")
+def _not_understood(name: str, words: object) -> StoreUnavailable:
+    """Somebody between us and the store, perhaps: what is not known may pass."""
+    return StoreUnavailable(f"verb {name} was answered with {str(words)[:80]}, which this version does not understand")
 
 
 async def lead(store: Store, keys: Keys, *, holder: str, floor: int, lease: float | None) -> LeadOutcome | None:

@@ -81,12 +81,14 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
             return StoreRefused(f"the store at {where} refused: {_tidy(error)}. Check user, password and rights.")
         case driver.BusyLoadingError() | driver.MaxConnectionsError():
             return StoreUnavailable(f"the store at {where} cannot answer now: {_tidy(error)}")
+        case TimeoutError() if error.errno is None:
+            return None  # somebody's own deadline around a command: it is not the store that is late. The kernel's has a number
         case driver.ConnectionError() | driver.TimeoutError() | OSError() | asyncio.IncompleteReadError():
             return StoreUnavailable(f"no answer from the store at {where}: {_tidy(error)}")
         case driver.OutOfMemoryError():
             return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
         case driver.ReadOnlyError():
-            return StoreUnsuitable(f"the store at {where} is a replica; connect to its master")
+            return _demoted(where)
         case driver.ResponseError():
             return _from_reply(error, where)
         case driver.RedisError():
@@ -96,6 +98,7 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
 
 
 def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
+    """What a reply means. Only our own scripts' findings and a key of the wrong type are permanent; what is not known may pass."""
     text = _tidy(error)
     if "RANKGATE_CORRUPT" in text:
         return StoreCorrupt(text.split("RANKGATE_CORRUPT", 1)[1].strip() + "; move or delete that key, then try again")
@@ -105,13 +108,15 @@ def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
         return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
     if any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "ACL failure", "invalid username-password")):
         return StoreRefused(f"the store at {where} refused: {text}. Check user, password and rights.")
-    if any(
-        word in text for word in ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "UNBLOCKED", "MISCONF")
-    ) or isinstance(error, driver.AskError):  # MOVED is one too: the next call finds the node that has the slot now
-        return StoreUnavailable(f"the store at {where} cannot answer now: {text}")
     if "READONLY" in text:
-        return StoreUnsuitable(f"the store at {where} is a replica; connect to its master")
-    return StoreCorrupt(f"the store at {where} gave an answer that is not understood: {text}")
+        return _demoted(where)
+    if "DB index is out of range" in text:
+        return StoreUnsuitable(f"the store at {where} has no database of that number: {text}")
+    return StoreUnavailable(f"the store at {where} cannot answer now: {text}")
+
+
+def _demoted(where: str) -> StoreUnsuitable:
+    return StoreUnsuitable(f"the store at {where} is a replica; connect to its master", passes=True)
 
 
 def _tidy(error: BaseException) -> str:
@@ -121,7 +126,7 @@ def _tidy(error: BaseException) -> str:
     """
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
     text = re.sub(r"^Command # \d+ \((\S* ?\S*).*\) of pipeline caused error: (.*)$", r"\2 (at \1)", text)
-    return re.sub(r" script: [0-9a-f]{40}.*$", "", text)[:300]
+    return re.sub(r" script: ([0-9a-f]{40}|on @).*$", "", text)[:300]
 
 
 class Store:
@@ -250,14 +255,14 @@ class Store:
         async with self._verifying:
             if self._verified and not again:
                 return
-            try:
-                with self.errors():
+            with self.errors():
+                try:
                     info: dict[str, Any] = await self.commands.info()
-            except StoreCorrupt as error:
-                if "unknown command" not in str(error):
-                    raise  # a database that does not exist, for one
-                _say_unchecked()  # fakeredis, for one, has no INFO; a server that hides it cannot be judged
-                info = {}
+                except driver.ResponseError as error:
+                    if "unknown command" not in str(error):
+                        raise  # a database that does not exist, for one
+                    _say_unchecked()  # fakeredis, for one, has no INFO; a server that hides it cannot be judged
+                    info = {}
             kind, version = check_info(info, self.where)
             self.read_only_scripts = bool(version) and (kind == "valkey" or version >= (7, 0))
             self._verified = True
@@ -302,7 +307,9 @@ def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
             f"set maxmemory-policy {SAFE_POLICY}"
         )
     if info.get("role", "master") != "master":
-        raise StoreUnsuitable(f"the store at {where} is a replica of {info.get('master_host')}; connect to its master")
+        raise StoreUnsuitable(
+            f"the store at {where} is a replica of {info.get('master_host')}; connect to its master", passes=True
+        )
     kind = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get(f"{kind}_version", ""))
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -21,9 +21,10 @@ from barrier import (
     NotReady,
     Requirement,
     Snapshot,
+    StoreCorrupt,
     StoreError,
-    StoreFull,
-    StoreUnavailable,
+    StoreRefused,
+    StoreUnsuitable,
     Superseded,
     Unconcluded,
     Unknown,
@@ -161,16 +162,18 @@ class InstanceLoop:
             try:
                 await self._tick()
                 pause = 0.0
-            except (StoreUnavailable, StoreFull) as error:
+            except StoreCorrupt as error:  # the one kind that waiting does not mend
+                self._publish(replace(self.state, reason=str(error), error=error))
+            except StoreError as error:
                 if not pause:
                     logger.warning("instance {}: {}", self._record.spec.name, error)
                 self._memory = hold(self._memory, str(error), self._clock.now(), self._settings)
                 self._lead_at = float("-inf")
-                self._publish(replace(self.state, reason=f"the store does not answer: {error}"))
+                known = isinstance(error, StoreRefused | StoreUnsuitable)
+                why = "the store cannot be used now" if known else "the store does not answer"
+                self._publish(replace(self.state, reason=f"{why}: {error}"))
                 pause = min(max(pause * 2, 0.02), self._settings.command_seconds)
                 await self._clock.sleep(pause * self._rng.uniform(0.5, 1.0))
-            except StoreError as error:  # waiting does not mend a wrong type or a missing right
-                self._publish(replace(self.state, reason=str(error), error=error))
         return self.state
 
     async def _tick(self) -> None:

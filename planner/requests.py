@@ -150,12 +150,12 @@ class RequestQueue:
         try:
             while (left := deadline - self._clock.now()) > 0:
                 block = min(left, self._store.settings.reader_block)
+                reading = self._read(reader, key, place, block)
                 try:
-                    with self._store.errors():
-                        reply = await self._clock.wait_for(
-                            reader.xread({key: place}, count=_BATCH, block=max(1, round(block * 1000))), left + 0.001
-                        )
-                except TimeoutError:
+                    reply = await self._clock.wait_for(reading, left + 0.001)
+                except (
+                    TimeoutError
+                ):  # ours: outside of what tells the store's errors, or a late text would be told as an outage
                     break
                 for _, entries in stream_entries(reply):
                     for entry_id, fields in entries:
@@ -176,6 +176,10 @@ class RequestQueue:
         finally:
             await reader.aclose()
         raise GenerationFailed(f"the text was not complete within {seconds:g} s; ask again, or allow more time")
+
+    async def _read(self, reader: Any, key: str, place: str, seconds: float) -> Any:  # noqa: ANN401  as `Store.reader` makes it
+        with self._store.errors():
+            return await reader.xread({key: place}, count=_BATCH, block=max(1, round(seconds * 1000)))
 
     # --- the planner's end --------------------------------------------------------------------------------------------
 

@@ -28,9 +28,8 @@ from barrier import (
     Member,
     NotPromised,
     Promised,
+    StoreCorrupt,
     StoreError,
-    StoreFull,
-    StoreUnavailable,
     SystemClock,
     TaskEntry,
     TaskOutcome,
@@ -589,14 +588,14 @@ class Runner:
             try:
                 await self._member.write_output(chunk.task_id, [encode(chunk)])
                 return
-            except (StoreUnavailable, StoreFull) as error:
+            except StoreCorrupt as error:
+                logger.warning("rank {}: text cannot be written: {}", self._member.rank, error)
+                return
+            except StoreError as error:
                 if not waited:
                     logger.warning("rank {}: text is not written yet: {}", self._member.rank, error)
                 waited = True
                 await self._clock.sleep(self._member.settings.command_seconds)
-            except StoreError as error:
-                logger.warning("rank {}: text cannot be written: {}", self._member.rank, error)
-                return
 
     async def _end_stream(self, task_id: str, *, error: str = "", cancelled: bool = False) -> None:
         """End a client's stream. Every rank that knows why does: the client takes the first end that it reads."""

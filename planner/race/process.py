@@ -10,9 +10,9 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from loguru import logger
+from redis.exceptions import ResponseError
 
 from barrier import EpochId, Member, Store, connect
-from barrier.errors import StoreCorrupt
 from barrier.keys import Keys
 from planner.launcher import leave_with_parent
 from planner.race.mail import publish, tasks_for
@@ -97,7 +97,7 @@ async def _forward(store: Store, member: Member, rank: int) -> None:
                 "task": encode(task),
             }
             # The log may have gone on to a later epoch: then this task is too late for it.
-            with suppress(StoreCorrupt), store.errors():
+            with store.errors(), suppress(ResponseError):
                 await store.commands.xadd(keys.tasks, fields, id=f"{epoch.number}-*")
 
 

@@ -18,7 +18,6 @@ from barrier import (
     Opened,
     Released,
     Settings,
-    StoreCorrupt,
     StoreFull,
     StoreRefused,
     StoreUnavailable,
@@ -148,7 +147,7 @@ async def test_a_wrong_or_missing_password_is_one_clear_error(kind: Kind, given:
 
 async def test_a_database_that_does_not_exist_is_an_error(kind: Kind) -> None:
     async with RealServer(kind=kind, transport="tcp") as server:
-        with pytest.raises(StoreCorrupt, match="DB index is out of range"):
+        with pytest.raises(StoreUnsuitable, match="no database of that number"):
             await connect(f"redis://127.0.0.1:{server.port}/9999")
 
 

@@ -40,10 +40,23 @@ CASES: list[tuple[BaseException, type[StoreError]]] = [
     (driver.ReadOnlyError("You can't write against a read only replica."), StoreUnsuitable),
     (driver.ResponseError(f"READONLY You can't write against a read only replica. script: {SHA}"), StoreUnsuitable),
     (driver.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."), StoreFull),
+    (driver.ResponseError("NOREPLICAS Not enough good replicas to write. script: on @user_script:275."), StoreUnavailable),
     (driver.ResponseError(f"OOM command not allowed when used memory > 'maxmemory'. script: {SHA}, on @x:1."), StoreFull),
     (driver.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"), StoreCorrupt),
     (driver.ResponseError("RANKGATE_CORRUPT {a:b}:epoch holds a list where a hash belongs"), StoreCorrupt),
-    (driver.ResponseError("ERR something never seen"), StoreCorrupt),
+    (driver.ResponseError("ERR DB index is out of range"), StoreUnsuitable),
+    *((driver.ResponseError(said), StoreUnavailable) for said in (
+        "ERR something never seen",
+        "NOREPLICAS Not enough good replicas to write.",
+        "DENIED Redis is running in protected mode because protected mode is enabled.",
+        "upstream failure",
+        "ERR unknown command 'EVALSHA', with args beginning with: ",
+        "NOGOODSLAVE no suitable replica",
+        "FAILOVER in progress",
+    )),
+    (driver.ExecAbortError("Transaction discarded because of previous errors."), StoreUnavailable),
+    (driver.NoScriptError("No matching script."), StoreUnavailable),
+    (TimeoutError(110, "Connection timed out"), StoreUnavailable),
 ]  # fmt: skip
 
 
@@ -58,7 +71,8 @@ def test_each_error_becomes_one_of_ours(raised: BaseException, ours: type[StoreE
     said = str(translation.value)
     assert said
     assert "\n" not in said
-    assert SHA not in said, "a script's position means nothing to the reader"
+    assert SHA not in said
+    assert "user_script" not in said, "a script's position means nothing to the reader"
     assert "h:1" in said or "{a:b}:epoch" in said
 
 
@@ -69,17 +83,46 @@ def test_ours_pass_through_unchanged() -> None:
     assert passed.value is mine
 
 
-@pytest.mark.parametrize("raised", [KeyError("x"), asyncio.CancelledError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("raised", [KeyError("x"), asyncio.CancelledError(), KeyboardInterrupt(), TimeoutError()])
 def test_what_is_not_the_stores_is_left_alone(raised: BaseException) -> None:
     with pytest.raises(type(raised)), translated("h:1"):
         raise raised
 
 
 def test_long_and_multi_line_messages_are_cut_to_one_line() -> None:
-    with pytest.raises(StoreCorrupt) as translation, translated("h:1"):
+    with pytest.raises(StoreUnavailable) as translation, translated("h:1"):
         raise driver.ResponseError("ERR " + "very\nlong " * 500)
     assert len(str(translation.value)) < 500
     assert "\n" not in str(translation.value)
+
+
+@pytest.mark.anyio
+async def test_a_deadline_of_somebody_else_around_a_command_is_not_told_as_an_outage() -> None:
+    with pytest.raises(TimeoutError), translated("h:1"):
+        async with asyncio.timeout(0):
+            await asyncio.Event().wait()
+
+
+def test_only_a_wrong_type_or_what_our_scripts_found_is_permanent() -> None:
+    permanent = [raised for raised, ours in CASES if ours is StoreCorrupt]
+    assert [str(one).split()[0] for one in permanent] == ["WRONGTYPE", "RANKGATE_CORRUPT"]
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ("LOADING", True),
+        ("NOAUTH Authentication required.", True),
+        ("READONLY You can't write against a read only replica.", True),
+        ("OOM command not allowed", True),
+        ("ERR DB index is out of range", False),
+        ("WRONGTYPE Operation against a key", False),
+    ],
+)
+def test_whoever_starts_is_told_what_may_pass_by_itself(said: str, passes: bool) -> None:
+    with pytest.raises(StoreError) as translation, translated("h:1"):
+        raise driver.ResponseError(said)
+    assert translation.value.passes is passes
 
 
 def test_every_error_is_a_rankgate_error_and_says_unknown_never_released() -> None:

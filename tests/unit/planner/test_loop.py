@@ -556,10 +556,28 @@ async def test_a_verb_that_fails_once_is_repeated_and_nothing_happens_twice(
         assert made.rejections() == 0
 
 
-async def test_a_store_that_is_full_is_waited_out(store: FakeStore, clock: ManualClock) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        "OOM command not allowed when used memory > 'maxmemory'.",
+        "NOREPLICAS Not enough good replicas to write.",
+        "READONLY You can't write against a read only replica.",
+        "NOAUTH Authentication required.",
+        "WRONGPASS invalid username-password pair or user is disabled.",
+        "NOPERM this user has no permissions to run the 'evalsha' command",
+        "DENIED Redis is running in protected mode because protected mode is enabled.",
+        "upstream failure",
+        "ERR unknown command 'EVALSHA'",
+        "ERR DB index is out of range",
+    ],
+)
+async def test_whatever_a_store_answers_that_is_no_key_of_the_wrong_type_is_waited_out(
+    store: FakeStore, clock: ManualClock, said: str
+) -> None:
+    """Regression: each of these but the first ended the planning of the instance for good."""
     plan = FaultPlan()
     for nth in (1, 2, 3):
-        plan.answer("dispatch", "OOM command not allowed when used memory > 'maxmemory'.", nth=nth)
+        plan.answer("dispatch", said, nth=nth)
     async with cluster(store, clock, 2) as made, made.planner(faults=plan) as planner:
         instance = await made.run(planner.launch(made.spec))
         await serves(made, instance)

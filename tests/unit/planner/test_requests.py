@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -220,6 +220,18 @@ async def test_leaving_early_asks_for_a_cancellation_and_takes_the_request_away(
         assert await desk.clock.run(first) == "one "
     (cancellation,) = await desk.sent()
     assert (cancellation["cancels"], cancellation["prompt"]) == (request["id"], "")
+
+
+async def test_a_text_that_is_late_is_not_told_as_an_outage(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: the client's own deadline was taken for the driver's, with a healthy server."""
+
+    async def late(awaitable: Coroutine[Any, Any, Any], seconds: float) -> None:
+        awaitable.close()
+        raise TimeoutError
+
+    monkeypatch.setattr(desk.clock, "wait_for", late)
+    with pytest.raises(GenerationFailed, match=r"the text was not complete within 7\.5 s"):
+        await desk.clock.run(asyncio.create_task(text_of(desk.client.generate("Why?", max_tokens=3, seconds=7.5))))
 
 
 async def test_the_deadline_is_the_clients_own_clock(desk: Desk) -> None:
