@@ -34,7 +34,7 @@ for service in planner runner; do
         # to scale the others.
         $COMPOSE up -d --no-build --no-recreate --scale "planner=$planners" --scale "runner=$runners" >/dev/null 2>&1
         planner=$($COMPOSE ps -q planner | tail -n 1)
-        docker exec "$planner" rankgate launch --file /etc/rankgate/instance.toml --timeout "$seconds"
+        docker exec "$planner" rankgate launch --yes --file /etc/rankgate/instance.toml --timeout "$seconds"
     done
 done
 echo "every planner and runner runs $image: set RANKGATE_VERSION=$1 in .env"

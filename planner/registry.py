@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import WatchError
 
-from barrier.errors import StoreCorrupt
+from barrier.errors import RankgateError, StoreCorrupt
 from barrier.keys import Keys, NamespaceKeys
 from barrier.store import Store
 from planner.spec import InstanceSpec
@@ -39,6 +39,19 @@ class InstanceRecord(BaseModel):
     gone_ms: int = 0
 
 
+class OtherSpec(RankgateError):
+    """An instance is up with another spec than the one that it is launched with, and nobody has agreed to replace that one.
+
+    Attributes:
+        record: what is up; it stays as it is.
+    """
+
+    def __init__(self, record: InstanceRecord, wanted: InstanceSpec) -> None:
+        self.record = record
+        changes = "; ".join(f"{name} {old} -> {new}" for name, old, new in record.spec.changes_to(wanted))
+        super().__init__(f"{record.spec.name} is up with another spec ({changes})")
+
+
 class Registry:
     """Reads and writes desired state. Every write wakes the planners."""
 
@@ -48,10 +61,15 @@ class Registry:
         self.keys = NamespaceKeys(namespace)
         self._lifetime_ms = round(store.settings.record_lifetime * 1000)
 
-    async def launch(self, spec: InstanceSpec) -> InstanceRecord:
+    async def launch(self, spec: InstanceSpec, *, over: Collection[InstanceSpec] | None = None) -> InstanceRecord:
         """Ask for an instance to be up. An instance that is up with the same spec stays as it is.
 
+        Args:
+            spec: what to bring up.
+            over: the specs that may be replaced where the instance is up with one; ``None`` replaces any.
+
         Raises:
+            OtherSpec: the instance is up with a spec that may not be replaced; nothing was written.
             StoreCorrupt: a key of the wrong type where one of ours belongs; nothing was written.
             StoreError: unknown; ask again.
         """
@@ -62,6 +80,8 @@ class Registry:
                 return InstanceRecord(spec=spec, launched_ms=now_ms)
             if current.desired == "up" and not current.failure and current.spec == spec:
                 return current
+            if over is not None and current.desired == "up" and not current.failure and current.spec not in over:
+                raise OtherSpec(current, spec)
             # Which launch it is must differ from the one before, within a millisecond and after a clock that went back too.
             return InstanceRecord(spec=spec, launched_ms=max(now_ms, current.launched_ms + 1))
 

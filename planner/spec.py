@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from barrier.errors import InvalidSettings
-from barrier.keys import valid_name, valid_world_size
+from barrier.keys import shown, valid_name, valid_world_size
 from runner.messages import ModelSpec
 
 
@@ -41,6 +43,25 @@ class InstanceSpec(BaseModel):
     def digest(self) -> str:
         """32 hexadecimal digits that differ for every other spec: ranks that were configured for another are refused."""
         return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()
+
+    def changes_to(self, other: InstanceSpec) -> list[tuple[str, str, str]]:
+        """What is different in another spec: field, value here, value there; fields of the model as ``model.total_layers``."""
+        before, after = _flat(self.model_dump()), _flat(other.model_dump())
+        names = dict.fromkeys([*before, *after])
+        return [
+            (name, before.get(name, "-"), after.get(name, "-")) for name in names if before.get(name) != after.get(name)
+        ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every value under its dotted name, as a person reads it."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = shown(value) if isinstance(value, str) else str(value)
+    return flat
 
 
 @dataclass(frozen=True, slots=True)

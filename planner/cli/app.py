@@ -311,7 +311,8 @@ def planner(
 ) -> None:
     """Plan every instance that was launched, until SIGTERM or Ctrl-C. Of several planners one leads, the others stand by.
 
-    With --instance-file that instance is launched too, unless it was stopped or given up as it stands there. The log says what an instance waits for whenever that changes.
+    With --instance-file that instance is launched too, unless it was stopped or given up as it stands there, or is up with
+    another spec: that stays, and rankgate launch --file changes it. The log says what an instance waits for whenever that changes.
     """
     from planner.cli.commands import plan  # noqa: PLC0415 - as in `up`
     from planner.cli.instance_file import read_instance_file  # noqa: PLC0415 - the same
@@ -349,10 +350,17 @@ def launch(
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Generate a text from this once all ranks serve.")
     ] = None,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", "-y", help="Replace what is up with another spec without asking; for scripts."),
+    ] = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Ask for an instance to be up. A planner brings it up with the runners that are there."""
+    """Ask for an instance to be up. A planner brings it up with the runners that are there.
+
+    Where it is up with another spec, the difference is shown, and replacing it must be agreed to: that ends it for all ranks.
+    """
     from planner.cli import commands  # noqa: PLC0415 - as in `up`
 
     configure_log(log_level(verbose, quiet, "WARNING"))
@@ -370,7 +378,10 @@ def launch(
         spec = _spec(name, world_size, model, layers)
     target = _target(redis, namespace, password_file)
     _finish(
-        run(lambda _: commands.launch(target, spec, wait=wait, seconds=timeout, prompt=prompt), exit_at_sigterm=143)
+        run(
+            lambda _: commands.launch(target, spec, wait=wait, seconds=timeout, prompt=prompt, yes=yes),
+            exit_at_sigterm=143,
+        )
     )
 
 

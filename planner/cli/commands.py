@@ -6,11 +6,11 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loguru import logger
 from rich.console import Console, Group, RenderableType
@@ -23,13 +23,13 @@ from barrier.errors import RankgateError
 from barrier.keys import Keys
 from planner import InstanceFailed, InstanceSpec, Planner, Policy, explain_instance
 from planner.cli.health import ProcessState, keeping_state
-from planner.cli.process import connect_store
+from planner.cli.process import agrees, can_ask, connect_store
 from planner.cli.screen import Picture, attempt, heading, render, rows, sentence, sentence_key, table
 from planner.cli.show import PlainShow, can_draw, tell
 from planner.cli.watchdog import Work, supervised
 from planner.decide import is_serving
 from planner.lifecycle import next_step
-from planner.registry import InstanceRecord, Registry
+from planner.registry import InstanceRecord, OtherSpec, Registry
 from planner.requests import RequestQueue
 
 TICK = 0.5
@@ -90,9 +90,17 @@ class Seen:
         return self.planned or any(view.report is not None for view in self.snapshot.ranks)
 
     @property
+    def changing(self) -> bool:
+        """Whether an attempt goes on that is of another spec than is asked for now: it is about to be ended."""
+        epoch, record = self.snapshot.epoch, self.record
+        if epoch is None or record is None:
+            return False
+        return epoch.verdict is None and epoch.digest != record.spec.digest
+
+    @property
     def serving(self) -> bool:
-        """Whether all ranks serve."""
-        return is_serving(self.snapshot)
+        """Whether all ranks serve what is asked for now."""
+        return is_serving(self.snapshot) and not self.changing
 
     @property
     def state(self) -> str:
@@ -104,6 +112,8 @@ class Seen:
             return "given up"
         if self.record.desired == "down":
             return "stopping"
+        if self.changing:
+            return "changing"
         if self.serving:
             return "serving"
         if epoch is None:
@@ -118,8 +128,19 @@ class Seen:
         """One sentence on what it waits for."""
         if self.record is not None and self.record.failure:
             return self.record.failure
-        said = explain_instance(self.snapshot)
-        return said if self.state in ("stopped", "serving") or self.planned else f"{said}; {_NOBODY_PLANS}"
+        epoch = self.snapshot.epoch
+        if self.changing and epoch is not None:
+            said = (
+                f"{self.name}: attempt {epoch.ordinal} still has the spec before; it is ended, and the next one begins"
+            )
+        else:
+            said = explain_instance(self.snapshot)
+        return said if self.planned or not self.wanted else f"{said}; {_NOBODY_PLANS}"
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a planner has something to do about it."""
+        return self.record is not None and not self.record.failure and self.record.desired != "gone"
 
     @property
     def picture(self) -> Picture:
@@ -129,9 +150,14 @@ class Seen:
             instance=self.name,
             world_size=self.snapshot.world_size,
             layers=spec.model.total_layers if spec else 0,
-            title=(self.state, *([f"{spec.model.model_id}, {spec.model.total_layers} layers"] if spec else [])),
+            title=(
+                self.state,
+                *(["no planner"] if self.wanted and not self.planned else []),
+                *([f"{spec.model.model_id}, {spec.model.total_layers} layers"] if spec else []),
+            ),
             snapshot=self.snapshot,
             reason=self.explanation,
+            changing=self.changing,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -279,14 +305,17 @@ def _work(planner: Planner, settings: Settings) -> Work:
 
 
 async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
-    """Ask for an instance, unless the desired state has it with this very spec, up or not.
+    """Ask for an instance, unless the desired state has it with this very spec, up or not, or it is up with another one.
 
     Raises:
         StoreError: unknown; ask again.
     """
     record = await registry.get(wanted.name)
     if record is None or record.spec != wanted:
-        await registry.launch(wanted)
+        try:
+            await registry.launch(wanted, over=())
+        except OtherSpec as other:
+            logger.warning("{}: it stays as it is; rankgate launch --file changes it, and ends its attempt", other)
     elif record.failure or record.desired != "up":
         logger.warning(
             "{} is not launched: it {}; rankgate launch brings it up again",
@@ -295,16 +324,61 @@ async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
         )
 
 
-async def launch(target: Target, spec: InstanceSpec, *, wait: bool, seconds: float, prompt: str | None = None) -> int:
-    """``rankgate launch``: ask for an instance, tell how it comes up, and generate a text where a prompt is given."""
+async def launch(
+    target: Target, spec: InstanceSpec, *, wait: bool, seconds: float, prompt: str | None = None, yes: bool = False
+) -> int:
+    """``rankgate launch``: ask for an instance, tell how it comes up, and generate a text where a prompt is given.
+
+    Raises:
+        ChangeRefused: the instance is up with another spec, and nobody has agreed to replace that one.
+    """
     async with target.store() as store, Observer(store, target.namespace) as observer:
-        await observer.registry.launch(spec)
+        await launch_agreed(observer, spec, yes=yes)
         if not wait:
-            print(f"{spec.name} is asked for; watch it with rankgate status {spec.name} --watch")
+            note = "" if (await observer.look(spec.name)).planned else f"; {_NOBODY_PLANS}"
+            print(f"{spec.name} is asked for; watch it with rankgate status {spec.name} --watch{note}")
             return 0
         await _until_serving(observer, spec.name, seconds)
         print(f"{spec.name} serves", flush=True)
     return 0 if prompt is None else await generate(target, spec.name, prompt, max_tokens=64, seconds=seconds)
+
+
+class ChangeRefused(RankgateError):
+    """An instance is up with another spec, and nobody has agreed to replace that one."""
+
+
+async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) -> None:
+    """Launch; where that takes down what is up with another spec, show the difference, and ask first.
+
+    A spec of which no attempt ever began is replaced without a question: there is nothing to take down. What is agreed to is
+    the very spec that was shown: where somebody else launches a third one meanwhile, that one is asked about.
+    """
+    agreed: list[InstanceSpec] = []
+    while True:
+        try:
+            await observer.registry.launch(spec, over=agreed)
+            return
+        except OtherSpec as other:
+            before, refusal = other.record.spec, str(other)
+        seen = await observer.look(spec.name)
+        epoch = seen.snapshot.epoch
+        begun = epoch is not None and epoch.digest == before.digest
+        ends = f"attempt {epoch.ordinal}" if epoch is not None else "it"
+        if begun and not yes and not can_ask():
+            raise ChangeRefused(
+                f"{refusal}, and nothing was changed: that would end {ends} for all ranks. Pass --yes to replace it, "
+                "or launch it under another name"
+            )
+        print(
+            f"{spec.name} is up with another spec ({seen.state}, {ends}, {before.world_size} ranks):", file=sys.stderr
+        )
+        changes = before.changes_to(spec)
+        width = max(len(changed) for changed, _, _ in changes)
+        for changed, old, new in changes:
+            print(f"  {changed:<{width}}  {old} -> {new}", file=sys.stderr)
+        if begun and not yes and not await agrees(f"End {ends} for all ranks, and load anew?"):
+            raise ChangeRefused(f"{spec.name} stays as it is: nothing was changed")
+        agreed.append(before)
 
 
 async def stop(target: Target, name: str, *, seconds: float) -> int:
@@ -372,20 +446,63 @@ async def generate(target: Target, name: str, prompt: str, *, max_tokens: int, s
         seen = await observer.look(name)
         if seen.record is None or seen.record.failure or seen.record.desired != "up":
             raise InstanceFailed(f"{name} does not serve ({seen.state}): {seen.explanation}")
-        if not seen.serving:
+        if not seen.serving and seen.planned:  # where nobody plans, that is what is told
             print(f"{name} does not serve yet: {_waits_for(seen)}", file=sys.stderr, flush=True)
         requests = RequestQueue(store, Keys(target.namespace, name), SystemClock())
         written = False
         try:
             async with aclosing(requests.generate(prompt, max_tokens=max_tokens, seconds=seconds)) as pieces:
-                async for piece in pieces:
+                piece = await _unless_nobody_plans(anext(pieces, None), observer, name, store.settings)
+                while piece is not None:
                     written = True
                     sys.stdout.write(piece)
                     sys.stdout.flush()
+                    piece = await anext(pieces, None)
         finally:
             if written:
                 print(flush=True)
     return 0
+
+
+_T = TypeVar("_T")
+
+
+async def _unless_nobody_plans(doing: Awaitable[_T], observer: Observer, name: str, settings: Settings) -> _T:
+    """Wait for something that only a planner sets going; end when no planner has looked after the instance for a lease.
+
+    Raises:
+        InstanceFailed: nobody does. A standby takes over within a lease, so it is waited for.
+    """
+    working = asyncio.ensure_future(doing)
+    watching = asyncio.ensure_future(_nobody_plans_for(settings.lease, observer, name))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            watching.result()
+            raise InstanceFailed(f"{name} does not answer: {_NOBODY_PLANS}")
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _nobody_plans_for(seconds: float, observer: Observer, name: str) -> None:
+    """Return when no planner has looked after an instance for so long; tell on stderr when that begins."""
+    clock = SystemClock()
+    since: float | None = None
+    while since is None or clock.now() < since + seconds:
+        try:
+            seen = await observer.look(name)
+        except StoreError:  # whoever waits for the store itself says so
+            since = None
+        else:
+            if seen.planned:
+                since = None
+            elif since is None:
+                since = clock.now()
+                print(f"{name}: {_NOBODY_PLANS}", file=sys.stderr, flush=True)
+        await clock.sleep(TICK)
 
 
 async def race() -> int:
@@ -428,7 +545,7 @@ async def status(target: Target, name: str | None, *, as_json: bool) -> int:
         if as_json:
             _print_json([seen.as_json() for seen in everything])
         else:
-            console.print(overview(everything, target.namespace))
+            console.print(whole_overview(everything, target.namespace))
     return 0
 
 
@@ -454,7 +571,7 @@ async def _watch_live(console: Console, observer: Observer, name: str | None, na
             shown: RenderableType
             try:
                 if name is None:
-                    shown = overview(await observer.look_at_all(), namespace)
+                    shown = whole_overview(await observer.look_at_all(), namespace)
                 else:
                     seen = await observer.look(name)
                     shown = render(seen.picture, width=console.size.width, height=console.size.height)
@@ -494,6 +611,21 @@ def overview(everything: list[Seen], namespace: str) -> RenderableType:
             leader.holder if leader and seen.planned else "none",
         )
     return result
+
+
+def unattended(everything: list[Seen]) -> str:
+    """That no planner looks after some of the instances; empty where one looks after each."""
+    alone = [seen.name for seen in everything if seen.wanted and not seen.planned]
+    if not alone:
+        return ""
+    whom = ", ".join(alone[:4]) + (f" and {len(alone) - 4} more" if alone[4:] else "")
+    return _NOBODY_PLANS.replace("after it", f"after {whom}", 1)
+
+
+def whole_overview(everything: list[Seen], namespace: str) -> RenderableType:
+    """The table of all instances, and what is wrong with all of them together."""
+    listed, said = overview(everything, namespace), unattended(everything)
+    return Group(listed, Text(said, style="red")) if said else listed
 
 
 def _print_json(value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import sys
@@ -94,6 +95,34 @@ def complain(sentence: str) -> None:
     """Tell an error to the user."""
     sys.stdout.flush()
     print(f"rankgate: {sentence}", file=sys.stderr, flush=True)
+
+
+def can_ask() -> bool:
+    """Whether somebody sits there who can be asked: a terminal to read from, and one to ask on."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+async def agrees(question: str) -> bool:
+    """Ask on the terminal; anything but y or yes is no, and so is its end. Signals are heard meanwhile."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[bytes] = loop.create_future()
+    descriptor = sys.stdin.fileno()
+
+    def read() -> None:
+        loop.remove_reader(descriptor)
+        try:
+            line = os.read(descriptor, 1_000)
+        except OSError:  # the terminal went away
+            line = b""
+        if not answer.done():
+            answer.set_result(line)
+
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    loop.add_reader(descriptor, read)
+    try:
+        return (await answer).strip().lower() in (b"y", b"yes")
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def configure_log(level: str, sink: LineSink | None = None) -> None:

@@ -63,6 +63,7 @@ class Picture:
         processes: the runners that this program started; empty where it started none.
         elapsed: seconds since the beginning.
         reason: what the planner says it waits for, where the barrier has nothing to say.
+        changing: whether the attempt in the snapshot is of another spec than is asked for now, so that it is about to be ended.
         text: what was generated so far.
     """
 
@@ -74,6 +75,7 @@ class Picture:
     processes: tuple[ProcessState, ...] = ()
     elapsed: float | None = None
     reason: str = ""
+    changing: bool = False
     text: str = field(default="", repr=False)
 
 
@@ -114,7 +116,7 @@ class Row:
 def rows(picture: Picture) -> list[Row]:
     """One row per rank, in order."""
     processes = {rank: state for state in picture.processes for rank in state.program.ranks}
-    waited_for = waited_for_ranks(picture.snapshot)
+    waited_for = frozenset[int]() if picture.changing else waited_for_ranks(picture.snapshot)
     views = picture.snapshot.ranks if picture.snapshot else [RankView(rank) for rank in range(picture.world_size)]
     return [_row(view, processes.get(view.rank), picture, view.rank in waited_for) for view in views]
 
@@ -211,13 +213,13 @@ def _together(one: Row, other: Row) -> Row:
 
 def serves(picture: Picture) -> bool:
     """Whether all ranks serve."""
-    return picture.snapshot is not None and is_serving(picture.snapshot)
+    return picture.snapshot is not None and is_serving(picture.snapshot) and not picture.changing
 
 
 def sentence(picture: Picture) -> str:
     """What is waited for now: by the barrier where an attempt is under way, otherwise by the planner."""
     snapshot = picture.snapshot
-    if snapshot is not None and snapshot.epoch is not None and snapshot.epoch.verdict is None:
+    if not picture.changing and snapshot is not None and snapshot.epoch is not None and snapshot.epoch.verdict is None:
         return f"{picture.instance} serves" if is_serving(snapshot) else explain_instance(snapshot)
     return picture.reason
 
@@ -225,7 +227,7 @@ def sentence(picture: Picture) -> str:
 def sentence_key(picture: Picture) -> object:
     """What tells one sentence from the next: not the ages and leases in it, which change all the time."""
     snapshot = picture.snapshot
-    if snapshot is not None and snapshot.epoch is not None and snapshot.epoch.verdict is None:
+    if not picture.changing and snapshot is not None and snapshot.epoch is not None and snapshot.epoch.verdict is None:
         step = next_step(snapshot.epoch.steps, snapshot.world_size)
         return snapshot.epoch.id, step and step.name, waited_for_ranks(snapshot)
     return picture.reason

@@ -541,6 +541,65 @@ async def test_an_operators_day(tmp_path: Path, store: RealServer) -> None:
         assert "Traceback" not in everything
 
 
+@pytest.mark.slow
+async def test_a_changed_launch_asks_and_serves_means_this_spec(tmp_path: Path, store: RealServer) -> None:
+    async with operator(tmp_path, store.url):
+        launch = ("launch", "blue", "--world-size", "2", "--layers")
+        assert (await ask(store.url, *launch, "2"))[0] == "blue serves\n"
+        out, err, code = await run(store.url, "launch", "blue", "--world-size", "20", "--layers", "2")
+        assert (out, code) == ("", 1)
+        assert "blue is up with another spec (world_size 2 -> 20), and nothing was changed" in err
+        assert "attempt 1: all 2 ranks are Ready" in (await ask(store.url, "explain", "blue"))[0]
+        for attempt, layers in enumerate(
+            (3, 4, 5), 2
+        ):  # the old attempt serves on for a moment; that is not what is asked for
+            out, err = await ask(store.url, *launch, str(layers), "--yes")
+            assert out == "blue serves\n"
+            assert f"model.total_layers  {layers - 1} -> {layers}\n" in err
+            told = json.loads((await ask(store.url, "status", "blue", "--json"))[0])
+            assert (told["epoch"]["attempt"], told["state"]) == (attempt, "serving")
+
+
+@pytest.mark.slow
+async def test_on_a_terminal_a_changed_launch_is_asked_about(tmp_path: Path, store: RealServer) -> None:
+    async with operator(tmp_path, store.url):
+        await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2")
+        for number, (typed, said) in enumerate([(b"n\n", "blue stays as it is"), (b"y\n", "blue serves")]):
+            place = tmp_path / f"terminal {number}"
+            place.mkdir()
+            line = ("launch", "blue", "--world-size", "2", "--layers", "3")
+            async with Command(place, *line, url=store.url, terminal=True) as asking:
+                await asking.says("End attempt 1 for all ranks, and load anew? [y/N]")
+                assert asking.process.stdin is not None
+                asking.process.stdin.write(typed)
+                await asking.says(said)
+
+
+@pytest.mark.slow
+async def test_each_command_says_at_once_that_nobody_plans(tmp_path: Path, store: RealServer) -> None:
+    """The planner is killed under an instance that serves; its leadership lapses."""
+    async with operator(tmp_path, store.url) as commands:
+        await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2")
+        commands["planner"].process.kill()
+        await commands["planner"].process.wait()
+        alone = "no planner looks after it: start one with rankgate planner"
+
+        async def noticed() -> bool:
+            return alone in (await ask(store.url, "explain", "blue"))[0]
+
+        await wait_until(noticed, "the leadership to lapse", DEADLINE)
+        assert (await ask(store.url, "explain", "blue"))[0] == (
+            f"blue, attempt 1: all 2 ranks are Ready or Running; {alone}\n"
+        )
+        heading, *_, last = (await ask(store.url, "status", "blue"))[0].splitlines()
+        assert "serving · no planner" in heading
+        assert last.endswith(alone)
+        assert (await ask(store.url, "status"))[0].endswith(f"{alone.replace('it:', 'blue:')}\n")
+        out, err, code = await run(store.url, "generate", "blue", PROMPT, "--timeout", "600")
+        assert (out, code) == ("", 1)
+        assert err == f"blue: {alone}\nrankgate: blue does not answer: {alone}\n"
+
+
 async def test_a_launch_that_nobody_carries_out_says_what_is_missing_and_can_be_stopped(store: RealServer) -> None:
     out, err, code = await run(store.url, "launch", "blue", "--world-size", "2", "--timeout", "1")
     assert (out, code) == ("", 1)

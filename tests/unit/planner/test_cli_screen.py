@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from barrier import Verdict
-from planner.cli.commands import Seen, overview
+from planner.cli.commands import Seen, overview, unattended, whole_overview
 from planner.cli.report import time_report
 from planner.cli.screen import (
     Picture,
@@ -21,6 +21,7 @@ from planner.cli.screen import (
     rows,
     sentence,
     sentence_key,
+    serves,
     shortened,
     waited_for_ranks,
 )
@@ -372,6 +373,45 @@ def test_an_instance_that_nobody_plans_says_so() -> None:
     said = seen_as("Idle", "-", leads=0).explanation
     assert said.endswith("; no planner looks after it: start one with rankgate planner")
     assert seen_as("Idle", "Idle", failure="rank 1 is hopeless", leads=0).explanation == "rank 1 is hopeless"
+
+
+def test_an_instance_that_serves_and_that_nobody_plans_says_so_too() -> None:
+    """A leader that was killed: the ranks serve on, and nobody would hand a prompt to them."""
+    serving = seen_as("Ready", "Ready", dispatched=4)
+    assert serving.explanation == "demo, attempt 1: all 2 ranks are Ready or Running"
+    assert unattended([serving]) == ""
+    assert "no planner" not in serving.picture.title
+    alone = seen_as("Ready", "Ready", dispatched=4, leads=0)
+    assert alone.explanation == f"{serving.explanation}; no planner looks after it: start one with rankgate planner"
+    assert alone.picture.title[:2] == ("serving", "no planner")
+    assert alone.as_json()["planner"] is None
+    assert shown(whole_overview([serving, alone], "rankgate"))[-1] == (
+        "no planner looks after demo: start one with rankgate planner"
+    )
+    stopped = seen_as("Idle", "Idle", verdict=Verdict.stopped(), desired="gone", leads=0)
+    assert "no planner" not in stopped.explanation
+    assert unattended([stopped]) == ""
+
+
+def test_an_attempt_of_another_spec_does_not_serve() -> None:
+    """The launch has replaced the desired state, and the planner has not ended the old attempt yet."""
+    seen = seen_as("Ready", "Ready", dispatched=4, epoch={"digest": "ab"})
+    assert not seen.serving
+    assert seen.state == "changing"
+    assert "attempt 1 still has the spec before" in seen.explanation
+    assert sentence(seen.picture) == seen.explanation
+    assert not serves(seen.picture)
+    assert sentence_key(seen.picture) == seen.explanation
+    assert not any(row.waited_for for row in rows(seen.picture))
+
+
+def test_an_attempt_of_another_size_is_shown_all_the_same() -> None:
+    seen = seen_as("Ready", "Ready", "Idle", dispatched=4)
+    assert seen.snapshot.epoch is not None
+    smaller = replace(seen.snapshot.epoch, digest="ab", world_size=2, roster=(life(0), life(1)))
+    seen = replace(seen, snapshot=replace(seen.snapshot, epoch=smaller))
+    assert seen.state == "changing"
+    assert shown(render(seen.picture, width=200, height=24), width=200)[-1] == seen.explanation
 
 
 def test_the_list_of_instances() -> None:
