@@ -115,7 +115,11 @@ class Barrier:
 
     async def __aenter__(self) -> Barrier:
         """Make sure that the guarantees hold on this store."""
-        await self.store.verify()
+        try:
+            await self.store.verify()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

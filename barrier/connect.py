@@ -31,8 +31,10 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 
+from barrier.clients import refuse_unusable
 from barrier.cluster import Address, ClusterMap, ClusterPool
 from barrier.errors import InvalidSettings
+from barrier.fitness import Role, check_rights
 from barrier.keys import shown
 from barrier.prompt import prompt
 from barrier.sentinel import MasterConnection
@@ -58,18 +60,20 @@ _NO_SETINFO: dict[str, Any] = (
 )
 
 
-async def connect(url: str, *, settings: Settings | None = None) -> Store:
+async def connect(url: str, *, settings: Settings | None = None, role: Role | None = None) -> Store:
     """Connect to the store at a URL and make sure that the guarantees hold on it.
 
     Args:
         url: see the module's table.
         settings: the times; defaults where ``None``.
+        role: whose work the URL's user shall do; decides which commands must be allowed. Without it, the role whose commands it has.
 
     Raises:
         InvalidSettings: the URL is not of a form above, or the password's file cannot be read.
         StoreUnavailable: nobody answers there.
         StoreRefused: wrong password, or a right is missing.
-        StoreUnsuitable: it evicts keys, is a replica, or is older than Redis 6.2 / Valkey 7.2.
+        StoreUnsuitable: it evicts keys, is a replica, is older than Redis 6.2 / Valkey 7.2, does not know a command, or is a sentinel
+            or a cluster's node where the URL says one server.
     """
     client = _client(url, settings or Settings())
     store = adopt(client, settings=settings)
@@ -79,6 +83,7 @@ async def connect(url: str, *, settings: Settings | None = None) -> Store:
         if isinstance(pool, ClusterPool):
             await _verify_nodes(pool, store)
         await store.verify()
+        await check_rights(store, pool.connection_kwargs.get("username"), role)
     except BaseException:
         await store.close()
         raise
@@ -93,6 +98,7 @@ async def _verify_nodes(pool: ClusterPool, store: Store) -> None:
     for host, port in nodes:
         made = ConnectionPool(connection_class=pool.cluster.node_class, host=host, port=port, **kwargs)
         node = adopt(Redis.from_pool(made), settings=store.settings)
+        node.spread = True  # a node of a cluster is what is expected here
         try:
             await node.verify()
         finally:
@@ -107,11 +113,7 @@ def adopt(redis: Redis | Store, *, settings: Settings | None = None) -> Store:
     """
     if isinstance(redis, Store):
         return redis
-    if not hasattr(redis, "connection_pool"):
-        raise InvalidSettings(
-            f"a {type(redis).__name__} is not a client that can be used here: pass a redis.asyncio.Redis, or for a cluster "
-            "what barrier.connect('redis+cluster://…') returns"
-        )
+    refuse_unusable(redis)
     chosen = settings or Settings()
 
     def reader() -> Redis:
@@ -178,7 +180,9 @@ def _where(redis: Redis) -> str:
     if isinstance(pool, ClusterPool):
         return "cluster " + ",".join(f"{host}:{port}" for host, port in pool.cluster.seeds)
     kwargs = pool.connection_kwargs
-    return str(kwargs["path"]) if kwargs.get("path") else f"{kwargs.get('host', '?')}:{kwargs.get('port', '?')}"
+    if kwargs.get("path"):
+        return str(kwargs["path"])
+    return f"{kwargs.get('host', 'localhost')}:{kwargs.get('port', _PORT)}"
 
 
 def _client(url: str, settings: Settings) -> Redis:

@@ -22,6 +22,7 @@ from barrier.errors import (
     StoreUnavailable,
     StoreUnsuitable,
 )
+from barrier.fitness import check_commands, check_kind, is_fake
 from barrier.prompt import at_rest, pack
 from barrier.settings import Settings
 
@@ -259,12 +260,15 @@ class Store:
                 try:
                     info: dict[str, Any] = await self.commands.info()
                 except driver.ResponseError as error:
-                    if "unknown command" not in str(error):
+                    if not re.search(r"unknown command\W+info", str(error), re.IGNORECASE):
                         raise  # a database that does not exist, for one
                     _say_unchecked()  # fakeredis, for one, has no INFO; a server that hides it cannot be judged
                     info = {}
+            check_kind(info, self.where, in_cluster=self.spread)
             kind, version = check_info(info, self.where)
             self.read_only_scripts = bool(version) and (kind == "valkey" or version >= (7, 0))
+            if not is_fake(self.commands.connection_pool):
+                await check_commands(self)
             self._verified = True
 
     async def close(self) -> None:

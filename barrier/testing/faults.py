@@ -17,6 +17,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
+from barrier.clients import refuse_unusable
 from barrier.clock import Clock, SystemClock
 from barrier.prompt import PromptConnection
 from barrier.scripts import VERBS, script
@@ -41,6 +42,8 @@ class _Fault:
         return f"{self.kind} {self.command} number {self.nth}{where}"
 
     def matches(self, batch: Sequence[_Command]) -> bool:
+        if [b"EVALSHA"] in batch:
+            return False  # nothing is called: a new client asks whether the server knows the command
         if self.touching and not any(self.touching in argument for command in batch for argument in command[1:]):
             return False
         return any(self._is_meant(command) for command in batch)
@@ -126,7 +129,9 @@ class FaultPlan:
 
         Raises:
             TypeError: the client goes through Sentinel, whose connections cannot be wrapped.
+            InvalidSettings: it cannot be used at all.
         """
+        refuse_unusable(redis)
         pool: Any = redis.connection_pool
         if isinstance(pool, SentinelConnectionPool):
             raise TypeError("a Sentinel client cannot be wrapped: wrap a client of the server itself")

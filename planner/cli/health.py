@@ -191,7 +191,7 @@ async def health(kind: Literal["runner", "planner"], path: Path, url: str, setti
         StoreError: could not find out.
     """
     state = read_state(path, kind)
-    store = await connect_store(url, settings)
+    store = await connect_store(url, settings, role="rank" if kind == "runner" else "planner")
     try:
         answer = await (runner_health(store, state) if kind == "runner" else planner_health(store, state))
     finally:

@@ -15,6 +15,7 @@ from loguru import logger
 
 from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect
 from barrier.errors import RankgateError
+from barrier.fitness import Role
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -156,7 +157,7 @@ def redacted(url: str) -> str:
     return f"{parts.scheme}://{secret}{place}{parts.path}"
 
 
-async def connect_store(url: str, settings: Settings, *, wait: float = 0.0) -> Store:
+async def connect_store(url: str, settings: Settings, *, wait: float = 0.0, role: Role | None = None) -> Store:
     """Connect; raises as `barrier.connect` does, and never quotes the URL, whose wrong part may be the password.
 
     Args:
@@ -164,6 +165,7 @@ async def connect_store(url: str, settings: Settings, *, wait: float = 0.0) -> S
         settings: the times.
         wait: seconds for which a store that does not answer, or is still loading, is asked again, with backoff and jitter.
             One that answers and refuses is an error at once: time does not mend a wrong password.
+        role: see `barrier.connect`.
     """
     try:
         parts = urlsplit(url)
@@ -178,7 +180,7 @@ async def connect_store(url: str, settings: Settings, *, wait: float = 0.0) -> S
     deadline, pause, told = clock.now() + wait, _FIRST_PAUSE, False
     while True:
         try:
-            return await connect(url, settings=settings)
+            return await connect(url, settings=settings, role=role)
         except StoreUnavailable as error:
             left = deadline - clock.now()
             if left <= 0:

@@ -127,7 +127,7 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
     """
     first = options.ranks[0] if options.ranks else 0
     options.engine.host(first, options.world_size)  # what is wrong with the engine is said before anything is sent
-    store = await connect_store(options.url, options.settings, wait=options.wait_for_store)
+    store = await connect_store(options.url, options.settings, wait=options.wait_for_store, role="rank")
     try:
         ranks, incarnation = (options.ranks, None) if options.ranks else await _any_free_rank(options, store)
         members = [_member(options, store, rank, incarnation) for rank in ranks]

@@ -13,6 +13,7 @@ import typer
 from loguru import logger
 
 from barrier import Barrier, Member, Settings, Store, StoreRefused, StoreUnavailable, adopt
+from barrier.fitness import Role
 from barrier.testing import FakeStore
 from planner.cli import main, process
 from planner.cli.commands import launch_unless_known
@@ -215,7 +216,7 @@ class Door:
         self.refusals, self.error, self.calls = refusals, error, 0
         self.store: Any = object()
 
-    async def connect(self, url: str, *, settings: Settings | None = None) -> Store:
+    async def connect(self, url: str, *, settings: Settings | None = None, role: Role | None = None) -> Store:
         self.calls += 1
         if self.calls <= self.refusals:
             raise self.error
