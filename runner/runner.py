@@ -27,13 +27,16 @@ from barrier import (
     LogEntry,
     Member,
     NotPromised,
+    PartFailed,
     Promised,
+    RankgateError,
     StoreCorrupt,
     StoreError,
     SystemClock,
     TaskEntry,
     TaskOutcome,
     VerdictAnnounced,
+    supervise,
 )
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineHost
@@ -92,6 +95,10 @@ _FINALITY: dict[StatusName, int] = {"Failed": 1, "ShuttingDown": 2, "Shutdown": 
 """Statuses that a runner does not leave by its own work, the later ones not even for the earlier. Others count 0."""
 
 
+_EXPECTED = (RankgateError, EngineFailure)
+"""What may end a part of a runner without being a mistake of ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """A task that was accepted, and where it stood in the log."""
@@ -131,7 +138,7 @@ class Runner:
         self._departing: deque[_Work] = deque()
         self._departure: asyncio.Task[None] | None = None
         self._leaving = asyncio.Event()
-        self._lost: ClaimLost | None = None
+        self._lost: ClaimLost | PartFailed | None = None
 
     @property
     def status(self) -> RunnerStatus:
@@ -148,6 +155,8 @@ class Runner:
         Raises:
             RankTaken: another process holds the rank.
             ClaimLost: another process took the rank over while this one was silent; the engine is torn down.
+            PartFailed: a mistake of ours ended a part of this runner, or its heartbeat (`HeartbeatFailed`). It has said that it failed, as
+                far as it could, and its engine is torn down.
             StoreError: the store could not be reached to begin with. Later outages are waited out.
         """
         await self._until_leaving(self._member.claim())
@@ -158,7 +167,18 @@ class Runner:
         try:
             async with self._member.heartbeat():
                 await self._until_leaving(self._serve())
+                if isinstance(self._lost, PartFailed):
+                    raise self._lost
                 await self._tear_down()
+        except (ClaimLost, StoreError):
+            raise
+        except PartFailed as failure:
+            self._lost = failure
+            await self._say_last_words()
+        except Exception as mistake:  # noqa: BLE001  `run` raises it by a name of ours
+            supervise.tell_mistake(f"rank {self._member.rank}", mistake)
+            self._end_for("serving")(mistake)
+            await self._say_last_words()
         finally:
             await asyncio.shield(self._clean_up())
         if self._lost is not None:
@@ -166,25 +186,45 @@ class Runner:
 
     async def _until_leaving(self, doing: Coroutine[Any, Any, object]) -> None:
         """Do it until it ends or `stop` is called; raises what it raised."""
-        working = asyncio.create_task(doing)
-        leaving = asyncio.create_task(self._leaving.wait())
-        try:
+        async with (
+            supervise.alongside(doing, expected=_EXPECTED) as working,
+            supervise.alongside(self._leaving.wait()) as leaving,
+        ):
             await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 working.result()
-        finally:
-            for task in (working, leaving):
-                task.cancel()
-            await asyncio.gather(working, leaving, return_exceptions=True)
 
     async def _clean_up(self) -> None:
-        """Bounded: an engine that does not close is killed, a store that does not answer is left alone."""
-        await self._stop_work()
-        await self._host.kill()
+        """Bounded: an engine that does not close is killed, a store that does not answer is left alone. Each step is done, whatever fails."""
+        steps = [self._stop_work, self._host.kill, self._member.leave]
+        if isinstance(self._lost, PartFailed):
+            steps.pop()  # the report that says so must not go before the planner has read it; its lease ends it
+        for step in steps:
+            try:
+                await step()
+            except StoreError as error:
+                logger.warning("rank was not given back, its lease will lapse: {}", error)
+            except Exception as mistake:  # noqa: BLE001  whatever the mistake is, the engine must go
+                supervise.tell_mistake(f"rank {self._member.report_now.rank}, tidying up", mistake)
+
+    def _end_for(self, part: str) -> Callable[[BaseException], None]:
+        """What a mistake of ours in a part of this runner ends: the runner, whose `run` raises the first of them by name."""
+
+        def end(mistake: BaseException) -> None:
+            self._lost = self._lost or PartFailed(
+                f"instance {self._instance}, rank {self._member.report_now.rank}: a mistake of ours ended {part} "
+                f"({supervise.described(mistake)}), and so this runner. Start it again, and report what its log says"
+            )
+            self._leaving.set()
+
+        return end
+
+    async def _say_last_words(self) -> None:
+        """Say that this rank has failed, if it can still be said: the others need not wait for its lease."""
         try:
-            await self._member.leave()
-        except StoreError as error:
-            logger.warning("rank was not given back, its lease will lapse: {}", error)
+            await self._fail(None, EngineFailure(str(self._lost)))
+        except Exception as mistake:  # noqa: BLE001  most likely the one that it is about
+            supervise.tell_mistake(f"rank {self._member.report_now.rank}, saying that it failed", mistake)
 
     async def _serve(self) -> None:
         async with aclosing(self._member.tasks()) as entries:
@@ -250,8 +290,7 @@ class Runner:
         own = asyncio.current_task()
         for task in (self._phase, self._generating, self._watching, self._departure):
             if task is not None and task is not own:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await supervise.end(task, expected=_EXPECTED)
         self._phase = self._generating = self._watching = None
         self._current = ""
         self._generations = asyncio.Queue()
@@ -349,7 +388,7 @@ class Runner:
                 await self._begin(work, RunnerRunning())
                 await self._generations.put(work)
                 if self._generating is None:
-                    self._generating = asyncio.create_task(self._generate_all(), name="rankgate generations")
+                    self._generating = self._part(self._generate_all(), "the generations")
             case CancelTask():
                 await self._begin(work, self._status)
                 self._cancel(task.cancels)
@@ -358,9 +397,15 @@ class Runner:
                 await self._begin(work, RunnerShuttingDown())
                 self._departing.append(work)
                 if self._departure is None:
-                    self._departure = asyncio.create_task(self._depart(), name="rankgate departure")
+                    self._departure = self._part(self._depart(), "the departure")
             case _:
                 assert_never(task)
+
+    def _part(self, doing: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Begin a part of this runner that nobody awaits."""
+        return supervise.background(
+            doing, f"{name} of rank {self._member.report_now.rank}", on_mistake=self._end_for(name)
+        )
 
     def _world_size(self) -> int:
         return self._promise.world_size if self._promise else 1
@@ -405,8 +450,9 @@ class Runner:
         The first failure of an attempt is its cause; what fails after it, because the engine was given up, is not.
         """
         permanent = isinstance(failure, EngineFailure) and failure.permanent
-        text = str(failure) if isinstance(failure, EngineFailure) else f"{type(failure).__name__}: {failure}"
-        error = _speakable(text)[:2_000]
+        if not isinstance(failure, EngineFailure):
+            supervise.tell_mistake(f"rank {self._member.report_now.rank}", failure)
+        error = _words_of(failure)
         logger.error("rank {}: failed: {}", self._member.rank, error)
         if self._failure is None:
             self._failure = EngineFailure(error, permanent=permanent)
@@ -422,7 +468,7 @@ class Runner:
     # --- work ---------------------------------------------------------------------------------------------------------
 
     def _start(self, work: _Work, doing: Callable[[], Awaitable[None]], then: RunnerStatus) -> None:
-        self._phase = asyncio.create_task(self._do(work, doing, then), name=f"rankgate {work.step}")
+        self._phase = self._part(self._do(work, doing, then), f"step {work.step[:96]}")
 
     async def _do(self, work: _Work, doing: Callable[[], Awaitable[None]], then: RunnerStatus) -> None:
         try:
@@ -431,7 +477,7 @@ class Runner:
         except Exception as failure:  # noqa: BLE001  whatever an engine raises fails its task and never the runner
             await self._fail(work, failure)
         else:
-            self._watching = asyncio.create_task(self._watch_engine(), name="rankgate engine watch")
+            self._watching = self._part(self._watch_engine(), "the watch over the engine")
             await self._finish(work, then)
         finally:
             if self._phase is asyncio.current_task():  # the next one may have begun while this one was still telling
@@ -443,15 +489,12 @@ class Runner:
             raise self._failure
         if self._watching is None:
             return  # no engine yet
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        await supervise.end(self._watching, expected=_EXPECTED)
         self._watching = None
-        dead = asyncio.create_task(self._host.died())
-        await asyncio.sleep(0)  # enough for a death that has happened already
-        if dead.done():
-            raise dead.result()
-        dead.cancel()
-        await asyncio.gather(dead, return_exceptions=True)
+        async with supervise.alongside(self._host.died()) as dead:
+            await asyncio.sleep(0)  # enough for a death that has happened already
+            if dead.done():
+                raise dead.result()
 
     async def _watch_engine(self) -> None:
         """An engine may die while it has nothing to do: then this rank has failed, and says so at once."""
@@ -480,7 +523,7 @@ class Runner:
                 self._current = ""
                 self._unfinished.pop(task_id, None)
                 await self._fail(work, failure)
-                await self._end_stream(task_id, error=f"rank {self._member.rank} failed: {failure}")
+                await self._end_stream(task_id, error=f"rank {self._member.rank} failed: {_words_of(failure)}")
                 return
             self._current = ""
             self._unfinished.pop(task_id, None)
@@ -497,14 +540,13 @@ class Runner:
             await self._end_stream(task.task_id, cancelled=True)
             return True
         self._current = task.task_id
-        self._current_chunks = asyncio.create_task(self._pump(task))
         try:
-            await self._current_chunks
+            async with supervise.alongside(self._pump(task), expected=_EXPECTED) as chunks:
+                self._current_chunks = chunks
+                await chunks
         except asyncio.CancelledError:
             own = asyncio.current_task()
             if own is not None and own.cancelling():
-                self._current_chunks.cancel()
-                await asyncio.gather(self._current_chunks, return_exceptions=True)
                 raise
             await self._end_stream(task.task_id, cancelled=True)
             return True
@@ -631,6 +673,13 @@ def _pieces(text: str) -> list[str]:
     """Pieces that a client reads: as JSON, no character takes more than six bytes."""
     size = MAX_MESSAGE_BYTES // 8
     return [text[place : place + size] for place in range(0, len(text), size)] or [""]
+
+
+def _words_of(failure: BaseException) -> str:
+    """What is said of a failure. The text of a mistake of ours is nobody's to read: it may quote a prompt."""
+    if isinstance(failure, EngineFailure):
+        return _speakable(str(failure))[:2_000]
+    return f"a mistake of ours, {supervise.described(failure)}; the log of this rank has its frames"
 
 
 def _speakable(text: str) -> str:

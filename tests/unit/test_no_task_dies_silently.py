@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import pytest
 
 from barrier import HeartbeatFailed, PartFailed
 from barrier.testing import FakeStore, ManualClock, wait_until
+from barrier.testing.waiting import settle
 from barrier.wakeups import Hint, Wakeups
+from runner.messages import StatusName, TaskKind
 from tests.unit.barrier.group import Group, started_group
 from tests.unit.mistakes import Heard, hearing, mistaken, mistaken_later
+from tests.unit.runner.rig import Rig, make_task, runner_rig
 
 pytestmark = pytest.mark.anyio
 
@@ -208,3 +212,115 @@ async def test_wakeups_begin_anew_and_whoever_waits_looks_for_itself(
         await clock.run(wait_until(heard_again, "the hint after the mistake"))
     await wakeups.close()
     heard.check("reading of wake-ups, which begins anew: ")
+
+
+# --- a runner's parts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a runner, how a test puts a mistake into it, and what the log calls it.
+
+    Attributes:
+        status: where the runner is before.
+        break_it: puts the mistake in.
+        task: what the runner is asked for then; nothing where empty.
+        subject: the beginning of the log's line.
+        said: what the error says has ended.
+    """
+
+    status: StatusName
+    break_it: Callable[[Rig, pytest.MonkeyPatch], object]
+    task: TaskKind | None
+    subject: str
+    said: str
+
+
+def mistake_in(name: str, whose: str = "runner") -> Callable[[Rig, pytest.MonkeyPatch], object]:
+    return lambda rig, patch: patch.setattr(getattr(rig, whose), name, mistaken_later)
+
+
+PARTS: dict[str, Part] = {
+    "heartbeat": Part("Ready", mistake_in("_write", "member"), None, "heartbeat of rank 0: ", "the heartbeat"),
+    "log": Part(
+        "Ready",
+        lambda rig, patch: patch.setattr("barrier.member.stream_entries", mistaken),
+        "StartWarmup",
+        "task log of rank 0: ",
+        "the reading of the task log",
+    ),
+    "serving": Part("Ready", mistake_in("_receive"), "StartWarmup", "rank 0: ", "serving"),
+    "phase": Part("Idle", mistake_in("_finish"), "ConnectToGroup", "step step of rank 0: ", "step step"),
+    "generations": Part(
+        "Ready", mistake_in("_generate_all"), "TextGeneration", "the generations of rank 0: ", "the generations"
+    ),
+    "departure": Part("Ready", mistake_in("_tear_down"), "Shutdown", "the departure of rank 0: ", "the departure"),
+    "engine watch": Part(
+        "Idle",
+        mistake_in("died", "host"),
+        "ConnectToGroup",
+        "the watch over the engine of rank 0: ",
+        "the watch over the engine",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+async def test_a_mistake_in_a_part_of_a_runner_ends_it_by_name(
+    part: Part, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with runner_rig() as rig:
+        await rig.reach(part.status)
+        part.break_it(rig, monkeypatch)
+        if part.task is not None:
+            await rig.put(make_task(part.task, rig.epoch))
+            for phase in ("connect", "generate"):
+                await settle()
+                if rig.engine.active(phase):
+                    rig.engine.finish(phase)
+        await rig.clock.advance(rig.member.settings.heartbeat)
+        with pytest.raises(PartFailed, match=f"rank 0: a mistake of ours ended {part.said} .Injected at .*mistaken"):
+            await rig.ended()
+        heard.check(part.subject)
+        assert not rig.engine.active("generate")
+        assert {"host kill", "host close"} & set(rig.journal), "the engine is gone"
+        if part.said != "the heartbeat":  # the mistake of which is in saying anything
+            report = await rig.report()
+            assert report.status == ("ShuttingDown" if part.task == "Shutdown" else "Failed")
+            assert "a mistake of ours ended" in report.error
+
+
+async def test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with runner_rig() as rig:
+        await rig.reach("Ready")
+        with monkeypatch.context() as broken:
+            broken.setattr("runner.runner._pieces", mistaken)
+            await rig.put(make_task("TextGeneration", rig.epoch))
+            await settle()
+            rig.engine.say("a piece")
+            await settle()
+        heard.check("rank 0: ")
+        assert rig.status == "Failed"
+        assert (await rig.report()).error.startswith("a mistake of ours, Injected at ")
+        await rig.conclude()
+        await rig.reach("Ready")
+
+
+async def test_tidying_up_goes_on_after_a_mistake_in_it(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with runner_rig() as rig:
+        await rig.reach("Ready")
+        stop_work = rig.runner._stop_work  # pyright: ignore[reportPrivateUsage]
+
+        async def stop_and_fail() -> None:
+            await stop_work()
+            mistaken()
+
+        monkeypatch.setattr(rig.runner, "_stop_work", stop_and_fail)
+        rig.runner.stop()
+        with pytest.raises(PartFailed):
+            await rig.ended()
+        heard.check("rank 0: ")
+        heard.check("rank 0, tidying up: ")
+        assert "host kill" in rig.journal
