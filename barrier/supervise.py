@@ -204,6 +204,8 @@ async def end(*tasks: asyncio.Task[Any] | None, expected: Expected = (RankgateEr
 async def _ended(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
+    if all(task.done() for task in tasks):
+        return  # not a turn of the event loop later than need be
     # Unlike asyncio.wait it waits for them also where it is cancelled itself. Their ends are looked at by whoever calls this.
     await asyncio.gather(*tasks, return_exceptions=True)
 
