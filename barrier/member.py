@@ -553,26 +553,34 @@ class Member:
         """
         inside = asyncio.current_task()
         asked = inside.cancelling() if inside is not None else 0
+        left = cancelled = False
 
         def failed(mistake: BaseException) -> None:
+            nonlocal cancelled
             self._failed = HeartbeatFailed(
                 f"group {self.keys.group}, rank {self._rank}: a mistake of ours ended the heartbeat ({supervise.described(mistake)}); "
                 "this rank accepts nothing any more. Start its process again, and report what its log says"
             )
             self._offer(self._failed)
-            if inside is not None:
-                inside.cancel()
+            if inside is not None and not left:
+                cancelled = inside.cancel()
 
         beating = supervise.background(self._beat(), f"heartbeat of rank {self._rank}", on_mistake=failed)
         try:
             try:
                 yield
             finally:
+                left = True
                 await supervise.end(beating)
-        except (asyncio.CancelledError, HeartbeatFailed):
-            if self._failed is None or (inside is not None and inside.uncancel() > asked):
-                raise
-            raise self._failed from None
+        except BaseException as error:
+            by_others = cancelled and inside is not None and inside.uncancel() > asked
+            ours = isinstance(error, asyncio.CancelledError) and cancelled and not by_others
+            if self._failed is not None and (ours or isinstance(error, HeartbeatFailed)):
+                raise self._failed from None
+            raise
+        else:
+            if cancelled and inside is not None:  # what is inside has caught it
+                inside.uncancel()
 
     async def _beat(self) -> None:
         failures = 0

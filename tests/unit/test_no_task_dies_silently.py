@@ -145,6 +145,35 @@ async def test_a_body_that_ends_with_its_own_error_at_that_moment_leaves_no_canc
     await group.clock.run(beat())
 
 
+@pytest.mark.parametrize("end", [None, LookupError("its own")], ids=["by itself", "by its own error"])
+async def test_a_body_that_catches_the_cancellation_is_left_alone(
+    end: Exception | None, group: Group, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = group.ranks[1].member
+    monkeypatch.setattr(member, "_write", mistaken_later)
+
+    async def body() -> None:
+        async with member.heartbeat():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if end is not None:
+                    raise end from None
+
+    async def beat() -> int:
+        try:
+            await body()
+        except LookupError as error:
+            if error is not end:
+                raise
+        own = asyncio.current_task()
+        assert own is not None
+        return own.cancelling()
+
+    assert await group.clock.run(beat()) == 0
+    heard.check("heartbeat of rank 1: ")
+
+
 # --- readers of the store -------------------------------------------------------------------------------------------------
 
 
