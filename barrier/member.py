@@ -41,7 +41,7 @@ from barrier.model import Verdict
 from barrier.prompt import GAP, Template, pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
-from barrier.store import Store, stream_entries
+from barrier.store import Store, is_spoiled, stream_entries
 
 _ROSTER_CHUNK = 64  # as in lua/prelude.lua
 _BATCH = 100
@@ -289,8 +289,6 @@ class Member:
             self.keys.rank(rank): "string",
             self.keys.epoch: "hash",
             self.keys.tasks: "stream",
-            self.keys.signals: "stream",
-            self.keys.events: "stream",
         }
         with self.store.errors():
             async with self.store.commands.pipeline(transaction=True) as pipe:
@@ -329,18 +327,26 @@ class Member:
                     return
                 pipe.multi()
                 pipe.delete(claim)
+                hints: list[tuple[str | int, ...]] = []
                 if said_hello:  # before that, the report's key is a predecessor's, or somebody else's altogether
                     pipe.delete(self.keys.rank(rank))
-                    for command in (
+                    hints = [
                         self._hint(str(self._report.epoch or "-"), self._report.status, alarm=True),
                         self._keep(self.keys.signals),
-                    ):
+                    ]
+                    for command in hints:
                         pipe.execute_command(*command)
                 try:
-                    await pipe.execute()
-                    return
+                    said: list[Any] = await pipe.execute(raise_on_error=False)
                 except WatchError:
-                    pass
+                    said = []
+                for reply in said[:2]:
+                    if isinstance(reply, Exception):
+                        raise reply
+        if said:
+            if any(map(is_spoiled, said[2:])):
+                await self.store.append_if_possible(self.keys.signals, hints)
+            return
         # It lapsed just now, and another life may have taken it; or the connection broke, which redis-py says in the same way.
         await self._drop_claim(rank, said_hello=said_hello)
 
@@ -463,16 +469,19 @@ class Member:
         if frames is None:
             frames = self._frames = self._prepare()
         commands: list[Sequence[Any] | bytes] = [frames.holder, frames.report.fill(report.encode())]
+        hints: list[bytes] = []
         if alarm or saying != self._said:
             hint = frames.alarm if alarm else frames.hint
-            commands += (hint.fill(str(report.epoch or "-").encode(), report.status.encode()), frames.keep_signals)
-        if events:
-            commands += self._history(events)
+            hints = [hint.fill(str(report.epoch or "-").encode(), report.status.encode()), frames.keep_signals]
+        history = self._history(events) if events else []
+        commands += hints
+        commands += history
+        told = range(2, len(commands))  # nothing of this keeps the report back: neither hints nor history are the truth
         if look:
             commands += frames.look
         try:
             with self.store.errors():
-                replies = await self.store.transact(commands)
+                replies = await self.store.transact(commands, may_fail=told)
         except BaseException:
             self._alarm = self._alarm or alarm
             raise
@@ -489,7 +498,16 @@ class Member:
             self._looked_at = sent_at
             record, newest = replies[-2:]
             self._notice(record, newest, read_to)
+        if any(isinstance(reply, Exception) for reply in replies[2 : told.stop]):
+            await self._begin_anew({self.keys.signals: hints, self.keys.events: history}, replies[2 : told.stop])
         return True
+
+    async def _begin_anew(self, told: Mapping[str, Sequence[Any]], replies: list[Any]) -> None:
+        """Say what a spoiled stream did not take to one that is begun anew."""
+        for key, commands in told.items():
+            said, replies = replies[: len(commands)], replies[len(commands) :]
+            if any(map(is_spoiled, said)):
+                await self.store.append_if_possible(key, commands)
 
     async def _read_before_writing(self, rank: int) -> None:
         """After a gap (a stopped process, a lost network) this rank may have been replaced: then it must not write."""

@@ -47,7 +47,7 @@ from barrier.outcomes import (
 from barrier.prompt import Arguments
 from barrier.report import MAX_REPORT_BYTES, Report, UndecodableReport
 from barrier.settings import Settings
-from barrier.store import Store, StreamEntry, raw_entries
+from barrier.store import Store, StreamEntry, is_spoiled, raw_entries
 
 READ_ONLY = ("check", "inspect")
 """Verbs that write nothing: sent as such where the server knows how, so that they need no right to write."""
@@ -296,6 +296,9 @@ async def dispatch_when_pushed(
     with store.errors():
         call = ("EVALSHA", loaded.sha, *_call(loaded, *_dispatch_call(store, keys, args)))
         pushed, reply = await store.when_pushed(reader, read, call, settled=_settles if try_first else None)
+        if is_spoiled(pushed):
+            await store.append_if_possible(keys.signals, ())
+            pushed = None
         for one in (pushed, reply):
             if isinstance(one, RedisError) and not isinstance(one, NoScriptError):
                 raise one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -235,15 +235,38 @@ class Store:
         finally:
             await pool.release(connection)
 
-    async def transact(self, commands: Sequence[Sequence[Any] | bytes]) -> list[Any]:
-        """Run commands in one MULTI, in one round trip; their raw replies. Raises the driver's error for the first that failed."""
+    async def transact(self, commands: Sequence[Sequence[Any] | bytes], *, may_fail: Container[int] = ()) -> list[Any]:
+        """Run commands in one MULTI, in one round trip; their raw replies. Raises the driver's error for the first that failed.
+
+        Args:
+            commands: the commands, or what `pack` made of them.
+            may_fail: the places of those whose failure stops nothing: where the server takes the transaction, what it says of these is
+                a value.
+        """
         queued = await self.exchange([_MULTI, *commands, _EXEC])
         results: Any = queued.pop()
         for command, reply in [*zip([_MULTI, *commands], queued, strict=True), (_EXEC, results)]:
             _raise_error(command, reply)
-        for command, reply in zip(commands, results, strict=True):
-            _raise_error(command, reply)
+        for place, (command, reply) in enumerate(zip(commands, results, strict=True)):
+            if place not in may_fail:
+                _raise_error(command, reply)
         return results
+
+    async def append_if_possible(self, key: str, entries: Sequence[Sequence[Any] | bytes]) -> None:
+        """Append hints or history, by commands that are ready to be sent, to a stream that took none; never raises a store's error.
+
+        Every rank may append to these streams, and whoever takes the last id that there is leaves none for others. Such a stream, or
+        another type in its place, is taken away first; by its lifetime, since that is a right that everybody has who appends.
+        """
+        try:
+            with self.errors():
+                said = await self.transact([("PEXPIRE", key, -1), *entries], may_fail=range(len(entries) + 1))
+                for command, reply in zip(entries, said[1:], strict=True):
+                    _raise_error(command, reply)
+        except StoreError as error:
+            logger.debug("{} takes nothing more: {}", key, error)
+        else:
+            logger.warning("{} took nothing more, so it was begun anew: what was in it is gone", key)
 
     async def verify(self, *, again: bool = False) -> None:
         """Refuse a store on which the guarantees would not hold. Asks once, unless told to ask again.
@@ -283,6 +306,11 @@ async def _reply(connection: Any) -> Any:  # noqa: ANN401  redis-py's connection
         return await connection.read_response(timeout=math.inf)  # the caller has a deadline for all of them
     except driver.ResponseError as error:
         return error
+
+
+def is_spoiled(reply: object) -> bool:
+    """Whether a reply says that a stream takes nothing more: its last id is taken, or it is no stream."""
+    return isinstance(reply, driver.ResponseError) and any(word in str(reply) for word in ("exhausted", "WRONGTYPE"))
 
 
 def _raise_error(command: Sequence[Any] | bytes, reply: object) -> None:

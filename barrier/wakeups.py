@@ -17,7 +17,7 @@ from loguru import logger
 
 from barrier import supervise
 from barrier.clock import Clock
-from barrier.errors import StoreError
+from barrier.errors import StoreCorrupt, StoreError
 from barrier.store import Store, stream_entries
 
 _BATCH = 2_000
@@ -228,10 +228,23 @@ class Wakeups:
                     if not pause:
                         logger.warning("wake-ups interrupted: {}", error)
                     self._look_for_yourselves(streams)
+                    if isinstance(error, StoreCorrupt):
+                        await self._take_away_what_is_no_stream(streams)
                     pause = min(max(pause * 2, 0.05), self._store.settings.lease / 5)
                     await self._clock.sleep(pause)
         finally:
             await reader.aclose()
+
+    async def _take_away_what_is_no_stream(self, keys: Iterable[str]) -> None:
+        """One such key would keep the hints of all groups of this process back. Hints are to be lost."""
+        try:
+            for key in keys:
+                with self._store.errors():
+                    kind: bytes = await self._store.commands.type(key)
+                if kind not in (b"none", b"stream"):
+                    await self._store.append_if_possible(key, ())
+        except StoreError:
+            pass  # it is said where the read is tried again
 
     def _hand_out(self, reply: Any) -> None:  # noqa: ANN401  the driver's shape: [[key, [(id, fields)]]]
         for key, entries in stream_entries(reply):

@@ -11,7 +11,7 @@ from redis.exceptions import WatchError
 
 from barrier.errors import RankgateError, StoreCorrupt
 from barrier.keys import Keys, NamespaceKeys
-from barrier.store import Store
+from barrier.store import Store, is_spoiled
 from planner.spec import InstanceSpec
 
 MAX_CHANGES = 1_000
@@ -188,8 +188,7 @@ class Registry:
         group = Keys(self._namespace, name)
         for expected in (  # two slots
             {self.keys.instances: "hash", self.keys.changes: "stream"},
-            {group.epoch: "hash", group.leader: "hash"}
-            | dict.fromkeys((group.tasks, group.signals, group.events, group.requests), "stream"),
+            {group.epoch: "hash", group.leader: "hash"} | dict.fromkeys((group.tasks, group.requests), "stream"),
         ):
             with self._store.errors():
                 async with self._store.commands.pipeline(transaction=True) as pipe:
@@ -238,11 +237,14 @@ class Registry:
     async def _wake_group(self, name: str) -> None:
         """The group lies in a slot of its own, so its hint goes apart."""
         signals = Keys(self._namespace, name).signals
+        hint = [
+            ("XADD", signals, "MAXLEN", "~", self._store.settings.signal_entries, "*", "kind", "desired"),
+            ("PEXPIRE", signals, self._lifetime_ms),
+        ]
         with self._store.errors():
-            await self._store.commands.xadd(
-                signals, {"kind": "desired"}, maxlen=self._store.settings.signal_entries, approximate=True
-            )
-            await self._store.commands.pexpire(signals, self._lifetime_ms)
+            said = await self._store.transact(hint, may_fail=range(2))
+        if any(map(is_spoiled, said)):
+            await self._store.append_if_possible(signals, hint)
 
 
 def _decode(name: str, raw: bytes) -> InstanceRecord | None:

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from loguru import logger
@@ -15,7 +16,7 @@ from barrier import Barrier, Clock, EpochId, Snapshot
 from barrier.errors import InvalidName, RankgateError
 from barrier.keys import Keys
 from barrier.outcomes import Already, Dispatched
-from barrier.store import Store, stream_entries
+from barrier.store import Store, is_spoiled, stream_entries
 from planner.lifecycle import SERVING, generation_task
 from planner.spec import InstanceSpec
 from runner.messages import (
@@ -131,18 +132,19 @@ class RequestQueue:
                 "max_tokens": max_tokens,
                 "until_ms": until_ms,
             }
-            async with self._store.commands.pipeline(transaction=True) as pipe:
-                pipe.xadd(self._keys.requests, fields, maxlen=MAX_WAITING, approximate=False)
-                pipe.pexpire(self._keys.requests, lifetime_ms)
-                pipe.xadd(
-                    self._keys.signals,
-                    {"kind": "request"},
-                    maxlen=self._store.settings.signal_entries,
-                    approximate=True,
-                )
-                pipe.pexpire(self._keys.signals, lifetime_ms)
-                replies = await pipe.execute()
-        return replies[0]
+            asked = [
+                ("XADD", self._keys.requests, "MAXLEN", MAX_WAITING, "*", *chain.from_iterable(fields.items())),
+                ("PEXPIRE", self._keys.requests, lifetime_ms),
+            ]
+            signals = self._keys.signals
+            hint = [
+                ("XADD", signals, "MAXLEN", "~", self._store.settings.signal_entries, "*", "kind", "request"),
+                ("PEXPIRE", signals, lifetime_ms),
+            ]
+            entry, _, *said = await self._store.transact([*asked, *hint], may_fail=(2, 3))
+        if any(map(is_spoiled, said)):
+            await self._store.append_if_possible(signals, hint)
+        return entry
 
     async def _follow(self, request_id: str, deadline: float, seconds: float) -> AsyncGenerator[Chunk, None]:
         key, place, expected = self._keys.out(request_id), "0-0", 0

@@ -5,9 +5,7 @@
 
 local term, holder, number, nonce, verdict, seen_n, record_ms, log_cap, signal_cap, event_cap = unpack(ARGV)
 
-local wrong = wrong_type({
-  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, { KEYS[5], 'stream' },
-})
+local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
 if wrong then
   return wrong
 end

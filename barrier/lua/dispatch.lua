@@ -16,8 +16,7 @@ local FIRST_RANK, FIRST_RULE = 6, 17
 
 local world_size, field, needed = #KEYS - FIRST_RANK + 1, 'step:' .. step, after ~= '' and 'step:' .. after or nil
 local record, wrong = read_record(KEYS[1], world_size, field, needed)
-wrong = wrong
-  or wrong_type({ { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, repeatable == '1' and { KEYS[5], 'string' } or nil })
+wrong = wrong or wrong_type({ { KEYS[3], 'stream' }, repeatable == '1' and { KEYS[5], 'string' } or nil })
 if wrong then
   return wrong
 end

@@ -4,13 +4,13 @@
 -- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report and the
 --          milliseconds that its lease has left (-2 where there is no report, -1 where it has no lifetime)
 
-local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' } })
+local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
 if wrong then
   return wrong
 end
 local FIRST_RANK = 5
 local number, n = log_end(KEYS[3])
-local signal = redis.call('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1)
+local signal = redis.pcall('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1) -- hints: where there are none to be had, none are waited for
 local reply = {
   whole(server_ms()),
   redis.call('HGETALL', KEYS[1]),

@@ -225,13 +225,24 @@ local function announce(tasks_key, number, n, cap, lifetime_ms, ...)
   return id
 end
 
+-- Hints and history stop no verb, whatever has become of their streams: called after a verb's own writes, this raises nothing.
+-- Every rank may append to them, and whoever takes the last id that there is leaves none for others. Such a stream, or another
+-- type in its place, is taken away and begun anew; by its lifetime, since that is a right that everybody has who appends.
+local function append_if_possible(key, cap, lifetime_ms, ...)
+  local added = redis.pcall('XADD', key, 'MAXLEN', '~', cap, '*', ...)
+  local refusal = type(added) == 'table' and tostring(added.err) or ''
+  if string.find(refusal, 'WRONGTYPE') or string.find(refusal, 'exhausted') then
+    redis.pcall('PEXPIRE', key, -1)
+    redis.pcall('XADD', key, 'MAXLEN', '~', cap, '*', ...)
+  end
+  redis.pcall('PEXPIRE', key, lifetime_ms)
+end
+
 local function hint(signals_key, cap, lifetime_ms, kind)
-  redis.call('XADD', signals_key, 'MAXLEN', '~', cap, '*', 'kind', kind)
-  redis.call('PEXPIRE', signals_key, lifetime_ms)
+  append_if_possible(signals_key, cap, lifetime_ms, 'kind', kind)
 end
 
 -- History in the store's own order, so that a checker need not trust anybody's clock.
 local function history(events_key, cap, lifetime_ms, epoch, kind, ...)
-  redis.call('XADD', events_key, 'MAXLEN', '~', cap, '*', 'source', 'planner', 'epoch', epoch, 'kind', kind, ...)
-  redis.call('PEXPIRE', events_key, lifetime_ms)
+  append_if_possible(events_key, cap, lifetime_ms, 'source', 'planner', 'epoch', epoch, 'kind', kind, ...)
 end

@@ -10,9 +10,7 @@
 local term, holder, number, nonce, status, steps, ordinal, digest, notes, record_ms, signal_cap, event_cap = unpack(ARGV)
 local FIRST_RANK = 6
 
-local wrong = wrong_type({
-  { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' }, { KEYS[4], 'stream' }, { KEYS[5], 'stream' },
-})
+local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
 if wrong then
   return wrong
 end

@@ -280,7 +280,7 @@ async def test_a_reply_lost_after_the_commit_is_made_good_by_the_same_call(place
         plan.assert_fired()
 
 
-@pytest.mark.parametrize("key", ["epoch", "leader", "tasks", "events"])
+@pytest.mark.parametrize("key", ["epoch", "leader", "tasks"])
 async def test_a_key_of_the_wrong_type_is_one_clear_error_and_nothing_is_written(group: Group, key: str) -> None:
     epoch = await group.all_connected()
     name: str = getattr(group.barrier.keys, key)

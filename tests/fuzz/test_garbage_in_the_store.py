@@ -113,7 +113,7 @@ HEALS: dict[str, Garbage] = {
 }  # fmt: skip
 
 # Not `tasks`: ranks wait for it already, and fakeredis breaks where a real server tells a waiting reader that the type is wrong.
-WRONG_TYPES = ("epoch", "leader", "signals", "events", "requests")
+WRONG_TYPES = ("epoch", "leader", "requests")
 
 
 async def quiet_run(

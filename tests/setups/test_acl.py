@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from barrier import (
     Barrier,
+    Concluded,
     Dispatched,
     Leading,
     Member,
@@ -395,6 +396,50 @@ async def test_ten_abuses_of_a_ranks_credentials_change_nothing_for_the_others(s
         assert await barrier.dispatch(epoch, "load", "{}", "Connected") == NotReady((0,))
         await ranks[0].report("Connected")
         assert isinstance(await barrier.dispatch(epoch, "load", "{}", "Connected"), Dispatched)
+        for rank in ranks:
+            await rank.__aexit__(None, None, None)
+    for store in stores:
+        await store.close()
+
+
+LAST_ID = "18446744073709551615-18446744073709551615"
+"""After it, no stream takes another entry."""
+
+
+@pytest.mark.parametrize("key", [KEYS.signals, KEYS.events])
+async def test_a_rank_that_takes_a_streams_last_id_stops_neither_verbs_nor_reports_nor_newcomers(
+    setup: Setup, key: str
+) -> None:
+    """F35: before each call it does so again; nobody but the users of the group mends it."""
+    stores = [await connect(setup.url(role), settings=LONG) for role in ("planner", "rank-0", "rank-1", "rank-2")]
+    async with (
+        Barrier(stores[0], "demo", world_size=3, settings=LONG) as barrier,
+        client_of(setup, f"rank-{MINE}") as thief,
+    ):
+        await barrier.lead()
+        await thief.xadd(key, {"a": "b"}, id=LAST_ID)
+        ranks = [ScriptedRank(store, "demo", rank, settings=LONG) for rank, store in enumerate(stores[1:])]
+        for rank in ranks:
+            await rank.__aenter__()
+
+        async def spoil() -> None:
+            with suppress(driver.ResponseError):  # where it is as it was left
+                await thief.xadd(key, {"a": "b"}, id=LAST_ID)
+
+        await spoil()
+        opened = await barrier.open()
+        assert isinstance(opened, Opened)
+        for rank in ranks:
+            await spoil()
+            await rank.arrive("Connected")
+            await spoil()
+            await rank.member.report(events=[{"kind": "told"}])
+        await spoil()
+        assert isinstance(await barrier.dispatch(opened.epoch, "load", "{}", "Connected"), Dispatched)
+        await spoil()
+        assert isinstance(await barrier.conclude(opened.epoch, Verdict.stopped()), Concluded)
+        assert (await setup.administrators[0].xrevrange(key, count=1))[0][0] != LAST_ID.encode(), "it was mended"
+        await spoil()
         for rank in ranks:
             await rank.__aexit__(None, None, None)
     for store in stores:

@@ -216,7 +216,7 @@ async def test_a_later_version_may_add_fields(registry: Registry, raw: Any) -> N
     assert await registry.get("demo") == record
 
 
-@pytest.mark.parametrize("name", ["epoch", "leader", "tasks", "signals", "events", "requests"])
+@pytest.mark.parametrize("name", ["epoch", "leader", "tasks", "requests"])
 async def test_a_launch_over_a_key_of_the_wrong_type_writes_nothing(
     registry: Registry, raw: Any, store: FakeStore, name: str
 ) -> None:
