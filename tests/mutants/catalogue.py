@@ -11,6 +11,7 @@ from tests.mutants.harness import (
     SECOND_LINE,
     SIMULATION,
     SPOILED,
+    SPOILED_STREAMS,
     Edit,
     Mutation,
     Search,
@@ -501,9 +502,38 @@ SCRIPTS: tuple[Mutation, ...] = (
         )
         for verb, file in (("open", _OPEN), ("restore", _RESTORE), ("dispatch", _DISPATCH), ("conclude", _CONCLUDE))
     ),
+    Mutation(
+        "hint-lost",
+        "hints and history that cannot be written stop no verb",
+        "S10",
+        Edit(
+            _PRELUDE,
+            "  local added = redis.pcall('XADD', key,",
+            "  local added = redis.call('XADD', key,",
+        ),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "hint-heals",
+        "a stream of hints or history that takes nothing more is begun anew",
+        "S10",
+        Edit(
+            _PRELUDE,
+            "  if string.find(refusal, 'WRONGTYPE') or string.find(refusal, 'exhausted') then",
+            "  if false then",
+        ),
+        (SPOILED_STREAMS,),
+    ),
 )
 
 RANKS: tuple[Mutation, ...] = (
+    Mutation(
+        "report-hint",
+        "hints and history that cannot be written stop no report",
+        "S10",
+        Edit(_MEMBER, "self.store.transact(commands, may_fail=told)", "self.store.transact(commands)"),
+        (SPOILED_STREAMS,),
+    ),
     # --- promises ---------------------------------------------------------------------------------------------------------
     Mutation(
         "promise-one",

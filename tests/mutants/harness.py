@@ -91,6 +91,8 @@ PROPERTY = _property("property/test_reference.py", "property/test_servers.py")
 """Random calls of the verbs, against the reference."""
 SPOILED = _property("property/test_spoiled_store.py")
 """Random calls of the verbs, on keys that somebody has spoiled."""
+SPOILED_STREAMS = _property("unit/barrier/test_spoiled_streams.py")
+"""Every verb and report, with a spoiled stream of hints or history."""
 RANK = _property("property/test_rank.py")
 """One rank against a hostile store."""
 JUDGE = _property("property/test_judge.py")
@@ -115,7 +117,7 @@ class Mutation:
     Attributes:
         name: short, for the command line.
         guard: what is taken out, for the table.
-        guarantee: what it serves, by the names of the design (S1 to S8, L1 to L6).
+        guarantee: what it serves, by the names of the design (S1 to S10, L1 to L7).
         edit: the place in the product.
         searches: which searches to try, in this order, until one finds a breach.
         model: the same guard in the reference model, which the exhaustive search plays instead of the scripts; ``None`` for guards

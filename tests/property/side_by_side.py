@@ -19,6 +19,8 @@ WORLD = 2
 INCARNATIONS = tuple(f"{life:012x}{life:016x}" for life in (1, 2))
 STATUSES = ("Idle", "Connected")
 LEASE_MS = 3_000
+LAST_ID = "18446744073709551615-18446744073709551615"
+"""After it, no stream takes another entry."""
 NONCES = tuple(f"{number:032x}" for number in range(1, 5))
 RULES = (
     (RankRule(0, 1, ("Idle",)),),
@@ -68,6 +70,7 @@ KINDS = {
     "flush": 1,
     "lose record": 1,
     "lose log": 1,
+    "spoil": 1,
     "resign": 1,
 }
 """What may happen, and how often in proportion."""
@@ -129,6 +132,15 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
         case "lose log":
             both.fake.delete(both.keys.tasks)
             both.state = replace(both.state, log=())
+        case "spoil":
+            # What the model knows nothing of: hints and history are not the truth, and nobody is stopped by what becomes of them.
+            key = both.keys.signals if a["bound"] else both.keys.events
+            both.fake.delete(key)
+            if a["n"] % 2:
+                await both.store.commands.set(key, "somebody else's", px=60_000)
+            else:
+                await both.store.commands.xadd(key, {"a": "b"}, id=LAST_ID)
+                await both.store.commands.pexpire(key, 60_000)
         case "lead" | "resign":
             lease_ms = LEASE_MS if kind == "lead" else 0
             both.state, answer = ref.lead(both.state, now, holder=a["who"], floor=a["n"], lease_ms=lease_ms)
