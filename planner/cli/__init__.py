@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 _NEEDS = ("click", "rich", "typer")
 
@@ -14,16 +16,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C.
 
     Args:
-        arguments: without the program's name; those of this process where ``None``.
+        arguments: without the program's name; those of this process where ``None``, which then is all ours: its output streams are
+            guarded, see `planner.cli.streams`.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end the program
-            stream.reconfigure(errors="replace")
+    if arguments is None:
+        # Nothing needs to be tidied up before a command runs, and imports do not like to be torn apart.
+        signal.signal(signal.SIGINT, _leave_quietly)
+        _guard_output()
     try:
         from planner.cli.app import run_app  # noqa: PLC0415 - fails where the extra is not installed
 
         code = run_app(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _NEEDS:
@@ -35,8 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has left (`rankgate status | head`): do not complain about it at the interpreter's exit, too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
+    return code if arguments is not None else _flushed(code)
+
+
+def _leave_quietly(_number: int, _frame: FrameType | None) -> NoReturn:
+    os._exit(130)
+
+
+def _guard_output() -> None:
+    from planner.cli.streams import output  # noqa: PLC0415 - see SIGINT above
+
+    output.guard()
+
+
+def _flushed(code: int) -> int:
+    """The exit code, once all that was said is out, or is known to be lost."""
+    from planner.cli.streams import output  # noqa: PLC0415 - as above
+
+    signal.signal(signal.SIGINT, _leave_quietly)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if output.failure:
+        print(f"rankgate: {output.failure}", file=sys.stderr, flush=True)
+    return code if output.failure is None else code or 1

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from types import FrameType
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -16,11 +20,21 @@ from loguru import logger
 from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect
 from barrier.errors import RankgateError
 from barrier.fitness import Role
+from planner.cli.streams import output
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _FIRST_PAUSE = 0.2  # seconds before a store that is not up yet is asked again; doubled each time
 _LONGEST_PAUSE = 2.0
+
+_HURRY_AFTER = 2.5
+"""Seconds that a command has to end in order once its terminal or its reader is gone; then it hurries. Nobody is left to ask for that."""
+
+_END_AFTER = 4.0
+"""Seconds after which a command that is in a hurry is over, whatever it hangs in: a look-up of a name, an engine that blocks."""
+
+# What runs at an orderly exit; there is no public name for it.
+_run_exit_functions: Callable[[], None] = getattr(atexit, "_run_exitfuncs")  # noqa: B009 - as the comment above says
 
 LineSink: TypeAlias = Callable[[str], None]
 
@@ -28,7 +42,7 @@ LineSink: TypeAlias = Callable[[str], None]
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP while a command runs. The first one asks it to end, the next ones to hurry.
 
-    What the first one does unless `on_first` says otherwise: it cancels the command, which then cleans up.
+    What the first one does unless `on_first` says otherwise: it cancels the command, which then cleans up; the next ones cut that short.
 
     Attributes:
         received: the first signal.
@@ -41,7 +55,7 @@ class Interrupts:
         self.hurry = False
         self.expected = False
         self._first = first
-        self._again: Callable[[], object] = lambda: None
+        self._again: Callable[[], object] = first
 
     def on_first(self, callback: Callable[[], object]) -> None:
         """Do this at the first signal; at once if it has come already."""
@@ -66,15 +80,33 @@ class Interrupts:
 def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_sigterm: int = 0) -> int:
     """Run a command to its end; returns its exit code, or 130 after Ctrl-C, or `exit_at_sigterm` after SIGTERM and SIGHUP.
 
-    An error of ours or of the operating system is told in one sentence, and the exit code is 1.
+    An error of ours or of the operating system is told in one sentence, and the exit code is 1. So it is where stdout or stderr
+    cannot be written to any more, which ends a command as a terminal that is closed does.
     """
+    last_resort = _LastResort()
 
     async def shell() -> int:
         task = asyncio.current_task()
         interrupts = Interrupts(lambda: task.cancel() if task else None)
         loop = asyncio.get_running_loop()
+
+        def receive(number: signal.Signals) -> None:
+            interrupts.receive(number)
+            if number is signal.SIGHUP and not interrupts.hurry:  # from a terminal that is gone no second signal comes
+                loop.call_later(_HURRY_AFTER, interrupts.receive, number)
+
+        def lost() -> None:  # in whatever thread notices it
+            last_resort.within(_END_AFTER, 1)
+            with suppress(RuntimeError):  # the loop is closed: the command is over
+                loop.call_soon_threadsafe(receive, signal.SIGHUP)
+
         for number in _SIGNALS:
-            loop.add_signal_handler(number, interrupts.receive, number)
+            if signal.getsignal(number) is signal.SIG_IGN and number is signal.SIGHUP:
+                continue  # nohup asked for that
+            loop.add_signal_handler(number, receive, number)
+            signal.signal(number, last_resort.signalled)  # beside the loop, which may be blocked
+        output.on_loss(lost)
+        output.watch()
         code = 1
         try:
             code = await command(interrupts)
@@ -85,11 +117,52 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
             complain(str(error))
         except OSError as error:
             complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        if output.failure is not None:
+            return 1
         if interrupts.received is not None and not interrupts.expected:
             return 130 if interrupts.received is signal.SIGINT else exit_at_sigterm
         return code
 
-    return asyncio.run(shell())
+    try:
+        return asyncio.run(shell())
+    finally:
+        last_resort.cancel()
+
+
+class _LastResort:
+    """Ends this process where nothing else does: the loop is blocked, or cleaning up hangs. What must not be left is taken along."""
+
+    def __init__(self) -> None:
+        self._timer: threading.Timer | None = None
+        self._signals = 0
+
+    def signalled(self, number: int, _frame: FrameType | None) -> None:
+        """A signal handler. The loop does what the signal is for; here is what must happen while it is blocked."""
+        self._signals += 1
+        if self._signals > 1 or number == signal.SIGHUP:
+            self.within(_END_AFTER, 128 + number)
+        output.hurry()  # last, since it may raise out of a write
+
+    def within(self, seconds: float, code: int) -> None:
+        """End this process with an exit code after so many seconds, unless it has ended by then. The first call counts."""
+        if self._timer is None:
+            self._timer = threading.Timer(seconds, self._end, (code,))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def cancel(self) -> None:
+        """It has ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @staticmethod
+    def _end(code: int) -> None:
+        # The embedded server and its folder are taken along by what would run at an orderly exit. Processes that a launcher or a host
+        # started end with their parent. In a thread, since one of those functions may wait for what hangs.
+        leaving = threading.Thread(target=_run_exit_functions, daemon=True)
+        leaving.start()
+        leaving.join(0.5)
+        os._exit(code)
 
 
 def complain(sentence: str) -> None:

@@ -263,11 +263,11 @@ class Cluster:
 
     def _end(self) -> None:
         """At the first signal: what is under way is cancelled, and everything is ended in order."""
-        self.say("ending everything; Ctrl-C once more hurries")
         if self._interrupts.expected:
             self._let_go = True
         elif self._job is not None:
             self._job.cancel()
+        self.say("ending everything; Ctrl-C once more hurries")
 
     def _hurry(self) -> None:
         """At every further signal: the processes are killed, and nothing is waited for any more."""

@@ -1,0 +1,183 @@
+"""stdout and stderr as they fail: the terminal goes, a reader leaves, a disk is full, nobody reads any more.
+
+A write that fails must not end whatever happened to write, which may be about to end runners in order. So none fails: what cannot be
+written is dropped, and whoever runs the command is told once, and ends it. What nobody writes to is looked at as well: a reader that
+has left a quiet ``rankgate status --watch | head -1`` is noticed without a write.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_LEFT = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENXIO)
+"""The other end is gone, on purpose as a rule: nobody complains about that."""
+
+_ROOM_SECONDS = 0.1
+"""How long a command that was asked to end waits for somebody to read what it says."""
+
+_CHUNK = 512
+"""Bytes that a pipe takes at once where it takes any: POSIX's least value of PIPE_BUF."""
+
+
+class _Abandoned(Exception):
+    """A signal came while a write was waiting for its reader."""
+
+
+class Output:
+    """The output streams of this process.
+
+    Attributes:
+        failure: what the first stream that was lost died of, in words; ``None`` while all are sound, empty where the reader left.
+    """
+
+    def __init__(self) -> None:
+        self.failure: str | None = None
+        self.impatient = False
+        self._guarded: list[GuardedStream] = []
+        self._writing = False
+        self._on_loss: Callable[[], object] = lambda: None
+
+    def guard(self) -> None:
+        """Put guarded streams in the place of ``sys.stdout`` and ``sys.stderr``. For a process that is all ours."""
+        self._fill_gaps()
+        sys.stdout, sys.stderr = self._replaced(sys.stdout, 1), self._replaced(sys.stderr, 2)
+
+    def on_loss(self, callback: Callable[[], object]) -> None:
+        """Do this, in any thread, when a stream is lost; at once if one is already."""
+        self._on_loss = callback
+        if self.failure is not None:
+            callback()
+
+    def watch(self) -> None:
+        """Notice from now on that a terminal or a reader is gone, also where nothing is written. Takes a thread that sleeps."""
+        if not self._guarded or not hasattr(select, "poll"):
+            return
+        watched = {one.fileno(): one for one in self._guarded if one.has_other_end()}
+        with suppress(OSError):
+            if os.isatty(0):
+                watched[0] = GuardedStream(0, self)  # its terminal may be the only one, where the log goes to a file
+        threading.Thread(target=self._watch, args=(watched,), name="output watch", daemon=True).start()
+
+    def hurry(self) -> None:
+        """From now on nothing waits for a reader. Raises what ends a write that does; for signal handlers."""
+        self.impatient = True
+        if self._writing:
+            raise _Abandoned
+
+    def lose(self, stream: GuardedStream, error: int) -> None:
+        """Take note that a stream is of no use any more."""
+        stream.dead = True
+        if stream.to_journal or self.failure is not None:
+            return
+        which = "stdout" if stream.number == 1 else "stderr"
+        self.failure = "" if error in _LEFT else f"{which} cannot be written to: {os.strerror(error)}"
+        self._on_loss()
+
+    def put(self, stream: GuardedStream, view: memoryview) -> None:
+        """Write all of it, or drop it."""
+        if threading.current_thread() is not threading.main_thread():
+            self._put(stream, view)
+            return
+        try:
+            self._writing = True
+            self._put(stream, view)
+            self._writing = False  # here and not below, so that a signal in between is caught as well
+        except _Abandoned:
+            pass
+        finally:
+            self._writing = False
+
+    def _put(self, stream: GuardedStream, view: memoryview) -> None:
+        full = False
+        while view and not stream.dead:
+            if (self.impatient or full) and not self._has_room(stream):
+                return
+            try:
+                view = view[os.write(stream.fileno(), view[:_CHUNK] if self.impatient else view) :]
+                full = False
+            except BlockingIOError:  # somebody made it non-blocking; ours waits as it always did
+                full = True
+            except OSError as error:
+                self.lose(stream, error.errno or errno.EIO)
+
+    def _has_room(self, stream: GuardedStream) -> bool:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        if not self.impatient:
+            return bool(poll.poll())
+        stream.stuck = not poll.poll(0 if stream.stuck else _ROOM_SECONDS * 1000)
+        return not stream.stuck
+
+    def _watch(self, watched: dict[int, GuardedStream]) -> None:
+        poll = select.poll()
+        for number in watched:
+            poll.register(number, 0)  # nothing but the end
+        while watched:
+            for number, events in poll.poll():
+                poll.unregister(number)
+                stream = watched.pop(number)
+                if events & (select.POLLERR | select.POLLHUP):
+                    self.lose(stream, errno.EPIPE)
+
+    def _replaced(self, stream: TextIO | None, number: int) -> io.TextIOWrapper:
+        raw = GuardedStream(number, self)
+        self._guarded.append(raw)
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.flush()
+        at_once = bool(getattr(stream, "write_through", False))  # python -u
+        return io.TextIOWrapper(
+            raw if at_once else io.BufferedWriter(raw),
+            encoding=stream.encoding if stream is not None else "utf-8",
+            errors="replace",  # a terminal that cannot show a character must not end the program
+            line_buffering=number == 2 or raw.isatty(),
+            write_through=at_once,
+        )
+
+    @staticmethod
+    def _fill_gaps() -> None:
+        """A stream that was closed before the start is nowhere, instead of the first socket that takes its number."""
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        os.close(number)
+
+
+class GuardedStream(io.FileIO):
+    """One stream. It takes whatever is written, and never fails."""
+
+    def __init__(self, number: int, output: Output) -> None:
+        super().__init__(number, "wb" if number else "rb", closefd=False)
+        self.number = number
+        self.dead = False
+        self.stuck = False
+        self._output = output
+        found = os.fstat(number)
+        self._kind = stat.S_IFMT(found.st_mode)
+        # systemd says so (JOURNAL_STREAM in systemd.exec(5)). Its journal may be restarted, and takes nobody with it.
+        self.to_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+    def has_other_end(self) -> bool:
+        """Whether there is somebody on the other side who may leave."""
+        return self._kind in (stat.S_IFIFO, stat.S_IFSOCK) or self.isatty()
+
+    def write(self, data: Buffer, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride] - the stub knows a mmap by name
+        """Write it, or drop it; see `Output`."""
+        view = memoryview(data).cast("B")
+        self._output.put(self, view)
+        return len(view)
+
+
+output = Output()
+"""Those of this process. Nothing is guarded before `Output.guard`."""
