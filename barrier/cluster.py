@@ -20,6 +20,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 
 from barrier.prompt import PromptConnection
+from barrier.wording import said
 
 Address: TypeAlias = tuple[str, int]
 
@@ -118,7 +119,7 @@ class ClusterMap:
                     self._ranges, self.stale = ranges, False
                     return
             raise driver.ConnectionError(
-                f"none of the cluster's nodes says who serves its slots: {failure or 'no slot is served yet'}"
+                f"none of the cluster's nodes says who serves its slots: {said(failure) if failure else 'no slot is served yet'}"
             )
 
     async def _ask(self, address: Address) -> list[tuple[int, int, Address]]:

@@ -23,23 +23,26 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, unquote, urlencode, urlsplit
 
 from redis.asyncio import Connection, ConnectionPool, Redis, SSLConnection
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from barrier.clients import refuse_unusable
 from barrier.cluster import Address, ClusterMap, ClusterPool
-from barrier.errors import InvalidSettings
+from barrier.diagnosis import diagnosed
+from barrier.errors import InvalidSettings, StoreError
 from barrier.fitness import Role, check_rights
 from barrier.keys import shown
 from barrier.prompt import prompt
 from barrier.sentinel import MasterConnection
 from barrier.settings import Settings
 from barrier.store import Store, translated
+from barrier.urls import OURS, YES, check_tls_files, options
 
 _INTERNAL = ("himport_registry", "maint_", "orig_", "maintenance_")
 """Connection arguments that redis-py adds for itself and that must not be handed to a second pool."""
@@ -84,6 +87,12 @@ async def connect(url: str, *, settings: Settings | None = None, role: Role | No
             await _verify_nodes(pool, store)
         await store.verify()
         await check_rights(store, pool.connection_kwargs.get("username"), role)
+    except StoreError as error:
+        try:
+            better = await diagnosed(error, pool, store.settings.command_seconds)
+        finally:
+            await store.close()
+        raise better from error.__cause__
     except BaseException:
         await store.close()
         raise
@@ -186,6 +195,8 @@ def _where(redis: Redis) -> str:
 
 
 def _client(url: str, settings: Settings) -> Redis:
+    if not isinstance(url, str):  # pyright: ignore[reportUnnecessaryIsInstance]  from untyped code
+        raise InvalidSettings(f"a store URL is text, and this is {type(url).__name__}: redis://host:port/0")
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -195,8 +206,8 @@ def _client(url: str, settings: Settings) -> Redis:
             f"store URL with scheme {shown(parts.scheme)}: use redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
         )
     scheme, _, kind = parts.scheme.partition("+")
-    own = dict(parse_qsl(parts.query))
-    query = {name: value for name, value in own.items() if name not in _OWN}
+    own = options(parts)
+    query = {name: value for name, value in own.items() if name not in OURS}
     if not kind:
         kwargs = _arguments(parts, parts.netloc, parts.path, query)
         kwargs |= _secret(own, "password", given="password" in kwargs)
@@ -231,17 +242,14 @@ def _client(url: str, settings: Settings) -> Redis:
 
 def _checked(pool: ConnectionPool, scheme: str) -> Redis:
     """A client of this pool; raises `InvalidSettings` where its connections cannot be made of what the URL says."""
+    check_tls_files(pool.connection_kwargs)
     try:
         pool.make_connection()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RedisError):
         raise InvalidSettings(
             f"the {scheme}:// URL says something after its ? that is not understood: see barrier.connect"
         ) from None
     return Redis.from_pool(pool)
-
-
-_OWN = ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file", "sentinel_tls")
-"""What a URL may say after its ``?`` that is not redis-py's."""
 
 
 def _arguments(parts: SplitResult, netloc: str, path: str, query: Mapping[str, str]) -> dict[str, Any]:
@@ -300,7 +308,7 @@ def _sentinel_client(
     }
     if secret := _secret(own, "sentinel_password", given="sentinel_password" in own):
         asking["password"] = secret["sentinel_password"]
-    if own.get("sentinel_tls", "false").lower() in ("true", "yes", "1"):
+    if own.get("sentinel_tls", "false").lower() in YES:
         asking |= {"ssl": True, **{name: value for name, value in kwargs.items() if name.startswith("ssl_")}}
     sentinel = Sentinel(addresses, sentinel_kwargs=asking)
     # Else a reader that is told to end while it looks for the master reads on for ever.

@@ -10,6 +10,7 @@ from redis import exceptions as driver
 
 from barrier.cluster import Address
 from barrier.prompt import PromptConnection
+from barrier.wording import said
 
 
 class MasterConnection(PromptConnection):
@@ -61,7 +62,7 @@ class MasterConnection(PromptConnection):
         try:
             named: Address = await self.connection_pool.get_master_address()
         except (driver.ConnectionError, driver.TimeoutError) as error:
-            logger.debug("no sentinel says who the master is: {}", error)
+            logger.debug("no sentinel says who the master is: {}", said(error))
             return
         if named != here:
             await self.disconnect(nowait=True)

@@ -25,6 +25,7 @@ from barrier.errors import (
 from barrier.fitness import check_commands, check_kind, is_fake
 from barrier.prompt import at_rest, pack
 from barrier.settings import Settings
+from barrier.wording import host_is_unknown, said, scrubbed
 
 MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
 SAFE_POLICY = "noeviction"
@@ -69,6 +70,8 @@ class translated:  # noqa: N801  used as a function, like contextlib's
         """Raise the translation of what was raised inside, if that is a driver's."""
         ours = _translation(error, self._where)
         if ours is not None:
+            if isinstance(error, driver.ResponseError):
+                error.args = (scrubbed(str(error)),)  # whoever logs it with its cause must not log what was sent
             raise ours from error
         return False
 
@@ -79,13 +82,21 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
         case None | StoreError():
             return None
         case driver.AuthenticationError() | driver.AuthorizationError() | driver.NoPermissionError():
-            return StoreRefused(f"the store at {where} refused: {_tidy(error)}. Check user, password and rights.")
+            return StoreRefused(f"the store at {where} refused: {said(error)}. Check user, password and rights.")
+        case driver.ConnectionError() if "max number of clients" in str(error):
+            return StoreUnavailable(
+                f"the store at {where} takes no more clients now: raise its maxclients, or end clients that are not needed"
+            )
         case driver.BusyLoadingError() | driver.MaxConnectionsError():
-            return StoreUnavailable(f"the store at {where} cannot answer now: {_tidy(error)}")
+            return StoreUnavailable(f"the store at {where} cannot answer now: {said(error)}")
         case TimeoutError() if error.errno is None:
             return None  # somebody's own deadline around a command: it is not the store that is late. The kernel's has a number
         case driver.ConnectionError() | driver.TimeoutError() | OSError() | asyncio.IncompleteReadError():
-            return StoreUnavailable(f"no answer from the store at {where}: {_tidy(error)}")
+            if host_is_unknown(error):
+                return StoreUnavailable(
+                    f"the store's host in {where} is not known: {said(error)}. Check the host in the URL."
+                )
+            return StoreUnavailable(f"no answer from the store at {where}: {said(error)}")
         case driver.OutOfMemoryError():
             return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
         case driver.ReadOnlyError():
@@ -93,14 +104,14 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
         case driver.ResponseError():
             return _from_reply(error, where)
         case driver.RedisError():
-            return StoreUnavailable(f"the store at {where} failed: {_tidy(error)}")
+            return StoreUnavailable(f"the store at {where} failed: {said(error)}")
         case _:
             return None
 
 
 def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
     """What a reply means. Only our own scripts' findings and a key of the wrong type are permanent; what is not known may pass."""
-    text = _tidy(error)
+    text = scrubbed(str(error))
     if "RANKGATE_CORRUPT" in text:
         return StoreCorrupt(text.split("RANKGATE_CORRUPT", 1)[1].strip() + "; move or delete that key, then try again")
     if "WRONGTYPE" in text:
@@ -108,26 +119,18 @@ def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
     if "OOM" in text:
         return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
     if any(word in text for word in ("NOAUTH", "WRONGPASS", "NOPERM", "ACL failure", "invalid username-password")):
-        return StoreRefused(f"the store at {where} refused: {text}. Check user, password and rights.")
+        return StoreRefused(f"the store at {where} refused: {said(error)}. Check user, password and rights.")
     if "READONLY" in text:
         return _demoted(where)
     if "DB index is out of range" in text:
-        return StoreUnsuitable(f"the store at {where} has no database of that number: {text}")
+        return StoreUnsuitable(
+            f"the store at {where} has no database of that number: choose another at the URL's end, such as /0"
+        )
     return StoreUnavailable(f"the store at {where} cannot answer now: {text}")
 
 
 def _demoted(where: str) -> StoreUnsuitable:
     return StoreUnsuitable(f"the store at {where} is a replica; connect to its master", passes=True)
-
-
-def _tidy(error: BaseException) -> str:
-    """One line, without a script's position, which means nothing to the reader, and without a command's arguments.
-
-    The driver quotes those where a command of a MULTI fails; they are reports and answers, and do not belong into a log.
-    """
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    text = re.sub(r"^Command # \d+ \((\S* ?\S*).*\) of pipeline caused error: (.*)$", r"\2 (at \1)", text)
-    return re.sub(r" script: ([0-9a-f]{40}|on @).*$", "", text)[:300]
 
 
 class Store:
@@ -339,9 +342,8 @@ def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
             f"set maxmemory-policy {SAFE_POLICY}"
         )
     if info.get("role", "master") != "master":
-        raise StoreUnsuitable(
-            f"the store at {where} is a replica of {info.get('master_host')}; connect to its master", passes=True
-        )
+        master = ":".join(str(info[key]) for key in ("master_host", "master_port") if key in info)
+        raise StoreUnsuitable(f"the store at {where} is a replica of {master}; connect to its master", passes=True)
     kind = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get(f"{kind}_version", ""))
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -183,7 +183,7 @@ async def test_a_cluster_of_which_nobody_answers_is_one_clear_error() -> None:
 
 async def test_a_server_that_is_no_cluster_is_one_clear_error() -> None:
     async with RealServer(transport="tcp") as server:
-        with pytest.raises(StoreError, match="cluster support disabled"):
+        with pytest.raises(StoreUnsuitable, match=f"no cluster; use the URL redis://{LOOPBACK}:{server.port}/0"):
             await connect(f"redis+cluster://{LOOPBACK}:{server.port}")
 
 
@@ -241,7 +241,7 @@ async def test_a_server_of_an_unknown_authority_or_a_wrong_name_is_refused(tmp_p
             good.replace("localhost", "127.0.0.2"),  # not the name on the certificate
             f"redis://localhost:{port}/0",  # plain text
         ):
-            with pytest.raises(StoreUnavailable, match="no answer from the store at"):
+            with pytest.raises((StoreUnavailable, StoreUnsuitable)):
                 await connect(wrong, settings=QUICK)
 
 
@@ -256,9 +256,9 @@ async def test_a_server_of_an_unknown_authority_or_a_wrong_name_is_refused(tmp_p
         ("redis+cluster://h:x", "a cluster URL is"),
         ("redis+sentinel://h:1", "a Sentinel URL is redis+sentinel://host:port,host:port/service/db"),
         ("redis+sentinel://h:1/name/0/more", "a Sentinel URL is"),
-        ("redis://h/0?colour=red", "something after its ? that is not understood"),
-        ("redis+sentinel://h/name?colour=red", "something after its ? that is not understood"),
-        ("redis+cluster://h?colour=red", "something after its ? that is not understood"),
+        ("redis://h/0?colour=red", "says colour after its ?, which is not understood"),
+        ("redis+sentinel://h/name?colour=red", "says colour after its ?, which is not understood"),
+        ("redis+cluster://h?colour=red", "says colour after its ?, which is not understood"),
         ("redis://h/0?password_file=/no/such", "password_file /no/such cannot be read: No such file"),
         ("redis://h/0?password_file=/dev/null", "password_file /dev/null has 0 characters on its first line"),
         ("redis://:s3cret@h/0?password_file=/dev/null", "leave one of them out"),

@@ -215,7 +215,7 @@ async def test_a_server_that_has_no_info_is_taken_unchecked_and_any_other_error_
         FaultPlan().answer("info", "ERR DB index is out of range").answer("info", "ERR unknown command 'INFO'", nth=2)
     )
     made = adopt(store.client(faults=plan))
-    with pytest.raises(StoreUnsuitable, match="DB index is out of range"):
+    with pytest.raises(StoreUnsuitable, match="has no database of that number"):
         await made.verify()
     await made.verify()
     plan.assert_fired()
