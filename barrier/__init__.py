@@ -22,7 +22,7 @@ from barrier.errors import (
     StoreUnavailable,
     StoreUnsuitable,
 )
-from barrier.explain import explain
+from barrier.explain import explain, explain_key
 from barrier.ids import EpochId, LogId
 from barrier.member import (
     EpochAnnounced,
@@ -133,6 +133,7 @@ __all__ = [
     "all_ranks",
     "connect",
     "explain",
+    "explain_key",
     "find_break",
     "missing_ranks",
 ]

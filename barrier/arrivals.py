@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from barrier.errors import InvalidName
@@ -60,11 +60,13 @@ class Break:
         reason: one sentence.
         culprit: the rank at fault; ``None`` where the store is.
         failure: whether trying again may help.
+        replaced: whether it is that another process of the culprit's rank is here now, which reports no error.
     """
 
     reason: str
     culprit: int | None
     failure: FailureClass = "transient"
+    replaced: bool = field(default=False, compare=False)
 
 
 def find_break(snapshot: Snapshot, failed_statuses: Iterable[str] = ("Failed",)) -> Break | None:
@@ -96,7 +98,7 @@ def _break_of(
         return 0, Break(f"{who} failed: {report.error or 'it gave no reason'}", view.rank, failure)
     if report.incarnation > mine:
         said = f" ({report.error})" if report.error else ""
-        return 1, Break(f"{who} was restarted{said}", view.rank)
+        return 1, Break(f"{who} was restarted{said}", view.rank, replaced=not report.error)
     if report.incarnation < mine:
         return None  # an earlier life that came back late: it counts as missing, and harms nobody
     if report.floor > epoch.id.number or (report.epoch is not None and report.epoch.number > epoch.id.number):

@@ -32,6 +32,27 @@ def explain(snapshot: Snapshot, requirement: Requirement) -> str:
     )
 
 
+def explain_key(snapshot: Snapshot, requirement: Requirement) -> object:
+    """What tells one sentence of `explain` from the next, without what changes at every look: ages, leases and progress.
+
+    Compare it to say a standing condition only when it changes.
+    """
+    epoch = snapshot.epoch
+    if epoch is None:
+        return snapshot.unreadable, tuple((view.rank, view.undecodable) for view in snapshot.ranks if not view.report)
+    if epoch.verdict is not None:
+        return epoch.id, epoch.verdict
+    waited_for = (snapshot.ranks[rank] for rank in missing_ranks(snapshot, requirement))
+    return epoch.id, requirement, tuple(_standing(view) for view in waited_for)
+
+
+def _standing(view: RankView) -> object:
+    report = view.report
+    if report is None:
+        return view.rank, view.undecodable
+    return view.rank, report.incarnation, report.epoch, report.status, report.error
+
+
 def _count(few: int, all_of_them: int) -> str:
     return f"{few} of {all_of_them} ranks"
 

@@ -22,6 +22,7 @@ class Verdict(BaseModel):
         reason: one sentence.
         culprit: the rank that is charged with it; ``None`` where no rank is at fault.
         failure: whether trying again may help; meaningful for ``Aborted``.
+        code: a word of the planner's for what happened, where its policy asks for it; the reason is for people only.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -30,6 +31,7 @@ class Verdict(BaseModel):
     reason: str = Field(max_length=4_000)
     culprit: int | None = None
     failure: FailureClass = "transient"
+    code: str = Field(default="", max_length=64)
 
     @classmethod
     def stopped(cls, reason: str = "stop was asked for") -> Verdict:
@@ -37,9 +39,11 @@ class Verdict(BaseModel):
         return cls(kind="Stopped", reason=reason[:4_000])
 
     @classmethod
-    def aborted(cls, reason: str, culprit: int | None = None, failure: FailureClass = "transient") -> Verdict:
+    def aborted(
+        cls, reason: str, culprit: int | None = None, failure: FailureClass = "transient", *, code: str = ""
+    ) -> Verdict:
         """The verdict of an epoch that went wrong."""
-        return cls(kind="Aborted", reason=reason[:4_000], culprit=culprit, failure=failure)
+        return cls(kind="Aborted", reason=reason[:4_000], culprit=culprit, failure=failure, code=code)
 
     def __str__(self) -> str:
         """Kind, class, culprit and reason, for people."""

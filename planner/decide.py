@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from barrier import (
+    Break,
     EpochId,
     EpochRecord,
     RankView,
     Requirement,
     Settings,
     Snapshot,
+    TaskOutcome,
     Verdict,
     explain,
+    explain_key,
     find_break,
     missing_ranks,
 )
@@ -26,19 +31,20 @@ from planner.lifecycle import (
     serving_requirement,
     steps_for,
 )
-from planner.recovery import UNATTRIBUTED, Memory, exhausted, is_history
+from planner.recovery import ABSENT, LOST, UNATTRIBUTED, Memory, Sighting, exhausted, is_history
 from planner.spec import InstanceSpec, Policy
 from runner.machine import ORDER
-from runner.messages import derive_task_id
+from runner.messages import RejectionCode, derive_task_id
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Do nothing until then, or until something happens that deserves a look."""
+    """Do nothing until then, or until something happens that deserves a look. `overdue`: ranks are away for longer than is usual."""
 
     until: float
     reason: str
     requirement: Requirement = ()
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,9 @@ class View:
 
 FOREVER = float("inf")
 
+INVALID: RejectionCode = "Invalid"
+"""The code of a refusal that no other attempt will change."""
+
 
 def decide(view: View, now: float) -> Action:
     """Decide; `now` is the planner's clock in seconds. Does no I/O and remembers nothing."""
@@ -135,6 +144,17 @@ def decide(view: View, now: float) -> Action:
             return _assemble(view, now, "no attempt is under way")
         return _after_verdict(view, epoch.verdict, now)
     return _end_of(view, epoch, now) or _retry_of(view, epoch, now) or _onward(view, epoch, now)
+
+
+def topic(action: Action, snapshot: Snapshot) -> object:
+    """What tells one reason from the next: ages and leases in it change all the time, and say nothing new."""
+    match action:
+        case PassGate(step=step, attempt=attempt, requirement=requirement):
+            return step.name, attempt, explain_key(snapshot, requirement)
+        case Wait(requirement=requirement) if requirement:
+            return explain_key(snapshot, requirement)
+        case _:
+            return action.reason
 
 
 def is_serving(snapshot: Snapshot) -> bool:
@@ -211,7 +231,8 @@ def _after_verdict(view: View, verdict: Verdict, now: float) -> Action:
             return GiveUp(verdict, _spent(view, verdict))
         if now < memory.backoff_until:
             return Wait(memory.backoff_until, f"pausing before the next attempt, after: {verdict.reason}")
-    return _assemble(view, now, f"the last attempt is over ({verdict.kind})")
+    why = f"the last attempt ended: {verdict.reason}" if verdict.kind == "Aborted" else "the last attempt was stopped"
+    return _assemble(view, now, why)
 
 
 def _spent(view: View, verdict: Verdict) -> str:
@@ -224,7 +245,7 @@ def _spent(view: View, verdict: Verdict) -> str:
 
 
 def _assemble(view: View, now: float, why: str) -> Action:
-    snapshot, memory = view.snapshot, view.memory
+    snapshot = view.snapshot
     wrong = [v for v in snapshot.ranks if v.report and v.report.digest not in ("", view.spec.digest)]
     sizes = [v for v in snapshot.ranks if v.report and v.report.world_size not in (None, view.spec.world_size)]
     if sizes:
@@ -244,16 +265,31 @@ def _assemble(view: View, now: float, why: str) -> Action:
     absent = [v.rank for v in snapshot.ranks if v.report is None]
     if not absent:
         return OpenEpoch(f"{why}, and all ranks are here")
-    began = memory.since if memory.missing_since is None else memory.missing_since
-    until = max(began, memory.backoff_until) + view.policy.assemble_timeout
+    return _wait_for_absent(view, absent, now, why)
+
+
+def _wait_for_absent(view: View, absent: list[int], now: float, why: str) -> Action:
+    """Ranks that are away may come at any time: unless a limit was set, they are waited for without an end."""
+    memory, patience, name = view.memory, view.policy.assemble_timeout, view.spec.name
+    began = max(memory.since if memory.missing_since is None else memory.missing_since, memory.backoff_until)
+    limit = view.policy.absence_limit if view.spec.absence_limit is None else view.spec.absence_limit
+    ends = FOREVER if limit is None else began + limit
     ranks = ", ".join(f"rank {rank}" for rank in absent)
-    if now >= until:
+    if now >= ends:
         reason = (
-            f"{view.spec.name}: {ranks} did not come within {view.policy.assemble_timeout:g} s. "
-            "Start the missing runners, or launch with a smaller world_size"
+            f"{name}: {ranks} did not come within {limit:g} s, which is the absence limit, so it is given up. "
+            f"Start the missing runners, then launch {name} again"
         )
-        return GiveUp(Verdict.aborted(reason, absent[0]), reason)
-    return Wait(until, f"{why}; waiting for {ranks} to come")
+        return GiveUp(Verdict.aborted(reason, absent[0], code=ABSENT), reason)
+    if now < began + patience:
+        return Wait(min(began + patience, ends), f"{why}; waiting for {ranks} to come")
+    told = patience * 2 ** int(math.log2((now - began) / patience))  # said again when they are away for twice as long
+    ends_by_itself = "" if limit is None else f", unless they stay away for {limit:g} s"
+    reason = (
+        f"{why}; {name}: {ranks} did not come within {told:g} s. Start the missing runners, or launch with a smaller world_size; "
+        f"it waits on, and is taken up by itself when they come{ends_by_itself}"
+    )
+    return Wait(min(began + 2 * told, ends), reason, overdue=True)
 
 
 # --- an attempt is under way ----------------------------------------------------------------------------------------------
@@ -266,7 +302,7 @@ def _end_of(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
         return _abort(epoch, Verdict.aborted("the attempt was opened for another spec"))
     broken = find_break(snapshot)
     if broken is not None:
-        return _abort(epoch, Verdict.aborted(broken.reason, broken.culprit, broken.failure))
+        return _abort(epoch, _verdict_of(view, epoch, broken))
     for rank in snapshot.ranks:
         ahead = _ahead(rank, epoch)
         if ahead is not None:
@@ -277,12 +313,52 @@ def _end_of(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
         if rank.report is None or now >= view.memory.displaced.get(rank.rank, FOREVER) + view.settings.lease
     ]
     if silent:
-        first = silent[0]
-        many = len(silent) * 2 > snapshot.world_size and len(silent) > 1
-        names = ", ".join(f"rank {rank.rank}" for rank in silent)
-        why = first.undecodable or f"no report for longer than the lease of {view.settings.lease:g} s"
-        return _abort(epoch, Verdict.aborted(f"{names} fell silent: {why}", None if many else first.rank))
+        return _abort(epoch, _absence(view, epoch, silent))
     return _rejected_for_good(view, epoch) or _stalled_serving(view, epoch, now)
+
+
+def _absence(view: View, epoch: EpochRecord, silent: list[RankView]) -> Verdict:
+    """Ranks are away. One that has left says so by taking its report back; of the others only the lease tells."""
+    many = len(silent) * 2 > epoch.world_size and len(silent) > 1
+    culprit = None if many else silent[0].rank
+    unreadable = next((rank.undecodable for rank in silent if rank.undecodable), "")
+    gone = {rank.rank: _last_seen(view, epoch, rank.rank) for rank in silent}
+    left = [rank for rank, seen in gone.items() if seen is not None and seen.left]
+    quiet = [rank for rank in gone if rank not in left]
+    said: list[str] = []
+    if left:
+        said.append(f"{_names(left)} left: it was asked to end, or ended by itself{_where(gone, left)}")
+    if quiet:
+        seen = gone[quiet[0]]
+        lease = view.settings.lease if seen is None or not seen.lease_ms else seen.lease_ms / 1000
+        why = unreadable or f"no report for longer than the lease of {lease:g} s"
+        said.append(f"{_names(quiet)} fell silent: {why}{_where(gone, quiet)}")
+    code = "" if unreadable else LOST if quiet else ABSENT
+    return Verdict.aborted("; ".join(said), culprit, code=code)
+
+
+def _verdict_of(view: View, epoch: EpochRecord, broken: Break) -> Verdict:
+    seen = _last_seen(view, epoch, broken.culprit) if broken.replaced and broken.culprit is not None else None
+    return Verdict.aborted(
+        broken.reason, broken.culprit, broken.failure, code=ABSENT if seen is not None and seen.left else ""
+    )
+
+
+def _last_seen(view: View, epoch: EpochRecord, rank: int) -> Sighting | None:
+    seen = view.memory.gone.get(rank)
+    return seen if seen is not None and seen.incarnation == epoch.roster[rank] else None
+
+
+def _names(ranks: list[int]) -> str:
+    return ", ".join(f"rank {rank}" for rank in ranks)
+
+
+def _where(gone: Mapping[int, Sighting | None], ranks: list[int]) -> str:
+    """Where one rank was last seen; of several that would be a list in a list."""
+    seen = gone[ranks[0]]
+    if len(ranks) > 1 or seen is None:
+        return ""
+    return f" (last seen {seen.status}{f' on {seen.node}' if seen.node else ''})"
 
 
 def _abort(epoch: EpochRecord, verdict: Verdict) -> Conclude:
@@ -300,13 +376,13 @@ def _ahead(rank: RankView, epoch: EpochRecord) -> str | None:
     return f"the store went back: rank {rank.rank} is {report.status}, but the record does not know step {ahead[0]}"
 
 
-def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankView, str, bool]]:
-    """Ranks that refused a step's newest dispatch, why, and whether it may be asked again."""
+def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankView, TaskOutcome]]:
+    """Ranks that refused a step's newest dispatch, and what they said to it."""
     dispatched = epoch.steps.get(step.name)
     if dispatched is None:
         return []
     task_id = derive_task_id(view.spec.name, str(epoch.id), step.name)
-    refused: list[tuple[RankView, str, bool]] = []
+    refused: list[tuple[RankView, TaskOutcome]] = []
     for rank in view.snapshot.ranks:
         if rank.report is None or rank.report.epoch != epoch.id:
             continue
@@ -317,8 +393,12 @@ def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankVi
             by_place = outcome.task_id == f"log-{epoch.id.number}-{dispatched.n}" and outcome.step == step.name
             ours = outcome.task_id == task_id or by_place
             if ours and outcome.result == "rejected" and outcome.n == dispatched.n:
-                refused.append((rank, f"{outcome.code}: {outcome.detail}", outcome.retryable))
+                refused.append((rank, outcome))
     return refused
+
+
+def _said(outcome: TaskOutcome) -> str:
+    return f"{outcome.code}: {outcome.detail}"
 
 
 def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
@@ -326,14 +406,14 @@ def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
         refused = _rejections(view, epoch, step)
         attempts = epoch.steps[step.name].attempt if step.name in epoch.steps else 0
         begun = _begun(view, epoch, step) if refused else ""
-        for rank, why, retryable in refused:
-            if retryable and not begun and attempts <= view.policy.max_rejections:
+        for rank, outcome in refused:
+            if outcome.retryable and not begun and attempts <= view.policy.max_rejections:
                 continue
             status = rank.report.status if rank.report else "gone"
             times = f" {attempts} times" if attempts > 1 else ""
             others = f" that {begun} began" if begun else ""
-            failure = "permanent" if why.startswith("Invalid") else "transient"
-            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches.__name__}{times}{others} ({why})"
+            failure = "permanent" if outcome.code == INVALID else "transient"
+            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches.__name__}{times}{others} ({_said(outcome)})"
             return _abort(epoch, Verdict.aborted(reason, rank.rank, failure))
     return _split_generation(view, epoch)
 
@@ -360,7 +440,7 @@ def _split_generation(view: View, epoch: EpochRecord) -> Conclude | None:
             if not outcome.step.startswith("generate"):
                 continue
             if outcome.result == "rejected":
-                refused[outcome.task_id] = (rank, f"{outcome.code}: {outcome.detail}")
+                refused[outcome.task_id] = (rank, _said(outcome))
             else:
                 begun.add(outcome.task_id)
     for task_id in sorted(begun & refused.keys()):
@@ -385,13 +465,13 @@ def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
     for step in steps_for(epoch.world_size):
         refused = _rejections(view, epoch, step)
         if refused:
-            rank, why, _ = refused[0]
+            rank, outcome = refused[0]
             return _gate(
                 view,
                 epoch,
                 step,
                 now,
-                f"{_who(rank)} refused {step.dispatches.__name__} ({why}); asking again",
+                f"{_who(rank)} refused {step.dispatches.__name__} ({_said(outcome)}); asking again",
             )
     return None
 
@@ -404,7 +484,8 @@ def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
     if is_serving(view.snapshot):
         running = any(rank.report and rank.report.status == "Running" for rank in view.snapshot.ranks)
         since = now if view.memory.ready_since is None else view.memory.ready_since
-        ends = [since + view.policy.stable_after] if view.memory.charges else []
+        on_trial = view.memory.charges or view.memory.absences
+        ends = [since + view.policy.stable_after] if on_trial else []
         if running:
             ends.append(view.memory.progress_at + view.policy.generate_stall)
         return Serve(min(ends, default=FOREVER), f"{view.spec.name} serves")
@@ -462,4 +543,5 @@ __all__ = [
     "Wait",
     "decide",
     "is_serving",
+    "topic",
 ]

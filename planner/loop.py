@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, assert_never
@@ -45,6 +44,7 @@ from planner.decide import (
     Wait,
     decide,
     is_serving,
+    topic,
 )
 from planner.lifecycle import serving_requirement, task_for
 from planner.recovery import Memory, encode_notes, forgive, hold, observe
@@ -54,8 +54,6 @@ from planner.spec import Policy
 from runner.messages import encode
 
 _T = TypeVar("_T")
-_AGES = re.compile(r"\d+\.\d s")
-"""What changes in a reason at every look although nothing has happened: such a reason is not logged again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,8 @@ class State:
         reason: why it does what it does, in one sentence.
         leading: whether this planner leads the instance.
         serving: whether all ranks serve.
+        overdue: whether ranks that are waited for have been away for longer than `Policy.assemble_timeout`. They are waited for all the
+            same.
         failure: why the instance was given up; empty while it was not.
         error: the error that ended the loop, if one did.
         stopped: whether the instance was stopped as asked.
@@ -77,6 +77,7 @@ class State:
     reason: str = "not looked yet"
     leading: bool = False
     serving: bool = False
+    overdue: bool = False
     failure: str = ""
     error: StoreError | None = None
     stopped: bool = False
@@ -121,6 +122,7 @@ class InstanceLoop:
         self._memory = Memory.fresh(self._clock.now(), record.launched_ms)
         self._lead_at = float("-inf")
         self._ordinal = 0
+        self._told: object = None
         self._poked = asyncio.Event()
         self._changed = asyncio.Event()
         self.state = State()
@@ -130,6 +132,11 @@ class InstanceLoop:
     def stop(self) -> None:
         """Ask for a stop; `run` ends once the attempt is concluded."""
         self._memory = replace(self._memory, stopping=True)
+        self._poked.set()
+
+    def renew(self, record: InstanceRecord) -> None:
+        """Heed what has changed of the same launch: how patiently to wait."""
+        self._record = record
         self._poked.set()
 
     def poke(self) -> None:
@@ -196,7 +203,11 @@ class InstanceLoop:
         reason = (
             action.reason if leading else f"following {following.leader.holder}: {action.reason}" if following else ""
         )
-        self._publish(replace(self.state, snapshot=snapshot, reason=reason, leading=leading, serving=serving))
+        overdue = isinstance(action, Wait) and action.overdue
+        self._publish(
+            replace(self.state, snapshot=snapshot, reason=reason, leading=leading, serving=serving, overdue=overdue),
+            (following and following.leader.holder, topic(action, snapshot)),
+        )
         if following is not None:
             await self._follow(following, snapshot)
             return
@@ -370,9 +381,13 @@ class InstanceLoop:
                 task.cancel()
             await asyncio.gather(working, poked, return_exceptions=True)
 
-    def _publish(self, state: State) -> None:
-        if state.reason and _AGES.sub("", state.reason) != _AGES.sub("", self.state.reason):
-            logger.info("{}", state.reason)
+    def _publish(self, state: State, about: object = None) -> None:
+        """Show a state, and log its reason where that is about something new; its own text tells, unless `about` does."""
+        if about is None:
+            about = self._told if state.reason == self.state.reason else state.reason
+        if state.reason and about != self._told:
+            logger.log("WARNING" if state.overdue and state.leading else "INFO", "{}", state.reason)
+            self._told = about
         self.state = state
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from loguru import logger
@@ -66,15 +66,20 @@ class Instance:
         """Wait until all ranks serve.
 
         Args:
-            timeout: seconds to wait; ``None`` waits for the planner's own verdict, which comes after a bounded time.
+            timeout: seconds to wait; ``None`` waits for the planner's own verdict, which comes after a bounded time, or until
+                ranks have been away for `Policy.assemble_timeout`.
 
         Raises:
-            InstanceFailed: given up, stopped, or not up in time; with the whole explanation.
+            InstanceFailed: given up, stopped, or not up in time; with the whole explanation. What is not up in time stays
+                launched: it is taken up by itself when the ranks come.
             StoreError: the store is not fit or not ours to use.
         """
-        waiting = self._planned.loop.until(lambda state: state.serving or state.over)
         try:
-            state = await (waiting if timeout is None else self._planner.clock.wait_for(waiting, timeout))
+            if timeout is None:
+                state = await self._serving_or_overdue()
+            else:
+                waiting = self._planned.loop.until(lambda state: state.serving or state.over)
+                state = await self._planner.clock.wait_for(waiting, timeout)
         except TimeoutError:
             raise InstanceFailed(f"{self.name} was not ready within {timeout:g} s: {self.state.reason}") from None
         if state.error is not None:
@@ -85,6 +90,20 @@ class Instance:
             raise InstanceFailed(f"{self.name} was stopped before it was ready")
         if state.left:
             raise InstanceFailed(f"{self.name}: {state.left}")
+        if not state.serving:
+            raise InstanceFailed(state.reason)
+
+    async def _serving_or_overdue(self) -> State:
+        """The state once it serves, is over, or has ranks that did not come, for `Policy.assemble_timeout` from now at least."""
+        loop, clock = self._planned.loop, self._planner.clock
+        deadline = clock.now() + self._planner.policy.assemble_timeout
+        while True:
+            state = await loop.until(lambda state: state.serving or state.over or state.overdue)
+            left = deadline - clock.now()
+            if state.serving or state.over or left <= 0:
+                return state
+            with suppress(TimeoutError):
+                await clock.wait_for(loop.until(lambda state: state.over or not state.overdue), left)
 
     async def generate(
         self,
@@ -284,8 +303,12 @@ class Planner:
                 await self._heal(planned)
             elif record.launched_ms > planned.record.launched_ms:  # launched anew, here or by another planner
                 await self._part_with(planned)
-            elif record.launched_ms == planned.record.launched_ms and record.desired != "up":
-                planned.loop.stop()
+            elif record.launched_ms == planned.record.launched_ms:
+                if record.desired != "up":
+                    planned.loop.stop()
+                elif record.spec != planned.record.spec:  # what may change of a launch, see `Registry.launch`
+                    planned.record = record
+                    planned.loop.renew(record)
             if self._adopting and planned.loop.state.over:
                 await self._part_with(planned)
         for name, record in wanted.items():

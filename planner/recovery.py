@@ -7,11 +7,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from barrier import EpochId, EpochRecord, Settings, Snapshot, Verdict
+from barrier import EpochId, EpochRecord, RankView, Settings, Snapshot, Verdict
 from planner.spec import Policy
 
 UNATTRIBUTED = -1
 """Whom a failure is charged to that no rank is to blame for."""
+
+ABSENT = "absent"
+"""A verdict's code: ranks gave their leases back. Nobody has failed: it costs a pause, and no part of a budget."""
+
+LOST = "lost"
+"""A verdict's code: ranks fell silent. They have failed if they come back as other processes; otherwise they were only cut off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a rank was when it was last seen, before it went away.
+
+    Attributes:
+        incarnation: its process.
+        node: its machine.
+        status: its status.
+        lease_ms: the lease that its report was written with.
+        left: whether it took its report back before the lease was over.
+    """
+
+    incarnation: str
+    node: str
+    status: str
+    lease_ms: int
+    left: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +54,10 @@ class Memory:
         missing_since: since when not all ranks were here while no attempt was under way; ``None`` while all are.
         accounted: the epoch whose verdict has been charged.
         charges: failed attempts in a row, by the rank that caused them.
+        absences: attempts in a row that ended because ranks went away.
+        owed: whom it will be charged to if those that were lost last come back as other processes, and the roster they were on.
+        picture: the last picture; ``None`` before the first.
+        gone: what each rank was before it went away, whether or not it has come back.
         last_failure: the verdict charged last.
         backoff_until: open no epoch before.
         ready_since: since when all ranks have been serving; ``None`` while they are not.
@@ -49,6 +78,10 @@ class Memory:
     missing_since: float | None = None
     accounted: EpochId | None = None
     charges: Mapping[int, int] = field(default_factory=dict[int, int])
+    absences: int = 0
+    owed: tuple[int, tuple[str, ...]] | None = None
+    picture: Snapshot | None = None
+    gone: Mapping[int, Sighting] = field(default_factory=dict[int, Sighting])
     last_failure: Verdict | None = None
     backoff_until: float = float("-inf")
     ready_since: float | None = None
@@ -82,12 +115,13 @@ def observe(
         _moves(snapshot),
     )
     if signature != memory.signature:
-        memory = replace(memory, signature=signature, progress_at=now)
+        memory = replace(memory, signature=signature, progress_at=now, gone=_gone(memory, snapshot))
     here = frozenset(view.rank for view in snapshot.ranks if view.report is not None)
     everyone = len(here) == snapshot.world_size
     memory = replace(
         memory,
         live=here,
+        picture=snapshot,
         missing_since=None if everyone else memory.missing_since if memory.missing_since is not None else now,
         displaced={rank: memory.displaced.get(rank, now) for rank in _displaced(snapshot)},
         ready_since=None if not serving else memory.ready_since if memory.ready_since is not None else now,
@@ -95,7 +129,7 @@ def observe(
     stable = memory.ready_since is not None and now - memory.ready_since >= policy.stable_after
     if stable or _has_generated(snapshot):
         memory = forgive(memory)
-    return _account(memory, snapshot, policy, now, jitter)
+    return _settle(_account(memory, snapshot, policy, now, jitter), snapshot)
 
 
 def _has_generated(snapshot: Snapshot) -> bool:
@@ -115,7 +149,9 @@ def _has_generated(snapshot: Snapshot) -> bool:
 
 def forgive(memory: Memory) -> Memory:
     """Forget failures after a success."""
-    return replace(memory, charges={}, last_failure=None) if memory.charges else memory
+    if not memory.charges and not memory.absences:
+        return memory
+    return replace(memory, charges={}, absences=0, owed=None, last_failure=None)
 
 
 def hold(memory: Memory, reason: str, now: float, settings: Settings) -> Memory:
@@ -223,11 +259,61 @@ def _account(memory: Memory, snapshot: Snapshot, policy: Policy, now: float, jit
         return memory if memory.accounted is not None else replace(memory, accounted=EpochId(0, ""))
     memory = replace(memory, accounted=epoch.id, last_failure=epoch.verdict)
     if epoch.verdict.kind == "Stopped":
-        return replace(memory, charges={}, last_failure=None)
+        return replace(memory, charges={}, absences=0, owed=None, last_failure=None)
     culprit = UNATTRIBUTED if epoch.verdict.culprit is None else epoch.verdict.culprit
+    if epoch.verdict.code in (ABSENT, LOST):
+        absences = memory.absences + 1
+        return replace(
+            memory,
+            absences=absences,
+            owed=(culprit, epoch.roster) if epoch.verdict.code == LOST else None,
+            backoff_until=now + backoff_seconds(absences, policy, jitter),
+        )
     count = memory.charges.get(culprit, 0) + 1
     return replace(
         memory,
         charges={**memory.charges, culprit: count},
         backoff_until=now + backoff_seconds(count, policy, jitter),
     )
+
+
+def _settle(memory: Memory, snapshot: Snapshot) -> Memory:
+    """Whether those that were lost have failed: a process that died has, one that was cut off or on a node that is away has not."""
+    if memory.owed is None:
+        return memory
+    culprit, roster = memory.owed
+    views = snapshot.ranks if culprit == UNATTRIBUTED else snapshot.ranks[culprit : culprit + 1]
+    lives = [(view.report.incarnation, roster[view.rank]) for view in views if view.report and view.rank < len(roster)]
+    back = [life > before for life, before in lives if life >= before]  # a ghost of an earlier life is not it
+    if len(back) < len(views):
+        return memory  # still away: that alone is nobody's failure
+    memory = replace(memory, owed=None)
+    if sum(back) * 2 <= len(back):
+        return memory
+    return replace(memory, charges={**memory.charges, culprit: memory.charges.get(culprit, 0) + 1})
+
+
+def _gone(memory: Memory, snapshot: Snapshot) -> Mapping[int, Sighting]:
+    """Those that went away since the last picture, and those that did before."""
+    before = memory.picture
+    if before is None or before.world_size != snapshot.world_size:
+        return {}
+    fresh = {view.rank: _sighting(before, view.rank, snapshot) for view in snapshot.ranks if _went(before, view)}
+    return {**memory.gone, **fresh} if fresh else memory.gone
+
+
+def _went(before: Snapshot, view: RankView) -> bool:
+    """Whether the process that was seen of a rank is not seen any more."""
+    was = before.ranks[view.rank].report
+    return was is not None and (view.report is None or view.report.incarnation > was.incarnation)
+
+
+def _sighting(before: Snapshot, rank: int, snapshot: Snapshot) -> Sighting:
+    view = before.ranks[rank]
+    if view.report is None:
+        raise AssertionError(f"rank {rank} was not seen")
+    now = snapshot.ranks[rank]
+    in_time = snapshot.now_ms < before.now_ms + view.lease_left_ms
+    # Where the record went as well, the store forgot it.
+    left = now.report is None and not now.undecodable and in_time and snapshot.epoch is not None
+    return Sighting(view.report.incarnation, view.report.node, view.report.status, view.report.lease_ms, left)

@@ -62,7 +62,7 @@ class Registry:
         self._lifetime_ms = round(store.settings.record_lifetime * 1000)
 
     async def launch(self, spec: InstanceSpec, *, over: Collection[InstanceSpec] | None = None) -> InstanceRecord:
-        """Ask for an instance to be up. An instance that is up with the same spec stays as it is.
+        """Ask for an instance to be up. An instance that is up with the same spec stays as it is; how long it waits may change.
 
         Args:
             spec: what to bring up.
@@ -78,8 +78,8 @@ class Registry:
         def begin(current: InstanceRecord | None, now_ms: int) -> InstanceRecord:
             if current is None:
                 return InstanceRecord(spec=spec, launched_ms=now_ms)
-            if current.desired == "up" and not current.failure and current.spec == spec:
-                return current
+            if current.desired == "up" and not current.failure and current.spec.digest == spec.digest:
+                return current if current.spec == spec else current.model_copy(update={"spec": spec})
             if over is not None and current.desired == "up" and not current.failure and current.spec not in over:
                 raise OtherSpec(current, spec)
             # Which launch it is must differ from the one before, within a millisecond and after a clock that went back too.

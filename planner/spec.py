@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from barrier.errors import InvalidSettings
 from barrier.keys import shown, valid_name, valid_world_size
@@ -21,6 +21,8 @@ class InstanceSpec(BaseModel):
         name: the instance's name: 1 to 63 of a-z, 0-9 and ``-``.
         world_size: number of ranks, 1 to 16,384.
         model: what to load.
+        absence_limit: for how many seconds ranks may be away before the instance is given up; ``None`` leaves that to the planner's
+            policy. It is no part of the digest: ranks do not care, and it may be changed while the instance serves.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +30,12 @@ class InstanceSpec(BaseModel):
     name: str
     world_size: int
     model: ModelSpec = ModelSpec(model_id="simulated")
+    absence_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a limit that was not set: planners of earlier versions do not know the field."""
+        return {name: value for name, value in handler(self).items() if name != "absence_limit" or value is not None}
 
     @field_validator("name")
     @classmethod
@@ -42,7 +50,8 @@ class InstanceSpec(BaseModel):
     @property
     def digest(self) -> str:
         """32 hexadecimal digits that differ for every other spec: ranks that were configured for another are refused."""
-        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=16).hexdigest()
+        said = self.model_dump_json(include={"name", "world_size", "model"})
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def changes_to(self, other: InstanceSpec) -> list[tuple[str, str, str]]:
         """What is different in another spec: field, value here, value there; fields of the model as ``model.total_layers``."""
@@ -69,13 +78,17 @@ class Policy:
     """How patiently instances are brought up. All times in seconds.
 
     Attributes:
-        assemble_timeout: how long to wait for ranks that are not here at all.
+        assemble_timeout: how long ranks may be away before that is told as a warning, and before `Instance.ready` without a timeout
+            of its own waits no longer. The instance itself goes on waiting, and is taken up again when they come.
+        absence_limit: how long ranks may be away before the instance is given up; ``None``: that never happens. An instance's own
+            limit beats it. A planner that takes over counts anew.
         connect_stall: how long a step up to Connected may go without any progress; slow is not stalled.
         load_stall: the same for loading: no rank has loaded another layer for so long.
         warmup_stall: the same for warming up.
         generate_stall: the same while generating.
-        max_failures: how many failed attempts one rank may cause in a row before the instance is given up; attempts that no
-            rank is to blame for are counted apart, with the same limit.
+        max_failures: how many failed attempts in a row of one rank are followed by another try; the next one gives the instance up.
+            Attempts that no rank is to blame for are counted apart, with the same limit. A rank that is away has not failed; it has if
+            its process died, which shows when another one comes.
         max_rejections: how often one step is asked again in one epoch after a rank answered NotYet.
         backoff_base: the longest first pause between attempts; doubled for every further failure of the same rank.
         backoff_cap: the longest pause of all.
@@ -84,6 +97,7 @@ class Policy:
     """
 
     assemble_timeout: float = 120.0
+    absence_limit: float | None = None
     connect_stall: float = 60.0
     load_stall: float = 120.0
     warmup_stall: float = 120.0
@@ -98,7 +112,9 @@ class Policy:
     def __post_init__(self) -> None:
         """Refuse what could never work."""
         for field in fields(self):
-            value = getattr(self, field.name)
+            value: float | None = getattr(self, field.name)
+            if value is None:  # no limit
+                continue
             least = 0 if field.name.startswith("max_") else 1e-9
             if not least <= value < float("inf"):
                 raise InvalidSettings(f"{field.name} is {value!r}; it must be a finite number, and at least {least:g}")

@@ -17,6 +17,7 @@ from barrier.keys import MAX_WORLD_SIZE
 from planner.cli.options import (
     DEFAULT_NAMESPACE,
     POSITIVE,
+    AbsenceLimit,
     AnyName,
     AnyNameOption,
     AnyWorldSize,
@@ -293,12 +294,19 @@ def planner(
     assemble_timeout: Annotated[
         float,
         typer.Option(
-            "--assemble-timeout", metavar="SECONDS", help="How long to wait for ranks that are not here at all."
+            "--assemble-timeout",
+            metavar="SECONDS",
+            help="After how long the log warns that ranks are away. They are waited for all the same.",
         ),
     ] = Policy().assemble_timeout,
+    absence_limit: AbsenceLimit = None,
     max_failures: Annotated[
         int,
-        typer.Option("--max-failures", metavar="N", help="How many failed attempts one rank may cause in a row."),
+        typer.Option(
+            "--max-failures",
+            metavar="N",
+            help="How often it is tried again after one rank failed; the failure after that gives the instance up.",
+        ),
     ] = Policy().max_failures,
     instance_file: InstanceFile = None,
     wait_for_store: WaitForStore = 0.0,
@@ -322,7 +330,7 @@ def planner(
         redis, namespace, password_file, times(lease, heartbeat, command_timeout, usual=Settings()), wait=wait_for_store
     )
     try:
-        policy = Policy(assemble_timeout=assemble_timeout, max_failures=max_failures)
+        policy = Policy(assemble_timeout=assemble_timeout, absence_limit=absence_limit, max_failures=max_failures)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error)) from None
     wanted = read_instance_file(instance_file) if instance_file is not None else None
@@ -342,6 +350,7 @@ def launch(
     namespace: Namespace = DEFAULT_NAMESPACE,
     model: Model = "simulated",
     layers: Layers = 16,
+    absence_limit: AbsenceLimit = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return only once all ranks serve.")] = True,
     timeout: Annotated[
         float,
@@ -370,12 +379,14 @@ def launch(
         )
     if name is None:
         spec = _named_spec(file, "INSTANCE", "argument")
+        if absence_limit is not None:
+            spec = spec.model_copy(update={"absence_limit": absence_limit})
     elif file is not None:
         raise typer.BadParameter(f"{name} and --file {file} are both given: choose one of them")
     elif world_size is None:
         raise typer.BadParameter("Missing option '--world-size'")
     else:
-        spec = _spec(name, world_size, model, layers)
+        spec = _spec(name, world_size, model, layers).model_copy(update={"absence_limit": absence_limit})
     target = _target(redis, namespace, password_file)
     _finish(
         run(

@@ -311,12 +311,13 @@ async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
         StoreError: unknown; ask again.
     """
     record = await registry.get(wanted.name)
-    if record is None or record.spec != wanted:
+    up = record is not None and record.desired == "up" and not record.failure  # then its limit may change
+    if record is None or up or record.spec.digest != wanted.digest:
         try:
             await registry.launch(wanted, over=())
         except OtherSpec as other:
             logger.warning("{}: it stays as it is; rankgate launch --file changes it, and ends its attempt", other)
-    elif record.failure or record.desired != "up":
+    else:
         logger.warning(
             "{} is not launched: it {}; rankgate launch brings it up again",
             wanted.name,

@@ -6,6 +6,7 @@
     world_size = 4           # number of ranks
     model_id = "simulated"   # the name that the engine knows the model by; "simulated" where it is left out
     layers = 16              # how many layers the model has; 16 where it is left out
+    absence_limit = 3600     # seconds that ranks may be away before it is given up; where it is left out, they are waited for
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from runner.messages import ModelSpec
 MOST_BYTES = 64 * 1024
 """A file that is larger is not an instance's."""
 
-_KEYS = ("name", "world_size", "model_id", "layers")
+_KEYS = ("name", "world_size", "model_id", "layers", "absence_limit")
 
 
 def read_instance_file(path: Path) -> InstanceSpec:
@@ -57,11 +58,25 @@ def _spec(path: Path, found: dict[str, Any]) -> InstanceSpec:
         model = ModelSpec.model_validate(
             {"model_id": found.get("model_id", "simulated"), "total_layers": found.get("layers", 16)}, strict=True
         )
-        return InstanceSpec.model_validate({"name": found["name"], "world_size": found["world_size"], "model": model})
+        return InstanceSpec(
+            name=found["name"],
+            world_size=found["world_size"],
+            model=model,
+            absence_limit=_seconds(path, found, "absence_limit"),
+        )
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]).replace("total_layers", "layers") if first["loc"] else "a value"
         raise InvalidSettings(f"{path}: {key} is wrong: {first['msg']}") from None
+
+
+def _seconds(path: Path, found: dict[str, Any], key: str) -> float | None:
+    value = found.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InvalidSettings(f"{path}: {key} is {str(value)[:80]!r}; it must be a number of seconds above 0")
+    return float(value)
 
 
 _EXAMPLES = {"name": 'name = "demo"', "world_size": "world_size = 4"}

@@ -97,7 +97,7 @@ InstanceFile: TypeAlias = Annotated[
         "--instance-file",
         metavar="FILE",
         envvar="RANKGATE_INSTANCE_FILE",
-        help="A TOML file with name, world_size, model_id and layers of the instance.",
+        help="A TOML file with name, world_size, model_id, layers and absence_limit of the instance.",
     ),
 ]
 Namespace: TypeAlias = Annotated[
@@ -163,6 +163,15 @@ WorldSize: TypeAlias = Annotated[
 ]
 Model: TypeAlias = Annotated[
     str, typer.Option("--model", metavar="ID", help="The name that the engine knows the model by.")
+]
+AbsenceLimit: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--absence-limit",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="Give an instance up when ranks were away for so long; without it they are waited for, however long that takes.",
+    ),
 ]
 Layers: TypeAlias = Annotated[
     int, typer.Option("--layers", callback=between(1, 10_000), metavar="N", help="How many layers the model has.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
@@ -216,8 +217,13 @@ async def test_13_the_policy_is_a_pure_function() -> None:
     assert at_first.reason == "no attempt is under way; waiting for rank 0, rank 1, rank 2, rank 3 to come"
 
     an_hour_later = decide(view, now=3_600.0)
-    assert isinstance(an_hour_later, GiveUp)
+    assert isinstance(an_hour_later, Wait)  # a rank that is away may come at any time, unless a limit is set
+    assert an_hour_later.overdue
     assert "did not come within 3600 s" in an_hour_later.reason
+
+    limited = replace(view, policy=Policy(assemble_timeout=60, absence_limit=3_600))
+    assert isinstance(decide(limited, now=3_599.0), Wait)
+    assert isinstance(decide(limited, now=3_600.0), GiveUp)
 
 
 async def test_14_the_gate_can_stand_in_front_of_your_own_planner(

@@ -17,7 +17,7 @@ from barrier import EpochId, EpochRecord, LogId, RankView, Report, Settings, Sna
 from barrier.model import StepRecord
 from planner import decide as brain
 from planner.decide import Conclude, Finished, GiveUp, OpenEpoch, PassGate, RestoreEpoch, Serve, Wait
-from planner.recovery import Memory, encode_notes, hold, observe
+from planner.recovery import ABSENT, LOST, Memory, encode_notes, hold, observe
 from planner.spec import InstanceSpec, Policy
 
 LEASE = 6
@@ -25,6 +25,11 @@ LEASE = 6
 SETTINGS = Settings(lease=LEASE, heartbeat=2)
 STALLS = {"connect_stall": 16, "load_stall": 24, "warmup_stall": 32, "generate_stall": 40}
 POLICY = Policy(assemble_timeout=64, max_failures=2, backoff_base=8, backoff_cap=12, stable_after=10, **STALLS)
+LIMITED = replace(POLICY, absence_limit=120)
+"""The same with an end to the waiting for ranks that are away; without a limit there is none."""
+
+LEASE_LEFT = 5
+"""Seconds that every report has left when it is seen: one that is gone sooner was taken back."""
 
 LAUNCHED_MS = 5_000
 
@@ -117,6 +122,16 @@ class World:
     ended: Verdict | None = None
     launched_ms: int = LAUNCHED_MS
     opened_for: dict[EpochId, int] = field(default_factory=dict[EpochId, int])
+    limited: bool = False
+    absences: int = 0
+    last_look: float = 1_000.0
+    last_lives: dict[int, int] = field(default_factory=dict[int, int])
+    went: dict[int, tuple[int, bool]] = field(default_factory=dict[int, tuple[int, bool]])
+    owed: tuple[int | None, tuple[int, ...]] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        return LIMITED if self.limited else POLICY
 
     def __post_init__(self) -> None:
         self.ranks = [Rank() for _ in range(self.size)]
@@ -125,8 +140,8 @@ class World:
     # --- the picture ------------------------------------------------------------------------------------------------------
 
     def picture(self) -> Snapshot:
-        views = tuple(RankView(rank, self.report(rank), 5_000) for rank in range(self.size))
-        return Snapshot("demo", self.size, 10_000, self.record, views, log_end=self.log)
+        views = tuple(RankView(rank, self.report(rank), LEASE_LEFT * 1_000) for rank in range(self.size))
+        return Snapshot("demo", self.size, round(self.now * 1_000), self.record, views, log_end=self.log)
 
     def report(self, rank: int) -> Report | None:
         one = self.ranks[rank]
@@ -227,6 +242,7 @@ class World:
                 )
                 self.since, self.shown, self.charged = {}, set(), set()
                 self.failures, self.fresh, self.ended = Counter(), True, None
+                self.absences, self.owed, self.last_lives, self.went = 0, None, {}, {}
             case "clock":
                 self.clock_ms = 1_000 if self.clock_ms > 1_000 else 60_000
             case "stop":
@@ -245,8 +261,8 @@ class World:
         self.take_notes(it.jitter)
         seen = self.picture()
         serving = brain.is_serving(seen) and seen.epoch is not None and seen.epoch.digest == self.spec.digest
-        self.memory = observe(self.memory, seen, POLICY, SETTINGS, self.now, serving=serving, jitter=it.jitter)
-        self.action = brain.decide(brain.View(self.spec, POLICY, SETTINGS, seen, self.memory), self.now)
+        self.memory = observe(self.memory, seen, self.policy, SETTINGS, self.now, serving=serving, jitter=it.jitter)
+        self.action = brain.decide(brain.View(self.spec, self.policy, SETTINGS, seen, self.memory), self.now)
         self.seen[type(self.action).__name__] += 1
         self.judge(self.action)
         self.act(self.action, late=it.late)
@@ -317,7 +333,12 @@ class World:
         if len(self.shown - shown) >= 2 and len(self.shown - shown) * 2 > self.size and self.now >= self.hold_until:
             self.hold_until = self.now + LEASE
             self.seen["most fell silent at once"] += 1
-        self.shown = shown
+        in_time = self.now < self.last_look + LEASE_LEFT and self.record is not None
+        for rank, life in self.last_lives.items():
+            if rank not in shown or self.ranks[rank].life_shown > life:
+                self.went[rank] = life, in_time and rank not in shown
+        self.last_lives = {rank: self.ranks[rank].life_shown for rank in shown}
+        self.shown, self.last_look = shown, self.now
         if self.stirred:
             self.moved_at, self.stirred = self.now, False
         inside = [one for one in self.ranks if one.epoch and not one.silent and not one.ghost]
@@ -329,19 +350,40 @@ class World:
         generated = self.attempt is not None and any(one.generated and one.epoch == self.attempt.id for one in inside)
         if generated or self.lasted("served") >= POLICY.stable_after:
             self.seen["forgiven"] += bool(self.failures)
+            if self.failures or self.absences:
+                self.ended = self.owed = None
             self.failures.clear()
-            self.ended = None
+            self.absences = 0
         if self.record and self.opened_for[self.record.id] == self.launched_ms:
             self.charge(self.record, jitter)
+        self.settle()
+
+    def settle(self) -> None:
+        """Ranks that fell silent have failed only if most of them come back as other processes."""
+        if self.owed is None:
+            return
+        culprit, lives = self.owed
+        whose = range(self.size) if culprit is None else [culprit]
+        ranks = [(self.ranks[rank], lives[rank]) for rank in whose]
+        if any(one.silent or one.life_shown < life for one, life in ranks):
+            return
+        died = sum(one.life_shown > life for one, life in ranks) * 2 > len(ranks)
+        self.seen["lost and died" if died else "lost and found"] += 1
+        self.failures[culprit] += died
+        self.owed = None
 
     def charge(self, record: EpochRecord, jitter: float) -> None:
         if self.fresh:
             self.failures, self.fresh = self.handed_on.copy(), False
         if record.verdict and record.id not in self.charged:
             self.charged.add(record.id)
-            self.ended = record.verdict
-            self.failures[record.verdict.culprit] += 1
-            most = POLICY.backoff_base * 2.0 ** (self.failures[record.verdict.culprit] - 1)
+            self.ended, culprit = record.verdict, record.verdict.culprit
+            if record.verdict.code:
+                self.absences += 1
+                self.owed = (culprit, self.lives) if record.verdict.code == LOST else None
+            else:
+                self.failures[culprit] += 1
+            most = POLICY.backoff_base * 2.0 ** ((self.absences if record.verdict.code else self.failures[culprit]) - 1)
             self.pause_until = self.now + jitter * min(most, POLICY.backoff_cap)
 
     def faults(self, record: EpochRecord) -> list[tuple[str, int | None]]:
@@ -371,6 +413,24 @@ class World:
         if record.digest != self.spec.digest:
             found.append(("another spec", None))
         return found + gone
+
+    def codes(self, blamed: int | None, faults: list[tuple[str, int | None]]) -> set[str]:
+        """What the verdict may be called: failures count at once, ranks that are away only if they prove to have died."""
+        away = {"silent", "earlier life for a lease", "most are silent"}
+        if not faults or any(fault not in {*away, "restarted"} for fault, _ in faults):
+            return {"", LOST, ABSENT}
+        if any(fault == "restarted" for fault, _ in faults):  # is told before those that are silent
+            return {ABSENT if blamed in self.took_back() else ""}
+        gone = {
+            rank
+            for rank, one in enumerate(self.ranks)
+            if one.silent or (one.life_shown < self.lives[rank] and self.lasted(f"earlier life of {rank}") >= LEASE)
+        }
+        return {ABSENT if gone <= self.took_back() else LOST}
+
+    def took_back(self) -> set[int]:
+        """The ranks of the attempt that took their report back before its time."""
+        return {rank for rank, life in enumerate(self.lives) if self.went.get(rank) == (life, True)}
 
     def judge(self, action: brain.Action) -> None:
         """One decision, by the rule that is due: a stop, a doubt about the store, no record, a verdict, or an attempt."""
@@ -418,7 +478,7 @@ class World:
     def judge_verdict(self, action: brain.Action, verdict: Verdict) -> None:
         if verdict.failure == "permanent":
             self.rule(isinstance(action, GiveUp), "a failure for good was tried again")
-        elif max(self.failures.values()) > POLICY.max_failures:
+        elif max(self.failures.values(), default=0) > POLICY.max_failures:
             self.seen["budget spent"] += 1
             self.rule(isinstance(action, GiveUp), f"tried again although {dict(self.failures)} spent the budget")
         elif self.now < self.pause_until:
@@ -431,11 +491,18 @@ class World:
         if "absent" not in self.since:
             after = f"failures {dict(self.failures)} and a pause until {self.pause_until:g}"
             self.rule(isinstance(action, OpenEpoch), f"all ranks are here, and no attempt was opened after {after}")
-        elif self.now - max(self.since["absent"], self.pause_until) >= POLICY.assemble_timeout:
+            return
+        away = self.now - max(self.since["absent"], self.pause_until)
+        if self.policy.absence_limit is not None and away >= self.policy.absence_limit:
             self.seen["never came"] += 1
-            self.rule(isinstance(action, GiveUp), "ranks that never came were waited for without end")
-        else:
-            self.rule(isinstance(action, Wait), "not all ranks are here, and it did not wait for them")
+            self.rule(isinstance(action, GiveUp), "ranks that never came were waited for beyond the limit")
+            return
+        overdue = away >= POLICY.assemble_timeout
+        self.seen["overdue"] += overdue
+        self.rule(isinstance(action, Wait), "not all ranks are here, and it did not wait for them")
+        self.rule(
+            isinstance(action, Wait) and action.overdue == overdue, f"away for {away:g} s, and it was not said so"
+        )
 
     def judge_attempt(self, action: brain.Action, record: EpochRecord) -> None:
         still, faults = self.now - self.moved_at, self.faults(record)
@@ -450,6 +517,7 @@ class World:
             self.rule(stuck or bool(faults), f"ended without a fault, {still:g} s after a move")
             self.rule((failure == "permanent") == (("failed for good", blamed) in faults), f"{failure}, but {faults}")
             self.rule(not faults or blamed in {rank for _, rank in faults}, f"rank {blamed} is blamed for {faults}")
+            self.rule(action.verdict.code in self.codes(blamed, faults), f"{action.verdict.code!r} for {faults}")
             self.rule(bool(faults) or generating or blamed in late, f"rank {blamed} is blamed, but {late} are late")
             self.seen["stalled"] += not faults
             return
@@ -488,7 +556,11 @@ PRELUDES = (
     *("up, fail, up, generate, all, fail, part", "up, silence, silence most, lose record"),
     *("part, fail, part, silence, part, restart", "part, silence most, long, long, long, long"),
     *("part, fail, lose record", "up, other spec, lose all"),
-    *("clock, part, fail, part, fail", "part, fail for good, launch"),
+    *(
+        "clock, part, fail, part, fail",
+        "part, fail for good, launch",
+        "up, vanish, stay, restart, up, vanish, stay, walk",
+    ),
 )
 """Most random histories would never get far: most are given a start. Its parts, where they are not what happens: "part" of the way
 or all the way "up", an attempt just "open" whose first gate is waited at, and some time."""
@@ -498,6 +570,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "up": {"kind": "settle", "n": 24},
     "open": {"kind": "settle", "n": 2, "late": True},
     "stay": {"kind": "nothing", "seconds": 12.0},
+    "vanish": {"kind": "silence", "seconds": 12.0},
     "long": {"kind": "nothing", "seconds": 48.0},
 }
 
@@ -505,12 +578,14 @@ EXPECTED = (
     "Wait, OpenEpoch, RestoreEpoch, PassGate, Serve, Conclude, GiveUp, Finished, connect, load, warm up followers, "
     "warm up leader, failed, failed for good, restarted, silent, most are silent, most fell silent at once, earlier life, "
     "earlier life for a lease, promised a later one, left, log of a later one, ahead, another spec, stalled, lost record, "
-    "never came, pause, budget spent, forgiven, an earlier launch's end"
+    "never came, overdue, lost and died, lost and found, pause, budget spent, forgiven, an earlier launch's end"
 )
 
 
-def play(size: int, prelude: str, history: list[Happening], stop: bool, seen: Counter[str]) -> None:
-    world, first = World(size, seen), history[0]._replace(seconds=2.0, late=False)
+def play(
+    size: int, prelude: str, history: list[Happening], stop: bool, seen: Counter[str], *, limited: bool = True
+) -> None:
+    world, first = World(size, seen, limited=limited), history[0]._replace(seconds=2.0, late=False)
     start = [first._replace(**{"kind": part, **SHORT.get(part, {})}) for part in prelude.split(", ")] if prelude else []
     for it in [*start, *history, *([history[-1]._replace(kind="stop")] * 2 if stop else [])]:
         for _ in range(it.n if it.kind == "settle" else 1):
@@ -524,14 +599,17 @@ HISTORIES: dict[str, st.SearchStrategy[Any]] = {
     "size": st.integers(2, 4),
     "history": st.lists(HAPPENINGS, min_size=5, max_size=25),
     "stop": st.booleans(),
+    "limited": st.booleans(),
 }
 
 
 @pytest.mark.parametrize("prelude", PRELUDES)
 @settings(max_examples=25, deadline=None)
 @given(**HISTORIES)
-def test_every_decision_keeps_the_rules(prelude: str, size: int, history: list[Happening], stop: bool) -> None:
-    play(size, prelude, history, stop, Counter())
+def test_every_decision_keeps_the_rules(
+    prelude: str, size: int, history: list[Happening], stop: bool, limited: bool
+) -> None:
+    play(size, prelude, history, stop, Counter(), limited=limited)
 
 
 def test_the_histories_reach_every_kind_of_decision_and_of_fault() -> None:
@@ -539,8 +617,8 @@ def test_the_histories_reach_every_kind_of_decision_and_of_fault() -> None:
 
     @settings(max_examples=16, deadline=None, database=None, derandomize=True)
     @given(**HISTORIES)
-    def play_some(prelude: str, size: int, history: list[Happening], stop: bool) -> None:
-        play(size, prelude, history, stop, seen)
+    def play_some(prelude: str, size: int, history: list[Happening], stop: bool, limited: bool) -> None:
+        play(size, prelude, history, stop, seen, limited=limited)
 
     for prelude in PRELUDES:
         play_some(prelude)

@@ -252,14 +252,38 @@ def test_it_waits_for_ranks_that_are_not_here_and_names_all_of_them() -> None:
     assert "rank 1, rank 3" in action.reason
 
 
-def test_ranks_that_do_not_come_in_time_end_it_and_are_named() -> None:
+@pytest.mark.parametrize(("away", "told"), [(10, 10), (19, 10), (20, 20), (39, 20), (10 * 2**20, 10 * 2**20)])
+def test_ranks_that_do_not_come_are_waited_for_without_an_end_and_named_ever_more_seldom(away: int, told: int) -> None:
     policy = Policy(assemble_timeout=10)
-    action = act(absent("Idle", "-", "Idle", "-"), policy=policy, remembered=memory(missing_since=NOW - 10))
-    assert isinstance(action, GiveUp)
+    action = act(absent("Idle", "-", "Idle", "-"), policy=policy, remembered=memory(missing_since=NOW - away))
+    assert isinstance(action, Wait)
+    assert action.overdue
+    assert action.until == NOW - away + 2 * told
     assert action.reason == (
-        "demo: rank 1, rank 3 did not come within 10 s. Start the missing runners, or launch with a smaller world_size"
+        f"no attempt is under way; demo: rank 1, rank 3 did not come within {told:g} s. Start the missing runners, or launch "
+        "with a smaller world_size; it waits on, and is taken up by itself when they come"
     )
-    assert action.verdict.culprit == 1
+    assert isinstance(
+        act(absent("Idle", "Idle"), policy=policy, remembered=memory(missing_since=NOW - away)), OpenEpoch
+    )
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_with_a_limit_ranks_that_do_not_come_within_it_end_it_and_are_named(own: bool) -> None:
+    policy = Policy(assemble_timeout=10, absence_limit=10**6 if own else 25)
+    view = look(absent("Idle", "-", "Idle", "-"), policy=policy, remembered=memory(missing_since=NOW))
+    if own:  # an instance's own limit beats the planner's
+        view = replace(view, spec=view.spec.model_copy(update={"absence_limit": 25.0}))
+    early, late = decide(view, NOW + 24), decide(view, NOW + 25)
+    assert isinstance(early, Wait)
+    assert early.until == NOW + 25
+    assert "unless they stay away for 25 s" in early.reason
+    assert isinstance(late, GiveUp)
+    assert late.reason == (
+        "demo: rank 1, rank 3 did not come within 25 s, which is the absence limit, so it is given up. "
+        "Start the missing runners, then launch demo again"
+    )
+    assert late.verdict.culprit == 1
 
 
 def test_the_pause_between_attempts_does_not_eat_the_time_to_come_back() -> None:

@@ -347,16 +347,51 @@ async def test_a_rank_that_leaves_politely_is_noticed_at_once(store: FakeStore, 
         await serves(made, instance)
 
 
-async def test_a_rank_that_stays_away_ends_the_instance_after_the_time_to_assemble(
+async def test_a_rank_that_stays_away_is_waited_for_and_taken_up_again_when_it_comes(
     store: FakeStore, clock: ManualClock
 ) -> None:
     policy = Policy(assemble_timeout=60)
     async with cluster(store, clock, 2) as made, made.planner(policy=policy) as planner:
         instance = await made.run(planner.launch(made.spec))
         await made.kill(1)
-        await made.until(lambda: instance.state.over, "the verdict of the planner")
-        with pytest.raises(InstanceFailed, match="rank 1 did not come within 60 s"):
+        await made.until(lambda: instance.state.overdue, "the planner to say that it takes long")
+        with pytest.raises(InstanceFailed, match="rank 1 did not come within 60 s.*taken up by itself"):
             await made.run(instance.ready())
+        await clock.advance(10 * policy.assemble_timeout)
+        assert not instance.state.over
+        made.start(1)
+        await serves(made, instance)
+        assert not instance.state.overdue
+
+
+async def test_a_rank_that_stays_away_for_longer_than_the_limit_ends_the_instance(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    policy = Policy(assemble_timeout=60, absence_limit=90)
+    async with cluster(store, clock, 2) as made, made.planner(policy=policy) as planner:
+        instance = await made.run(planner.launch(made.spec))
+        await made.kill(1)
+        await made.until(lambda: instance.state.over, "the verdict of the planner")
+        with pytest.raises(InstanceFailed, match="rank 1 did not come within 90 s, which is the absence limit"):
+            await made.run(instance.ready())
+
+
+@pytest.mark.parametrize("away", ["the one that leaves", "the one that is cut off"])
+async def test_a_node_that_comes_and_goes_is_never_given_up(store: FakeStore, clock: ManualClock, away: str) -> None:
+    policy = Policy(max_failures=0, stable_after=10**6)
+    async with cluster(store, clock, 2) as made, made.planner(policy=policy) as planner:
+        instance = await made.run(planner.launch(made.spec))
+        for _ in range(4):
+            if away == "the one that leaves":
+                await made.stop(1)
+                await made.until(lambda: not instance.state.serving, "the leave to be noticed")
+                made.start(1)
+            else:
+                store.partition("demo rank 1")
+                await made.until(lambda: not instance.state.serving, "the silence to be noticed")
+                store.heal("demo rank 1")
+            await made.until(lambda: instance.state.serving or instance.state.over, "the rank to be back", limit=600)
+        await serves(made, instance)
 
 
 @pytest.mark.parametrize("phase", PHASES)
