@@ -5,8 +5,10 @@ without its text, which may quote a prompt; no value of a variable is told eithe
 
 - `background`: nobody awaits it. Its owner says what ends with it (`on_mistake`).
 - `restarted`: as `background`, for a watch that must not end: a mistake is told, and it begins anew after a pause that grows.
+- `keep_going`: the same, awaited.
 - `alongside`: awaited by the block that began it, and over when the block is. What the block does not raise itself is told.
 - `guarded`: a callback that the event loop, a thread or a foreign library calls.
+- `passed_over`: one of many that must not hold up the others.
 - `end`: cancel tasks and wait for their ends, in place of ``gather(return_exceptions=True)``, which would swallow them.
 
 `asyncio.TaskGroup` is the better owner where all parts are to end together and their errors may come out as a group.
@@ -16,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import PurePath
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -129,33 +131,42 @@ def restarted(
         longest_pause: seconds between two tries, at most; the first pauses are shorter.
         on_mistake: told every mistake, also one that is like the last one and therefore not in the log again.
     """
+    going = keep_going(doing, name, clock=clock, longest_pause=longest_pause, on_mistake=on_mistake)
+    return background(going, name, on_mistake=on_mistake)
 
-    async def keep_going() -> None:
-        pause, last = 0.0, ""
-        while True:
-            began = clock.now()
-            try:
-                await doing()
-                return
-            except (Exception, asyncio.CancelledError) as error:
-                own = asyncio.current_task()
-                if isinstance(error, asyncio.CancelledError) and own is not None and own.cancelling():
-                    raise
-                if clock.now() - began > 2 * longest_pause:
-                    pause, last = 0.0, ""
-                if described(error) != last:
-                    tell_mistake(f"{name}, which begins anew", error)
-                last = described(error)
-                guarded(f"{name}, telling of its mistake", on_mistake)(error)
-            pause = min(max(2 * pause, _FIRST_PAUSE), longest_pause)
-            await clock.sleep(pause)
 
-    return background(keep_going(), name, on_mistake=on_mistake)
+async def keep_going(
+    doing: Callable[[], Coroutine[Any, Any, object]],
+    name: str,
+    *,
+    clock: Clock,
+    longest_pause: float,
+    on_mistake: Callable[[BaseException], object] = lambda _: None,
+) -> None:
+    """Do what `restarted` does, without a task of its own."""
+    pause, last = 0.0, ""
+    while True:
+        began = clock.now()
+        try:
+            await doing()
+            return
+        except (Exception, asyncio.CancelledError) as error:
+            own = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and own is not None and own.cancelling():
+                raise
+            if clock.now() - began > 2 * longest_pause:
+                pause, last = 0.0, ""
+            if described(error) != last:
+                tell_mistake(f"{name}, which begins anew", error)
+            last = described(error)
+            guarded(f"{name}, telling of its mistake", on_mistake)(error)
+        pause = min(max(2 * pause, _FIRST_PAUSE), longest_pause)
+        await clock.sleep(pause)
 
 
 @asynccontextmanager
 async def alongside(
-    doing: Coroutine[Any, Any, T], name: str = "", *, expected: Expected = (RankgateError,)
+    doing: Awaitable[T], name: str = "", *, expected: Expected = (RankgateError,)
 ) -> AsyncGenerator[asyncio.Task[T]]:
     """A task for as long as a block lasts. The block takes its result; a mistake that the block does not raise is told.
 
@@ -165,7 +176,8 @@ async def alongside(
         expected: exceptions that are no mistakes.
     """
     name = name or getattr(doing, "__qualname__", "a task")
-    task = asyncio.create_task(doing, name=f"rankgate {name}")
+    coroutine = cast("Coroutine[Any, Any, T]", doing) if asyncio.iscoroutine(doing) else _awaited(doing)
+    task = asyncio.create_task(coroutine, name=f"rankgate {name}")
     raised: BaseException | None = None
     try:
         yield task
@@ -179,6 +191,26 @@ async def alongside(
             mistake = _mistake_of(task, expected) if task.done() else None
             if mistake is not None and mistake is not raised:
                 tell_mistake(name, mistake)
+
+
+async def _awaited(doing: Awaitable[T]) -> T:
+    return await doing
+
+
+@contextmanager
+def passed_over(what: str) -> Generator[None]:
+    """A mistake inside is told and goes no further; what is expected does."""
+    try:
+        yield
+    except RankgateError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever the mistake is
+        tell_mistake(what, error)
+
+
+async def ends_of(*tasks: asyncio.Task[T]) -> list[T | BaseException]:
+    """Wait until tasks are over; what they returned or raised, for the caller to look at. Cancelled with it."""
+    return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def end(*tasks: asyncio.Task[Any] | None, expected: Expected = (RankgateError,)) -> None:

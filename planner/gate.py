@@ -35,6 +35,7 @@ from barrier import (
     Unconcluded,
     Unknown,
     Verdict,
+    supervise,
 )
 from barrier.errors import InvalidName
 from barrier.keys import shown
@@ -135,7 +136,12 @@ class LoadGate:
             if isinstance(outcome, Opened):
                 self.epoch = outcome.epoch
                 await self._stop_renewing()
-                self._renewing = asyncio.create_task(self._renew(), name=f"rankgate gate of {self._spec.name}")
+                self._renewing = supervise.restarted(
+                    self._renew,
+                    f"gate of {self._spec.name}: renewing its leadership",
+                    clock=self._barrier.clock,
+                    longest_pause=self._barrier.settings.lease / 2,
+                )
             return outcome
 
     async def pass_step(
@@ -211,6 +217,4 @@ class LoadGate:
 
     async def _stop_renewing(self) -> None:
         renewing, self._renewing = self._renewing, None
-        if renewing is not None:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
+        await supervise.end(renewing)

@@ -21,11 +21,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn, TypeAlias, cast
 
-from barrier import Clock, SystemClock
+from barrier import Clock, SystemClock, supervise
 from barrier.errors import InvalidSettings
 
 ProcessPhase: TypeAlias = Literal["running", "pausing", "given up", "ended"]
@@ -152,8 +153,8 @@ class Launcher:
         self._restarts = restarts or Restarts()
         self.grace = grace
         self._clock: Clock = clock or SystemClock()
-        self._on_change = on_change
-        self._on_line = on_line
+        self._on_change = on_change and supervise.guarded("telling of a process's state", on_change)
+        self._on_line = on_line and supervise.guarded("telling a process's line", on_line)
         self._lives: dict[int, _Life] = {}
         self._keeping: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
@@ -182,7 +183,9 @@ class Launcher:
     async def __aenter__(self) -> Launcher:
         """Start every program."""
         self._keeping = [
-            asyncio.create_task(self._keep(index), name=f"rankgate keeps {state.program.name}")
+            supervise.background(
+                self._keep(index), f"the keeper of {state.program.name}", on_mistake=partial(self._keeper_failed, index)
+            )
             for index, state in enumerate(self._states)
         ]
         return self
@@ -226,14 +229,22 @@ class Launcher:
                 break
             deaths = 1 if self._clock.now() - began >= self._restarts.stable_after else deaths + 1
             if deaths > self._restarts.most:
-                self._change(index, phase="given up", pid=None, last_exit=how, last_words=words)
-                if self._failed is not None and not self._failed.done():
-                    self._failed.set_result(self._states[index])
+                self._give_up(index, last_exit=how, last_words=words)
                 return
             self._change(index, phase="pausing", pid=None, last_exit=how, last_words=words)
             with suppress(TimeoutError):
                 await self._clock.wait_for(self._stopping.wait(), self._restarts.pause(deaths))
         self._change(index, phase="ended", pid=None)
+
+    def _keeper_failed(self, index: int, mistake: BaseException) -> None:
+        """A mistake of ours: the program is not looked after any more, and whoever waits for that hears of it."""
+        words = f"what keeps it running failed: {supervise.described(mistake)}"
+        self._give_up(index, last_exit="a mistake of ours", last_words=words)
+
+    def _give_up(self, index: int, *, last_exit: str, last_words: str) -> None:
+        self._change(index, phase="given up", pid=None, last_exit=last_exit, last_words=last_words)
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_result(self._states[index])
 
     async def _live(self, index: int) -> tuple[str, str]:
         """One life of one process; returns how it ended and its last words."""
@@ -386,7 +397,9 @@ def leave_with_parent(parent: int) -> None:
 
 def _leave_at_the_end_of_stdin() -> NoReturn:
     # A thread, so that the parent's end is noticed while the event loop is busy.
-    with suppress(OSError):
-        while os.read(0, 4096):
-            pass
-    os._exit(1)
+    try:
+        with suppress(OSError):
+            while os.read(0, 4096):
+                pass
+    finally:  # whatever else ends the watch: without it this process could outlive its parent
+        os._exit(1)

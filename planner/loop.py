@@ -30,6 +30,7 @@ from barrier import (
     Verdict,
     Wake,
     missing_ranks,
+    supervise,
 )
 from planner.decide import (
     Action,
@@ -155,6 +156,7 @@ class InstanceLoop:
             return await self._run()
         except Exception as error:
             # A mistake of ours; its text may quote what a client sent. Whoever waits for this loop must not wait for ever.
+            supervise.tell_mistake(f"instance {self._record.spec.name}: planning", error)
             self.leave(f"the planner failed ({type(error).__name__}); see its log")
             raise
 
@@ -371,15 +373,10 @@ class InstanceLoop:
 
     async def _until_poked(self, doing: Coroutine[Any, Any, _T]) -> _T | None:
         """Do it, unless somebody pokes first."""
-        working = asyncio.create_task(doing)
-        poked = asyncio.create_task(self._poked.wait())
-        try:
+        name = f"instance {self._record.spec.name}: planning"
+        async with supervise.alongside(doing, name) as working, supervise.alongside(self._poked.wait(), name) as poked:
             await asyncio.wait({working, poked}, return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working.done() else None
-        finally:
-            for task in (working, poked):
-                task.cancel()
-            await asyncio.gather(working, poked, return_exceptions=True)
 
     def _publish(self, state: State, about: object = None) -> None:
         """Show a state, and log its reason where that is about something new; its own text tells, unless `about` does."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from loguru import logger
 from redis.asyncio import Redis
 
-from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, adopt, explain
+from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, adopt, explain, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys
 from barrier.store import Store
@@ -196,14 +196,17 @@ class Planner:
         except BaseException:
             await self._close_store()
             raise
-        self._watching = asyncio.create_task(self._watch_desired(start), name="rankgate desired state")
+        self._watching = supervise.restarted(
+            lambda: self._watch_desired(start),
+            "the watch over the desired state",
+            clock=self.clock,
+            longest_pause=self._store.settings.lease,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Stop planning and give leadership back; instances that are up stay up, for the next planner."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        await supervise.end(self._watching)
         for planned in list(self._planned.values()):
             await self._part_with(planned)
         await self._wakeups.close()
@@ -240,8 +243,14 @@ class Planner:
     async def run(self) -> None:
         """Plan every instance that the desired state names, until cancelled. Several planners may do so: one leads each."""
         self._adopting = True
-        while True:
-            await self.clock.sleep(await self._follow_desired())
+
+        async def follow() -> None:
+            while True:
+                await self.clock.sleep(await self._follow_desired())
+
+        await supervise.keep_going(
+            follow, "the look at the desired state", clock=self.clock, longest_pause=self._store.settings.lease
+        )
 
     @property
     def instances(self) -> dict[str, State]:
@@ -298,25 +307,35 @@ class Planner:
             return self._store.settings.command_seconds
         self._knows_desired = True
         for name, planned in list(self._planned.items()):
-            record = wanted.get(name)
-            if record is None:
-                await self._heal(planned)
-            elif record.launched_ms > planned.record.launched_ms:  # launched anew, here or by another planner
-                await self._part_with(planned)
-            elif record.launched_ms == planned.record.launched_ms:
-                if record.desired != "up":
-                    planned.loop.stop()
-                elif record.spec != planned.record.spec:  # what may change of a launch, see `Registry.launch`
-                    planned.record = record
-                    planned.loop.renew(record)
-            if self._adopting and planned.loop.state.over:
-                await self._part_with(planned)
+            with supervise.passed_over(f"instance {name}: following its desired state"):
+                await self._follow_record(planned, wanted.get(name))
         for name, record in wanted.items():
             if self._adopting and name not in self._planned and not record.failure and record.desired != "gone":
-                planned = await self._plan(record)
-                if record.desired == "down":
-                    planned.loop.stop()
+                with supervise.passed_over(f"instance {name}: taking it up"):
+                    await self._take_up(record)
         return _RENEW_DESIRED
+
+    async def _follow_record(self, planned: _Planned, record: InstanceRecord | None) -> None:
+        if record is None:
+            await self._heal(planned)
+        elif record.launched_ms > planned.record.launched_ms:  # launched anew, here or by another planner
+            await self._part_with(planned)
+        elif record.launched_ms == planned.record.launched_ms:
+            if record.desired != "up":
+                planned.loop.stop()
+            elif record.spec != planned.record.spec:  # what may change of a launch, see `Registry.launch`
+                planned.record = record
+                planned.loop.renew(record)
+        if self._adopting and planned.loop.state.over:
+            await self._part_with(planned)
+
+    async def _take_up(self, record: InstanceRecord) -> None:
+        try:
+            planned = await self._plan(record)
+        except InstanceFailed:  # launched anew meanwhile: the next look takes that up
+            return
+        if record.desired == "down":
+            planned.loop.stop()
 
     async def _heal(self, planned: _Planned) -> None:
         """The store forgot an instance that nobody stopped."""
@@ -348,7 +367,8 @@ class Planner:
         loop = InstanceLoop(
             barrier, record, registry=self._registry, policy=self.policy, requests=requests, rng=self._rng
         )
-        task = asyncio.create_task(loop.run(), name=f"rankgate plan {name}")
+        # A mistake of ours there is said by the loop's own state, to all who wait for it.
+        task = supervise.background(loop.run(), f"plan {name}", on_mistake=lambda _: None)
         planned = self._planned[name] = _Planned(loop, barrier, requests, record, task)
         return planned
 
@@ -356,8 +376,7 @@ class Planner:
         """Stop planning one instance, and let a standby lead it at once."""
         if self._planned.get(planned.record.spec.name) is planned:
             del self._planned[planned.record.spec.name]
-        planned.task.cancel()
-        await asyncio.gather(planned.task, return_exceptions=True)
+        await supervise.end(planned.task)
         planned.loop.leave("this planner does not look after it any more")
         try:
             await planned.barrier.resign()

@@ -12,7 +12,7 @@ from typing import Any
 
 from loguru import logger
 
-from barrier import Barrier, Clock, EpochId, Snapshot
+from barrier import Barrier, Clock, EpochId, Snapshot, StoreError, supervise
 from barrier.errors import InvalidName, RankgateError
 from barrier.keys import Keys
 from barrier.outcomes import Already, Dispatched
@@ -303,22 +303,21 @@ class RequestQueue:
             await self._store.commands.xdel(self._keys.requests, request.entry)
 
 
-_UNDER_WAY: set[asyncio.Task[None]] = set()
-"""An event loop keeps no task alive by itself."""
-
-
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
     """Do it also while the caller is being cancelled: an anyio scope cancels each await anew. The store's timeouts bound it."""
-    task = asyncio.create_task(work)
-    _UNDER_WAY.add(task)
-    task.add_done_callback(_done)
+    # Nothing depends on it: what is not taken back ends by its own deadline.
+    task = supervise.background(
+        _told(work), "taking back a request", on_mistake=lambda _: None, expected=(RankgateError,)
+    )
     await asyncio.shield(task)
 
 
-def _done(task: asyncio.Task[None]) -> None:
-    _UNDER_WAY.discard(task)
-    if not task.cancelled() and (error := task.exception()) is not None:
+async def _told(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    except StoreError as error:
         logger.debug("a request was not taken back: {}", error)
+        raise
 
 
 def _fits_into_a_task(prompt: str) -> None:

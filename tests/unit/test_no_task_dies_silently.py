@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from barrier import HeartbeatFailed, PartFailed
+from barrier import Barrier, HeartbeatFailed, Opened, PartFailed
 from barrier.testing import FakeStore, ManualClock, wait_until
 from barrier.testing.waiting import settle
 from barrier.wakeups import Hint, Wakeups
+from planner import InstanceFailed, LoadGate
+from planner.launcher import Launcher, Program
+from planner.loop import InstanceLoop
+from planner.registry import InstanceRecord
+from planner.requests import RequestQueue
 from runner.messages import StatusName, TaskKind
+from runner.testing import scripted_runners
 from tests.unit.barrier.group import Group, started_group
-from tests.unit.mistakes import Heard, hearing, mistaken, mistaken_later
+from tests.unit.mistakes import Heard, Injected, hearing, mistaken, mistaken_later
+from tests.unit.planner.cluster import cluster, text_of
 from tests.unit.runner.rig import Rig, make_task, runner_rig
 
 pytestmark = pytest.mark.anyio
@@ -30,6 +39,11 @@ def heard() -> Generator[Heard]:
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
+
+
+@pytest.fixture
+def store(clock: ManualClock) -> FakeStore:
+    return FakeStore(clock)
 
 
 @pytest.fixture
@@ -353,3 +367,168 @@ async def test_tidying_up_goes_on_after_a_mistake_in_it(heard: Heard, monkeypatc
         heard.check("rank 0: ")
         heard.check("rank 0, tidying up: ")
         assert "host kill" in rig.journal
+
+
+# --- a planner's parts ----------------------------------------------------------------------------------------------------
+
+
+def once(sound: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """As it is, but for a mistake at the first call."""
+    called: list[object] = []
+
+    async def call(*arguments: Any, **named: Any) -> Any:
+        called.append(arguments)
+        if len(called) == 1:
+            mistaken()
+        return await sound(*arguments, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("broken", ["_follow_desired", "_follow_record"])
+async def test_the_watch_over_the_desired_state_goes_on_after_a_mistake(
+    broken: str, store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner("one") as one, made.planner("two") as two:
+        followed = await made.run(one.launch(made.spec))
+        monkeypatch.setattr(one, broken, once(getattr(one, broken)))
+        stopped = await made.run(two.launch(made.spec))
+        await made.run(stopped.stop())
+        await made.until(lambda: followed.state.over, "the first planner to hear of the stop")
+        assert followed.state.stopped
+    heard.check("the watch over the desired state, which begins anew: |instance demo: following its desired state: ")
+
+
+@pytest.mark.parametrize("broken", ["_follow_desired", "_take_up"])
+async def test_a_planner_that_takes_up_all_instances_goes_on_after_a_mistake(
+    broken: str, store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        await made.run(planner.launch(made.spec, wait=False))
+        async with made.planner("daemon") as daemon:
+            monkeypatch.setattr(daemon, broken, once(getattr(daemon, broken)))
+            running = asyncio.create_task(daemon.run())
+            await made.until(lambda: "demo" in daemon.instances, "the daemon to take it up")
+            running.cancel()
+            await asyncio.wait({running})
+            assert running.cancelled()
+    heard.check("the (look at|watch over) the desired state, which begins anew: |instance demo: taking it up: ")
+
+
+async def test_an_instance_whose_taking_up_fails_does_not_keep_the_others_waiting(
+    store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(store, clock, 2, name="a") as first, cluster(store, clock, 2, name="b") as second:
+        async with first.planner() as planner:
+            await first.run(planner.launch(first.spec, wait=False))
+            await first.run(planner.launch(second.spec, wait=False))
+        async with first.planner("daemon") as daemon:
+            take_up = daemon._take_up  # pyright: ignore[reportPrivateUsage]
+
+            async def take_up_b_only(record: InstanceRecord) -> None:
+                if record.spec.name == "a":
+                    mistaken()
+                await take_up(record)
+
+            monkeypatch.setattr(daemon, "_take_up", take_up_b_only)
+            running = asyncio.create_task(daemon.run())
+            await first.until(lambda: "b" in daemon.instances, "the second instance to be taken up")
+            running.cancel()
+            await asyncio.wait({running})
+    heard.check("instance a: taking it up: ")
+
+
+@pytest.mark.parametrize("where", ["_tick", "_carry_out", "_lead_if_due"])
+async def test_a_mistake_in_planning_ends_every_wait_and_the_log_has_its_frames(
+    where: str, store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        monkeypatch.setattr(InstanceLoop, where, mistaken_later)
+        with pytest.raises(InstanceFailed, match=r"^demo: the planner failed \(Injected\); see its log$"):
+            await made.run(planner.launch(made.spec))
+    heard.check("instance demo: planning: ")
+    assert len(heard.mistakes) == 1, "told once"
+
+
+@pytest.mark.parametrize("where", ["dispatch_on_arrival", "watch"])
+async def test_a_mistake_in_what_a_planner_waits_with_is_heard(
+    where: str, store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        monkeypatch.setattr(Barrier, where, mistaken_later)
+        with pytest.raises(InstanceFailed, match="the planner failed"):
+            await made.run(planner.launch(made.spec))
+    heard.check("instance demo: planning: ")
+
+
+async def test_a_mistake_in_the_end_of_a_wait_that_was_interrupted_is_heard(
+    store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stubborn(*_: object, **__: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            mistaken()
+
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        await made.run(planner.launch(made.spec))
+        monkeypatch.setattr(Barrier, "watch", stubborn)
+        for planned in planner._planned.values():  # pyright: ignore[reportPrivateUsage]
+            planned.loop.poke()
+            await clock.advance(0)
+            planned.loop.poke()
+            await clock.advance(0)
+        monkeypatch.undo()
+    heard.check("instance demo: planning: ")
+
+
+async def test_a_mistake_in_taking_back_a_request_is_heard(
+    store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        instance = await made.run(planner.launch(made.spec))
+        monkeypatch.setattr(RequestQueue, "_withdraw", mistaken_later)
+        with pytest.raises(Injected):
+            await made.run(text_of(instance.generate("Why?", max_tokens=3)))
+    heard.check("taking back a request: ")
+
+
+async def test_a_gate_goes_on_renewing_its_leadership_after_a_mistake(
+    store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        scripted_runners(store, "demo", 2),
+        LoadGate(store.client("gate"), "demo", world_size=2, clock=clock) as gate,
+    ):
+        outcome = await clock.run(gate.open(timeout=10))
+        assert isinstance(outcome, Opened)
+        monkeypatch.setattr(Barrier, "lead", once(Barrier.lead))
+        barrier = Barrier(store.client("looker"), "demo", world_size=2, clock=clock)
+        await clock.advance(3 * barrier.settings.lease)
+        snapshot = await barrier.inspect()
+        await barrier.close()
+        assert snapshot.leader is not None
+        assert snapshot.leader_left_ms > 0
+    heard.check("gate of demo: renewing its leadership, which begins anew: ")
+
+
+# --- processes ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_process_whose_keeper_failed_is_given_up_by_name(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launcher, "_live", mistaken_later)
+    async with Launcher([Program("rank 0", (sys.executable, "-c", "pass"))]) as launcher:
+        given_up = await asyncio.wait_for(launcher.given_up(), 30)
+    assert given_up.phase == "given up"
+    assert given_up.last_words.startswith("what keeps it running failed: Injected at ")
+    heard.check("the keeper of rank 0: ")
+
+
+@pytest.mark.parametrize("ear", ["on_change", "on_line"])
+async def test_whoever_is_told_of_processes_may_make_a_mistake(ear: str, heard: Heard) -> None:
+    program = Program("rank 0", (sys.executable, "-c", "print('a line', flush=True); import time; time.sleep(600)"))
+    listener: dict[str, Any] = {ear: mistaken}
+    async with Launcher([program], **listener) as launcher:
+        await wait_until(lambda: heard.mistakes, "the mistake to be told", 30)
+        assert [state.phase for state in launcher.states] == ["running"]
+    heard.check("telling (of a process's state|a process's line): ")
