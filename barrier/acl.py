@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from barrier.errors import InvalidName
-from barrier.keys import MAX_WORLD_SIZE, Keys, NamespaceKeys, valid_name, valid_world_size
+from barrier.keys import MAX_WORLD_SIZE, SPARE_SEATS, Keys, NamespaceKeys, valid_name, valid_world_size
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -133,7 +133,7 @@ def hashed(password: str) -> str:
 def rank_user(keys: Keys, rank: int | None) -> AclUser:
     """One rank of a group, or, with ``None``, all of its ranks under one name.
 
-    It reads the group's epoch and task log, writes its own report and claim, and appends wake-ups, history and answers. It has no
+    It reads the group's epoch and task log, writes its own report, claim and seat among those who wait, and appends wake-ups, history and answers. It has no
     scripting, no way to dispatch, and sees neither another rank's key nor another group. With one name for all ranks of a group, any of them can
     write any one's report: take that where ranks are started without a number and claim a free one.
 
@@ -143,13 +143,14 @@ def rank_user(keys: Keys, rank: int | None) -> AclUser:
     if rank is not None and not 0 <= rank < MAX_WORLD_SIZE:
         raise InvalidName(f"rank is {rank}; it must be from 0 to {MAX_WORLD_SIZE - 1}")
     which = "*" if rank is None else str(rank)
+    seat = "*" if rank is None else str(rank % SPARE_SEATS)  # where it waits for its rank
     prefix = f"{keys.tag}:"
     return AclUser(
         name=f"{keys.namespace}.{keys.group}.{'ranks' if rank is None else f'rank-{rank}'}",
         grants=(
             Grant(
                 ("set", "get", "del", "pexpire", "pttl", "type", "watch"),
-                keys=(f"{prefix}rank:{which}", f"{prefix}claims:{which}"),
+                keys=(f"{prefix}rank:{which}", f"{prefix}claims:{which}", f"{prefix}spare:{seat}"),
             ),
             Grant(("hmget", "type"), read=(keys.epoch,)),
             Grant(("xread", "xrevrange", "type"), read=(keys.tasks,)),
@@ -206,7 +207,7 @@ def observer_user(namespace: str, group: str | None = None) -> AclUser:
     if group is not None:
         valid_name("group", group)
     prefix = f"{{{namespace}:{'*' if group is None else group}}}:"
-    parts = ("epoch", "leader", "tasks", "signals", "events", "rank:*", "claims:*")
+    parts = ("epoch", "leader", "tasks", "signals", "events", "rank:*", "claims:*", "spare:*")
     return AclUser(
         name=f"{namespace}.observer" if group is None else f"{namespace}.{group}.observer",
         commands=(*SESSION, "time"),

@@ -16,6 +16,8 @@ STATUS = re.compile(r"[A-Za-z][A-Za-z0-9]{0,31}")
 STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,95}")
 DIGEST = re.compile(r"[0-9a-f]{0,64}")
 MAX_WORLD_SIZE = 16_384
+SPARE_SEATS = 16
+"""How many of those who wait for a rank can be seen."""
 
 
 def valid_name(what: str, value: str) -> str:
@@ -119,6 +121,14 @@ class Keys:
     def claim(self, rank: int) -> str:
         """String: the incarnation that holds a rank. Lifetime: `Settings.lease`."""
         return f"{self.tag}:claims:{rank}"
+
+    def spare(self, seat: int) -> str:
+        """String: a process that waits for a rank. Lifetime: `Settings.lease`."""
+        return f"{self.tag}:spare:{seat}"
+
+    def spares(self) -> list[str]:
+        """The keys of all seats of those who wait."""
+        return [self.spare(seat) for seat in range(SPARE_SEATS)]
 
     def out(self, task_id: str) -> str:
         """Stream: one generation's chunks. Lifetime: `Settings.output_lifetime`."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
@@ -34,13 +35,15 @@ from barrier.errors import (
     RankTaken,
     StoreCorrupt,
     StoreError,
+    StoreUnavailable,
 )
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
-from barrier.keys import Keys, valid_digest, valid_status, valid_world_size
+from barrier.keys import Keys, shown, valid_digest, valid_status, valid_world_size
 from barrier.model import Verdict
 from barrier.prompt import GAP, Template, pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
+from barrier.spares import Seat, Spare
 from barrier.store import Store, is_spoiled, stream_entries
 
 _ROSTER_CHUNK = 64  # as in lua/prelude.lua
@@ -184,6 +187,8 @@ class Member:
         self.promised: EpochId | None = None
         self.beats = 0
         """How many heartbeats were tried, answered or not: whoever watches over this process sees by it that they go on."""
+        self.waits = False
+        """Whether it waits as a spare for a rank that others hold."""
         self._owns_store = redis is not self.store
         self._wanted_rank = rank
         self._rank: int | None = None
@@ -233,36 +238,114 @@ class Member:
 
     # --- claiming -----------------------------------------------------------------------------------------------------
 
-    async def claim(self, *, timeout: float | None = None) -> int:  # noqa: ASYNC109  by the injected clock
+    async def claim(self, *, timeout: float | None = None, spare: bool = False) -> int:  # noqa: ASYNC109  by the injected clock
         """Become the one incarnation that holds the rank, or any free one; then say hello with a first report.
+
+        Who holds it is logged at once.
 
         Args:
             timeout: seconds to wait for a rank that another incarnation holds (a predecessor's claim lapses within one
                 lease); ``None`` waits for two leases.
+            spare: wait for as long as it takes, through outages of the store too, and be seen meanwhile (`barrier.spares`);
+                `timeout` does not count then.
 
         Raises:
             RankTaken: another incarnation keeps holding it.
             StoreError: could not find out.
         """
         await self.store.verify()
-        deadline = self.clock.now() + (2 * self.settings.lease if timeout is None else timeout)
-        wanted = range(self.world_size or 0) if self._wanted_rank is None else (self._wanted_rank,)
-        while True:
-            soonest = self.settings.lease
-            holders: list[str] = []
-            for rank in wanted:
-                left, holder = await self._try_claim(rank)
-                if left is None:
-                    await self._begin(rank)
-                    return rank
-                soonest = min(soonest, left)
-                holders.append(f"rank {rank}: {holder}")
-            if self.clock.now() >= deadline:
-                raise RankTaken(
-                    f"group {self.keys.group}: held by other processes ({'; '.join(holders[:4])}"
-                    f"{'; …' if len(holders) > 4 else ''}). Stop one, or start fewer runners than ranks"
-                )
-            await self.clock.sleep(min(soonest, max(deadline - self.clock.now(), 0)) + 0.001)
+        began = self.clock.now()
+        deadline = inf if spare else began + (2 * self.settings.lease if timeout is None else timeout)
+        wanted: Sequence[int] = (
+            range(self.world_size or 0)
+            if self._wanted_rank is None
+            else range(self._wanted_rank, self._wanted_rank + 1)
+        )
+        seat: Seat | None = None
+        look_at_all = began
+        told = False
+        try:
+            while True:
+                self.beats += 1
+                now = self.clock.now()
+                holders: dict[int, str] = {}
+                try:
+                    if spare and now < look_at_all:
+                        tried = await self._unclaimed(wanted)
+                    else:  # a claim that a clock that was set back would keep is mended by trying, and only so
+                        look_at_all = now + self.settings.lease
+                        tried = wanted
+                    for rank in tried:
+                        left, holder = await self._try_claim(rank)
+                        if left is None:
+                            await self._begin(rank)
+                            return rank
+                        look_at_all = min(look_at_all, now + left)
+                        holders[rank] = holder
+                    if not told:
+                        await self._tell_who_holds(holders, deadline - now)
+                        told = True
+                except StoreUnavailable as error:
+                    if not self.waits:
+                        raise
+                    logger.debug("group {}: waiting as a spare; {}", self.keys.group, error)
+                if now >= deadline:
+                    said = "; ".join(f"rank {rank}: {holder}" for rank, holder in list(holders.items())[:4])
+                    raise RankTaken(
+                        f"group {self.keys.group}: held by other processes ({said}{'; …' if len(holders) > 4 else ''}). "
+                        "Stop one, or start fewer runners than ranks"
+                    )
+                pause = max(min(look_at_all, deadline) - now, 0)
+                if spare:
+                    self.waits = True
+                    report = self._report
+                    seat = seat or Seat(
+                        self.store, self.keys, Spare(self.incarnation, report.node, report.pid, self._wanted_rank, 0)
+                    )
+                    await seat.renew(round((now - began) * 1000))
+                    pause = min(pause, self.settings.heartbeat)
+                await self.clock.sleep(pause + 0.001)
+        finally:
+            self.waits = False
+            if seat is not None:
+                await seat.leave()
+
+    async def _unclaimed(self, ranks: Sequence[int]) -> list[int]:
+        """Which of the ranks nobody holds now, in one round trip for many."""
+        free: list[int] = []
+        with self.store.errors():
+            for first in range(0, len(ranks), _BATCH):
+                some = ranks[first : first + _BATCH]
+                async with self.store.commands.pipeline(transaction=True) as pipe:
+                    for rank in some:
+                        pipe.get(self.keys.claim(rank))
+                    found = await pipe.execute()
+                free += [rank for rank, holder in zip(some, found, strict=True) if holder is None]
+        return free
+
+    async def _tell_who_holds(self, holders: Mapping[int, str], seconds: float) -> None:
+        """Log who holds the ranks that were wanted, and what this process does about it."""
+        said: list[str] = []
+        for rank, holder in list(holders.items())[:4]:
+            with self.store.errors():
+                raw = await self.store.commands.get(self.keys.rank(rank))
+            said.append(f"rank {rank} {_holder(raw, rank, holder)}")
+        more = f"; and {len(holders) - 4} more ranks" if len(holders) > 4 else ""
+        what = (
+            "this process waits as a spare until one is free" if seconds == inf else f"waiting {seconds:.1f} s for it"
+        )
+        if holders and seconds > 0:
+            logger.warning("group {}: held by others: {}{}; {}", self.keys.group, "; ".join(said), more, what)
+
+    async def group_size(self) -> int | None:
+        """How many ranks the last attempt of the group had; ``None`` where none was ever opened.
+
+        Raises:
+            StoreError: could not find out.
+        """
+        with self.store.errors():
+            (found,) = await self.store.commands.hmget(self.keys.epoch, "world_size")
+        return int(found) if found is not None and found.isdigit() else None
 
     async def _try_claim(self, rank: int) -> tuple[float | None, str]:
         """Seconds that another's claim has left and its name, or ``None`` if the claim is ours now."""
@@ -735,6 +818,10 @@ class Member:
         if epoch.number <= self._report.floor:
             return NotPromised(f"epoch {epoch.number} is not above {self._report.floor}, which was promised before")
         mine = (roster or "")[offset * INCARNATION_WIDTH : (offset + 1) * INCARNATION_WIDTH]
+        if world_size is not None and world_size.isdigit() and self.rank >= int(world_size):
+            return NotPromised(
+                f"the roster of epoch {epoch.number} names nobody for rank {self.rank}: it has {world_size} ranks"
+            )
         if mine != self.incarnation or world_size is None:
             return NotPromised(
                 f"the roster of epoch {epoch.number} names {mine or 'nobody'} for rank {self.rank}, not this process"
@@ -764,6 +851,21 @@ class Member:
         """Close what this member opened. Does not give the rank back; see `leave`."""
         if self._owns_store:
             await self.store.close()
+
+
+def _holder(raw: bytes | None, rank: int, incarnation: str) -> str:
+    """Who holds a rank, for people: machine, process, status, and since when by its own clock."""
+    try:
+        report = Report.decode(raw or b"", rank)
+    except UndecodableReport:
+        report = None
+    if report is None or report.incarnation != incarnation:
+        return f"by a process that does not report ({shown(incarnation)}): its claim lapses with its lease"
+    try:
+        since = f"{datetime.fromtimestamp(int(incarnation[:12], 16) / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError):  # a clock that is thousands of years ahead
+        since = "nobody knows when"
+    return f"by node {shown(report.node)}, pid {report.pid}, {report.status}, since {since}"
 
 
 def _lease_of(raw: bytes | None, rank: int) -> int:

@@ -115,10 +115,12 @@ class Runner:
         member: this rank's side of the barrier.
         host: the engine, behind a host that can kill it.
         clock: time, for tests.
+        spare: whether to wait for as long as another process holds the rank; see `barrier.Member.claim`.
     """
 
-    def __init__(self, member: Member, host: EngineHost, *, clock: Clock | None = None) -> None:
+    def __init__(self, member: Member, host: EngineHost, *, clock: Clock | None = None, spare: bool = False) -> None:
         self._member = member
+        self._spare = spare
         self._host = host
         self._clock: Clock = clock or SystemClock()
         self._instance = member.keys.group
@@ -159,13 +161,14 @@ class Runner:
                 far as it could, and its engine is torn down.
             StoreError: the store could not be reached to begin with. Later outages are waited out.
         """
-        await self._until_leaving(self._member.claim())
+        await self._until_leaving(self._member.claim(spare=True) if self._spare else self._member.claim())
         if self._leaving.is_set():
             await self._clean_up()
             return
         logger.info("instance {}: this is rank {} ({})", self._instance, self._member.rank, self._member.incarnation)
         try:
             async with self._member.heartbeat():
+                await self._tell_whether_wanted()
                 await self._until_leaving(self._serve())
                 if isinstance(self._lost, PartFailed):
                     raise self._lost
@@ -183,6 +186,21 @@ class Runner:
             await asyncio.shield(self._clean_up())
         if self._lost is not None:
             raise self._lost
+
+    async def _tell_whether_wanted(self) -> None:
+        """Say at once where there is nothing to do for this rank: otherwise it would wait, and nobody would know why."""
+        rank = self._member.rank
+        try:
+            size = await self._member.group_size()
+        except StoreError:  # the heartbeats say so
+            return
+        if size is None:
+            logger.info("rank {}: no attempt of {} was ever opened; it waits for rankgate launch", rank, self._instance)
+        elif rank >= size:
+            logger.warning(
+                "rank {}: the last attempt of {} had {} ranks, 0 to {}: this one is surplus until an attempt has more",
+                *(rank, self._instance, size, size - 1),
+            )
 
     async def _until_leaving(self, doing: Coroutine[Any, Any, object]) -> None:
         """Do it until it ends or `stop` is called; raises what it raised."""

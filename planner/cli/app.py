@@ -236,6 +236,13 @@ def runner(
     address: Annotated[
         str, typer.Option("--address", metavar="HOST:PORT", help="Where this rank could coordinate the collective.")
     ] = "",
+    spare: Annotated[
+        bool,
+        typer.Option(
+            "--spare/--no-spare",
+            help="Wait for a rank that others hold for as long as it takes, or end after two leases.",
+        ),
+    ] = True,
     wait_for_store: WaitForStore = 0.0,
     state_file: StateFile = None,
     lease: Lease = None,
@@ -247,6 +254,8 @@ def runner(
     parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
 ) -> None:
     """Run one rank of an instance, or several, until SIGTERM or Ctrl-C; then the rank is given back.
+
+    Where others hold the rank, it says so at once and waits as a spare, which rankgate status shows.
 
     The engine lives in a child process, so that it can be killed whatever it does.
     """
@@ -278,6 +287,7 @@ def runner(
         node=node,
         address=address,
         wait_for_store=wait_for_store,
+        spare=spare,
         state_file=state_file,
     )
     # Engines inherit the environment, and have no business with the server's password.
@@ -459,6 +469,7 @@ def status(
     redis: Redis = None,
     password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
+    everything: Annotated[bool, typer.Option("--all", help="In the list, what was stopped lately, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; times in milliseconds.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again whenever it changes, until Ctrl-C.")] = False,
     verbose: Verbose = 0,
@@ -471,9 +482,11 @@ def status(
     target = _target(redis, namespace, password_file)
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs: choose one of them")
+    if everything and name is not None:
+        raise typer.BadParameter(f"--all is for the list, and {name} is shown whether it was stopped or not: drop one")
     if watch:
-        _finish(run(lambda _: commands.watch(target, name)))
-    _finish(run(lambda _: commands.status(target, name, as_json=as_json), exit_at_sigterm=143))
+        _finish(run(lambda _: commands.watch(target, name, everything=everything)))
+    _finish(run(lambda _: commands.status(target, name, as_json=as_json, everything=everything), exit_at_sigterm=143))
 
 
 @app.command(short_help="Say in one sentence what an instance waits for.")

@@ -18,9 +18,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from barrier import Barrier, Settings, Snapshot, Store, StoreError, SystemClock
+from barrier import Barrier, Settings, Snapshot, Store, StoreError, StoreRefused, SystemClock
 from barrier.errors import RankgateError
-from barrier.keys import Keys
+from barrier.keys import Keys, shown
+from barrier.report import Report
+from barrier.spares import Spare, read_spares, read_surplus
 from planner import InstanceFailed, InstanceSpec, Planner, Policy, explain_instance
 from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import agrees, can_ask, connect_store
@@ -73,11 +75,15 @@ class Seen:
         name: the instance's name.
         record: the desired state; ``None`` where there is none (any more), only an attempt's record.
         snapshot: the barrier's picture.
+        spares: who waits for one of its ranks, as far as that was looked at.
+        surplus: reports of ranks that it does not have, as far as that was looked at.
     """
 
     name: str
     record: InstanceRecord | None
     snapshot: Snapshot
+    spares: tuple[Spare, ...] = ()
+    surplus: tuple[Report, ...] = ()
 
     @property
     def planned(self) -> bool:
@@ -158,7 +164,23 @@ class Seen:
             snapshot=self.snapshot,
             reason=self.explanation,
             changing=self.changing,
+            besides=self.besides,
         )
+
+    @property
+    def besides(self) -> tuple[str, ...]:
+        """A line for each process that is there and that the instance has no use for now."""
+        size = self.snapshot.world_size
+        waiting = [
+            f"spare: node {shown(spare.node)}, pid {spare.pid}, waits for {'any rank' if spare.rank is None else f'rank {spare.rank}'}"
+            f" for {spare.waited_ms / 1000:.0f} s"
+            for spare in self.spares
+        ]
+        beyond = [
+            f"surplus: node {shown(report.node)}, pid {report.pid}, holds rank {report.rank}, and {self.name} has ranks 0 to {size - 1}"
+            for report in self.surplus
+        ]
+        return (*waiting, *beyond)
 
     def as_json(self) -> dict[str, Any]:
         """What ``--json`` prints. Times in milliseconds."""
@@ -196,6 +218,26 @@ class Seen:
                 for view in snapshot.ranks
                 for report in (view.report,)
             ],
+            "spares": [
+                {
+                    "node": spare.node,
+                    "pid": spare.pid,
+                    "incarnation": spare.incarnation,
+                    "rank": spare.rank,
+                    "waited_ms": spare.waited_ms,
+                }
+                for spare in self.spares
+            ],
+            "surplus": [
+                {
+                    "rank": report.rank,
+                    "status": report.status,
+                    "node": report.node,
+                    "pid": report.pid,
+                    "incarnation": report.incarnation,
+                }
+                for report in self.surplus
+            ],
         }
 
 
@@ -229,14 +271,26 @@ class Observer:
         size = record.spec.world_size if record else await self._recorded_size(name)
         return Seen(name, record, await self._barrier(name, size).inspect())
 
-    async def look_at_all(self) -> list[Seen]:
-        """Look at every instance that is not gone, sorted by name."""
+    async def look_at_all(self, *, gone: bool = False) -> list[Seen]:
+        """Look at every instance, sorted by name; at those that are gone only where asked for."""
         records = await self.registry.look()
         return [
-            Seen(name, record, await self._barrier(name, record.spec.world_size).inspect())
+            await self.look_around(Seen(name, record, await self._barrier(name, record.spec.world_size).inspect()))
             for name, record in sorted(records.items())
-            if record.desired != "gone"
+            if gone or record.desired != "gone"
         ]
+
+    async def look_around(self, seen: Seen) -> Seen:
+        """The same, with those who wait for a rank, and those whose rank it does not have."""
+        keys = Keys(self._namespace, seen.name)
+        try:
+            return replace(
+                seen,
+                spares=await read_spares(self._store, keys),
+                surplus=await read_surplus(self._store, keys, seen.snapshot.world_size),
+            )
+        except StoreRefused:  # a user of an ACL file from before there were spares may look at everything else
+            return seen
 
     async def wait(self, seen: Seen, seconds: float) -> None:
         """Wait until something happens to an instance, or the time has passed."""
@@ -526,38 +580,39 @@ async def explain(target: Target, name: str) -> int:
     return 0
 
 
-async def status(target: Target, name: str | None, *, as_json: bool) -> int:
-    """``rankgate status``: every instance, or the ranks of one."""
+async def status(target: Target, name: str | None, *, as_json: bool, everything: bool = False) -> int:
+    """``rankgate status``: every instance, with `everything` also those that were stopped lately, or the ranks of one."""
     console = Console()
     async with target.store() as store, Observer(store, target.namespace) as observer:
         if name is not None:
-            seen = await observer.look(name)
+            seen = await observer.look_around(await observer.look(name))
             if as_json:
                 _print_json(seen.as_json())
             else:
                 console.print(
                     heading(seen.picture),
                     table(rows(seen.picture), width=console.size.width),
+                    *map(Text, seen.besides),
                     Text(seen.explanation),
                     sep="\n",
                 )
             return 0
-        everything = await observer.look_at_all()
+        instances = await observer.look_at_all(gone=everything)
         if as_json:
-            _print_json([seen.as_json() for seen in everything])
+            _print_json([seen.as_json() for seen in instances])
         else:
-            console.print(whole_overview(everything, target.namespace))
+            console.print(whole_overview(instances, target.namespace))
     return 0
 
 
-async def watch(target: Target, name: str | None) -> int:
+async def watch(target: Target, name: str | None, *, everything: bool = False) -> int:
     """``rankgate status --watch``: the same again whenever it changes, until Ctrl-C. Without a terminal, a line a change."""
     console = Console()
     async with target.store() as store, Observer(store, target.namespace) as observer:
         if name is not None:
             await observer.look(name)  # a wrong name is an error before anything is drawn
         if can_draw(console):
-            await _watch_live(console, observer, name, target.namespace)
+            await _watch_live(console, observer, name, target.namespace, gone=everything)
         elif name is not None:
             await _watch_plainly(console, observer, name)
         else:
@@ -565,16 +620,18 @@ async def watch(target: Target, name: str | None) -> int:
     return 0
 
 
-async def _watch_live(console: Console, observer: Observer, name: str | None, namespace: str) -> None:
+async def _watch_live(
+    console: Console, observer: Observer, name: str | None, namespace: str, *, gone: bool = False
+) -> None:
     with Live(console=console, auto_refresh=False, screen=True) as live:
         while True:
             seen: Seen | None = None
             shown: RenderableType
             try:
                 if name is None:
-                    shown = whole_overview(await observer.look_at_all(), namespace)
+                    shown = whole_overview(await observer.look_at_all(gone=gone), namespace)
                 else:
-                    seen = await observer.look(name)
+                    seen = await observer.look_around(await observer.look(name))
                     shown = render(seen.picture, width=console.size.width, height=console.size.height)
             except (StoreError, UnknownInstance) as error:
                 shown = Text(str(error), style="red")
@@ -606,7 +663,13 @@ def overview(everything: list[Seen], namespace: str) -> RenderableType:
         result.add_row(
             seen.name,
             Text(seen.state, style=style),
-            f"{here} of {seen.snapshot.world_size}",
+            ", ".join(
+                [
+                    f"{here} of {seen.snapshot.world_size}",
+                    *([f"{len(seen.spares)} spare"] if seen.spares else []),
+                    *([f"{len(seen.surplus)} surplus"] if seen.surplus else []),
+                ]
+            ),
             str(attempt(seen.snapshot) or "-"),
             seen.record.spec.model.model_id if seen.record else "-",
             leader.holder if leader and seen.planned else "none",

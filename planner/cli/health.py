@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Literal
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from barrier import Barrier, Settings, Store
+from barrier import Barrier, Settings, Store, StoreRefused
 from barrier.errors import RankgateError
 from barrier.keys import Keys
 from barrier.report import Report, UndecodableReport
+from barrier.spares import read_spares
 from planner.cli.process import connect_store
 from planner.registry import Registry
 
@@ -44,6 +45,7 @@ class ProcessState(BaseModel):
         instance: the instance whose ranks it runs; empty for a planner.
         ranks: for each rank that it runs, the incarnation that it runs it as.
         heartbeat: seconds between two beats.
+        spare: the incarnation as which it waits for any free rank; empty where it holds ranks, or waits for one by its number.
         beat: when the process's event loop last turned, by the machine's monotonic clock, in seconds. Containers share it.
     """
 
@@ -54,13 +56,18 @@ class ProcessState(BaseModel):
     pid: int
     instance: str = ""
     ranks: Mapping[int, str] = Field(default_factory=dict[int, str])
+    spare: str = ""
     heartbeat: float = Field(gt=0)
     beat: float = 0.0
 
 
 @asynccontextmanager
-async def keeping_state(path: Path | None, state: ProcessState) -> AsyncGenerator[None]:
+async def keeping_state(path: Path | None, state: ProcessState | Callable[[], ProcessState]) -> AsyncGenerator[None]:
     """Keep the state file of this process, with a beat from the event loop; remove it at the end. ``None`` keeps none.
+
+    Args:
+        path: where.
+        state: who the process is, or who it is now.
 
     Raises:
         OSError: the file cannot be written.
@@ -68,8 +75,9 @@ async def keeping_state(path: Path | None, state: ProcessState) -> AsyncGenerato
     if path is None:
         yield
         return
-    _write(path, state)
-    beating = asyncio.create_task(_beat(path, state))
+    now = state if callable(state) else lambda: state
+    _write(path, now())
+    beating = asyncio.create_task(_beat(path, now))
     try:
         yield
     finally:
@@ -78,11 +86,11 @@ async def keeping_state(path: Path | None, state: ProcessState) -> AsyncGenerato
         _remove(path)
 
 
-async def _beat(path: Path, state: ProcessState) -> None:
+async def _beat(path: Path, state: Callable[[], ProcessState]) -> None:
     while True:
-        await asyncio.sleep(state.heartbeat)
+        await asyncio.sleep(state().heartbeat)
         try:
-            _write(path, state)
+            _write(path, state())
         except OSError as error:  # the process goes on; whoever supervises it sees a beat that is late
             logger.warning("the state file {} is not writable: {}", path, error.strerror or error)
 
@@ -138,11 +146,20 @@ async def runner_health(store: Store, state: ProcessState) -> Health:
     """
     keys = Keys(state.namespace, state.instance)
     said: list[str] = []
+    if state.spare:
+        waits = await _waits(store, keys, state.spare)
+        age = time.monotonic() - state.beat
+        if not waits and age > _LATE * state.heartbeat:  # more may wait than can be seen
+            return Health(False, f"the runner's event loop has not turned for {age:.1f} s, and it holds no rank")
+        return Health(True, f"{state.instance}: waits as a spare for any free rank")
     for rank, incarnation in sorted(state.ranks.items()):
         with store.errors():
             raw = await store.commands.get(keys.rank(rank))
             left = await store.commands.pttl(keys.rank(rank))
         where = f"{state.instance} rank {rank}"
+        if (raw is None or incarnation.encode() not in raw) and await _waits(store, keys, incarnation, rank):
+            said.append(f"{where}: another process holds the rank; this one waits as a spare")
+            continue
         if raw is None:
             return Health(False, f"{where}: no live report; the lease has lapsed or the rank is not claimed yet")
         try:
@@ -155,6 +172,13 @@ async def runner_health(store: Store, state: ProcessState) -> Health:
             return Health(False, f"{where}: Failed: {report.error or 'no reason given'}")
         said.append(f"{where}: {report.status}, {max(left, 0) / 1000:.1f} s of the lease left")
     return Health(bool(said), "; ".join(said) or "this runner holds no rank")
+
+
+async def _waits(store: Store, keys: Keys, incarnation: str, rank: int | None = None) -> bool:
+    try:
+        return any(spare.incarnation == incarnation for spare in await read_spares(store, keys, rank))
+    except StoreRefused:  # a user of an ACL file from before there were spares
+        return False
 
 
 async def planner_health(store: Store, state: ProcessState) -> Health:

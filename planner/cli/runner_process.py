@@ -104,7 +104,10 @@ def _wrong(error: ValueError) -> InvalidSettings:
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """What ``rankgate runner`` was told. `ranks` is ``None`` for any free rank below `world_size`."""
+    """What ``rankgate runner`` was told. `ranks` is ``None`` for any free rank below `world_size`.
+
+    With `spare`, a rank that others hold is waited for as long as it takes.
+    """
 
     instance: str
     ranks: range | None
@@ -116,6 +119,7 @@ class RunnerOptions:
     node: str | None = None
     address: str = ""
     wait_for_store: float = 0.0
+    spare: bool = True
     state_file: Path | None = None
 
 
@@ -129,21 +133,31 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
     options.engine.host(first, options.world_size)  # what is wrong with the engine is said before anything is sent
     store = await connect_store(options.url, options.settings, wait=options.wait_for_store, role="rank")
     try:
-        ranks, incarnation = (options.ranks, None) if options.ranks else await _any_free_rank(options, store)
-        members = [_member(options, store, rank, incarnation) for rank in ranks]
-        runners = [
-            Runner(member, options.engine.host(rank, options.world_size))
-            for rank, member in zip(ranks, members, strict=True)
-        ]
-        state = ProcessState(
-            kind="runner",
-            namespace=options.namespace,
-            pid=os.getpid(),
-            instance=options.instance,
-            ranks={rank: member.incarnation for rank, member in zip(ranks, members, strict=True)},
-            heartbeat=options.settings.heartbeat,
-        )
+        ranks = list(options.ranks or ())
+        members = [_member(options, store, rank, None) for rank in options.ranks or [None]]
+        runners: list[Runner] = []
+
+        def state() -> ProcessState:
+            return ProcessState(
+                kind="runner",
+                namespace=options.namespace,
+                pid=os.getpid(),
+                instance=options.instance,
+                ranks={rank: member.incarnation for rank, member in zip(ranks, members, strict=False)},
+                spare="" if ranks else members[0].incarnation,
+                heartbeat=options.settings.heartbeat,
+            )
+
         async with keeping_state(options.state_file, state), supervised(_work(options, members, runners)):
+            if not ranks:
+                anyone = members[0]
+                ranks.append(await anyone.claim(spare=True) if options.spare else await anyone.claim())
+                # Under the same name it is claimed once more, by a member that has this rank and no other.
+                members[0] = _member(options, store, ranks[0], anyone.incarnation)
+            runners += [
+                Runner(member, options.engine.host(rank, options.world_size), spare=options.spare)
+                for rank, member in zip(ranks, members, strict=True)
+            ]
             await run_all(runners, interrupts)
     finally:
         await store.close()
@@ -153,21 +167,18 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
 def _work(options: RunnerOptions, members: list[Member], runners: list[Runner]) -> Work:
     """What a service manager is told: that every rank is held, what it does, and that its heartbeats go on."""
     return Work(
-        ready=lambda: all(member.trusted for member in members),
-        status=lambda: ", ".join(
-            f"{options.instance} rank {member.report_now.rank}: {runner.status.kind}"
-            for member, runner in zip(members, runners, strict=True)
+        ready=lambda: all(member.trusted or member.waits for member in members),
+        status=lambda: (
+            ", ".join(
+                f"{options.instance} rank {member.report_now.rank}: {runner.status.kind}"
+                for member, runner in zip(members, runners, strict=False)
+                if not member.waits
+            )
+            or f"{options.instance}: waits as a spare"
         ),
         tried=lambda: {f"rank {member.report_now.rank}'s heartbeat": member.beats for member in members},
         patience=2 * options.settings.lease,  # a store that does not answer makes a heartbeat wait for several commands
     )
-
-
-async def _any_free_rank(options: RunnerOptions, store: Store) -> tuple[range, str]:
-    """Claim any rank that is free; returns it and the incarnation that holds it, under which it is claimed once more."""
-    member = _member(options, store, None, None)
-    rank = await member.claim()
-    return range(rank, rank + 1), member.incarnation
 
 
 def _member(options: RunnerOptions, store: Store, rank: int | None, incarnation: str | None) -> Member:

@@ -48,6 +48,7 @@ _NODE_CHARS = 16
 _FRAME_LINES = 3  # the title and the table's head
 _SENTENCE_LINES = 4
 _TEXT_LINES = 4
+_BESIDES_LINES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Picture:
         processes: the runners that this program started; empty where it started none.
         elapsed: seconds since the beginning.
         reason: what the planner says it waits for, where the barrier has nothing to say.
+        besides: a line for each process that waits for a rank, or holds one that the instance does not have.
         changing: whether the attempt in the snapshot is of another spec than is asked for now, so that it is about to be ended.
         text: what was generated so far.
     """
@@ -76,6 +78,7 @@ class Picture:
     elapsed: float | None = None
     reason: str = ""
     changing: bool = False
+    besides: tuple[str, ...] = ()
     text: str = field(default="", repr=False)
 
 
@@ -298,11 +301,13 @@ def heading(picture: Picture) -> Text:
 
 def render(picture: Picture, *, width: int, height: int) -> RenderableType:
     """Everything at once, for a terminal of that size in characters."""
-    room = max(height - _FRAME_LINES - _SENTENCE_LINES - (_TEXT_LINES if picture.text else 0), 3)
+    besides = picture.besides[:_BESIDES_LINES]
+    room = max(height - _FRAME_LINES - _SENTENCE_LINES - len(besides) - (_TEXT_LINES if picture.text else 0), 3)
     shown, hidden = merged(rows(picture), room)
     parts: list[RenderableType] = [
         heading(picture),
         table(shown, hidden, width=width),
+        *(Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in besides),
         Text(
             shortened(sentence(picture), width * (_SENTENCE_LINES - 1)), style="green" if serves(picture) else "yellow"
         ),

@@ -76,6 +76,7 @@ def _program(options: UpOptions, url: str, ranks: range) -> Program:
         *("--engine-config", json.dumps(options.engine_config)),
         *("--log", options.level),
         *("--parent", str(os.getpid())),
+        "--no-spare",  # a rank that somebody else holds is an end, not a wait
     ]
     if options.ranks_per_process > 1:
         arguments.append("--inline-engine")

@@ -298,8 +298,8 @@ class _MortalMember(Member):
         """From here on nothing leaves this process."""
         self._dead = True
 
-    async def claim(self, *, timeout: float | None = None) -> int:  # noqa: ASYNC109  as Member
-        rank = await super().claim(timeout=timeout)
+    async def claim(self, *, timeout: float | None = None, spare: bool = False) -> int:  # noqa: ASYNC109  as Member
+        rank = await super().claim(timeout=timeout, spare=spare)
         self.said_hello.set()
         return rank
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -634,8 +634,9 @@ async def test_a_rank_that_is_taken(tmp_path: Path, store: RealServer) -> None:
     line = ("runner", "--instance", "blue", "--rank", "0", *times)
     async with Command(tmp_path, *line, url=store.url) as first:
         await wait_until(lambda: "this is rank 0" in first.err, "the first to hold the rank", DEADLINE)
-        out, err, code = await run(store.url, *line)
+        out, err, code = await run(store.url, *line, "--no-spare")
         assert (out, code) == ("", 1)
+        assert "held by others: rank 0 by node " in err, "who, from when, at once"
         assert "rankgate: group blue: held by other processes (rank 0: " in err
 
 
@@ -656,12 +657,66 @@ async def test_runners_take_any_rank_that_is_free(tmp_path: Path, store: RealSer
         taken = [re.findall(r"this is rank (\d)", command.err) for command in (one, other)]
         assert sorted(taken) == [["0"], ["1"]]
         assert command_line(one.find("engine-of-rank-")).endswith(f"engine-of-rank-{taken[0][0]}")
-        out, err, code = await run(store.url, *line)
+        out, err, code = await run(store.url, *line, "--no-spare")
         assert (out, code) == ("", 1)
         assert "held by other processes (rank 0: " in err
         one.send(signal.SIGTERM)
         other.send(signal.SIGTERM)
         assert (await one.code(), await other.code()) == (0, 0)
+
+
+@pytest.mark.slow
+async def test_spares_wait_and_are_shown_and_step_in(tmp_path: Path, store: RealServer) -> None:
+    """One for any rank, one for a rank that is held, and one whose rank the instance does not have."""
+    places = {name: tmp_path / name for name in ("day", "any", "second", "beyond")}
+    for place in places.values():
+        place.mkdir()
+    line = ("runner", "--instance", "blue", "--lease", "1.5", "--heartbeat", "0.3")
+    state = str(tmp_path / "state")
+    async with AsyncExitStack() as stack:
+        day = await stack.enter_async_context(operator(places["day"], store.url))
+        await wait_until(
+            lambda: all(f"this is {one}" in day[one].err for one in ("rank 0", "rank 1")),
+            "both ranks to be held",
+            DEADLINE,
+        )
+        waits_for_any = (*line, "--world-size", "2", "--node", "box-7", "--state-file", state)
+        some = await stack.enter_async_context(Command(places["any"], *waits_for_any, url=store.url))
+        await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2")
+        async with (
+            Command(places["second"], *line, "--rank", "0", "--node", "box-8", url=store.url) as second,
+            Command(places["beyond"], *line, "--rank", "4", "--node", "box-9", url=store.url) as beyond,
+        ):
+
+            async def shown() -> bool:
+                told = json.loads((await ask(store.url, "status", "blue", "--json"))[0])
+                return (len(told["spares"]), len(told["surplus"])) == (2, 1)
+
+            await wait_until(shown, "all of them to be shown", DEADLINE)
+            said = (await ask(store.url, "status", "blue"))[0]
+            assert f"spare: node 'box-7', pid {some.process.pid}, waits for any rank for " in said
+            assert f"spare: node 'box-8', pid {second.process.pid}, waits for rank 0 for " in said
+            assert f"surplus: node 'box-9', pid {beyond.process.pid}, holds rank 4, and blue has ranks 0 to 1" in said
+            assert "2 of 2, 2 spare, 1 surplus" in (await ask(store.url, "status"))[0]
+            assert "this process waits as a spare until one is free" in second.err
+            assert f"rank 0 by node {os.uname().nodename!r}, pid {day['rank 0'].process.pid}, " in second.err
+            assert "the last attempt of blue had 2 ranks, 0 to 1: this one is surplus" in beyond.err
+            assert (await ask(store.url, "health", "runner", "--state-file", state))[0] == (
+                "blue: waits as a spare for any free rank\n"
+            )
+            for one in (second, beyond):
+                one.send(signal.SIGTERM)
+                assert await one.process.wait() == 0
+        day["rank 1"].process.kill()
+        await day["rank 1"].process.wait()
+        await wait_until(lambda: "this is rank 1" in some.err, "the spare to step in", DEADLINE)
+        assert (await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2"))[0] == "blue serves\n"
+        assert (await ask(store.url, "health", "runner", "--state-file", state))[0].startswith("blue rank 1: Ready")
+        some.send(signal.SIGTERM)
+        assert await some.process.wait() == 0
+        assert await ask(store.url, "stop", "blue") == ("blue is stopped\n", "")
+        assert "blue" not in (await ask(store.url, "status"))[0]
+        assert re.search(r"blue +stopped", (await ask(store.url, "status", "--all"))[0])
 
 
 @pytest.mark.slow
@@ -689,7 +744,7 @@ async def test_several_ranks_of_one_runner_end_together(tmp_path: Path, store: R
     line = ("runner", "--instance", "blue", "--inline-engine", *times)
     async with Command(tmp_path, *line, "--rank", "1", url=store.url) as first:
         await wait_until(lambda: "this is rank 1" in first.err, "the first to hold the rank", DEADLINE)
-        _, err, code = await run(store.url, *line, "--ranks", "0-2")
+        _, err, code = await run(store.url, *line, "--ranks", "0-2", "--no-spare")
         assert code == 1
         assert "held by other processes (rank 1: " in err
         assert await held_ranks(store, "blue", 3) == [1]

@@ -28,7 +28,8 @@ from barrier import (
 from barrier.acl import AclUser, observer_user, planner_user, rank_user
 from barrier.keys import Keys, NamespaceKeys
 from barrier.scripts import script
-from barrier.testing import ScriptedRank
+from barrier.spares import read_spares, read_surplus
+from barrier.testing import ScriptedRank, wait_until
 from tests.integration.servers import Kind
 from tests.setups.places import Setup, acl
 
@@ -225,6 +226,7 @@ APPEND = ("xadd", "pexpire", "type")
 NEEDED: dict[str, Sequence[str]] = {
     KEYS.rank(MINE): OWN,
     KEYS.claim(MINE): OWN,
+    KEYS.spare(MINE): OWN,
     KEYS.epoch: ("hmget", "type"),
     KEYS.tasks: ("xread", "xrevrange", "type"),
     KEYS.signals: APPEND,
@@ -247,6 +249,7 @@ def every_key() -> list[str]:
     for group in (KEYS, OTHER, ELSEWHERE):
         keys += [group.epoch, group.leader, group.tasks, group.signals, group.events, group.requests]
         keys += [group.out("gen.1"), group.once("load"), *group.ranks(3), *(group.claim(rank) for rank in range(3))]
+        keys += [group.spare(seat) for seat in range(3)]
     return keys
 
 
@@ -289,6 +292,33 @@ async def test_one_user_for_all_ranks_of_a_group_reaches_all_its_ranks_and_no_ot
         for member in members[:2]:
             await member.leave()
         await store.close()
+
+
+@pytest.mark.parametrize("world_size", [None, 2])
+async def test_a_spare_waits_by_a_ranks_rights_and_is_seen_by_an_observers(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, setup: Setup, world_size: int | None
+) -> None:
+    kind: Kind = request.node.callspec.params["setup"]
+    async with acl(kind, tmp_path_factory.mktemp("spare"), world_size=world_size) as made:
+        store, rank = await connect(made.url("ranks" if world_size is None else "rank-1"), settings=LONG), 1
+        observer = await connect(made.url("observer"), settings=LONG)
+        holder = Member(store, "demo", rank=rank)
+        await holder.claim(timeout=0)
+        spare = Member(store, "demo", rank=rank)
+        waiting = asyncio.create_task(spare.claim(spare=True))
+
+        async def seen() -> bool:
+            return [one.incarnation for one in await read_spares(observer, KEYS)] == [spare.incarnation]
+
+        await wait_until(seen, "the spare to be seen", 20)
+        assert [one.rank for one in await read_spares(store, KEYS, rank)] == [rank], "its own health check sees it"
+        assert [report.rank for report in await read_surplus(observer, KEYS, 1)] == [rank]
+        await holder.leave()
+        async with asyncio.timeout(20):
+            assert await waiting == rank
+        await spare.leave()
+        await store.close()
+        await observer.close()
 
 
 async def test_an_observer_changes_nothing_and_reads_neither_prompts_nor_answers(setup: Setup) -> None:

@@ -14,7 +14,7 @@ from loguru import logger
 
 from barrier import Barrier, Member, Settings, Store, StoreRefused, StoreUnavailable, adopt
 from barrier.fitness import Role
-from barrier.testing import FakeStore
+from barrier.testing import FakeStore, wait_until
 from planner.cli import main, process
 from planner.cli.commands import launch_unless_known
 from planner.cli.health import NoState, ProcessState, keeping_state, planner_health, read_state, runner_health
@@ -67,6 +67,27 @@ async def test_a_rank_that_another_process_holds_is_not_well(store: FakeStore, m
     health = await runner_health(adopt(store.client()), state)
     assert not health.good
     assert "another process holds the rank now (node node-0" in health.sentence
+
+
+@pytest.mark.parametrize("rank", [0, None])
+async def test_a_spare_is_well(store: FakeStore, members: list[Member], rank: int | None) -> None:
+    spare = Member(store.client(), "demo", rank=rank, world_size=2)
+    waiting = asyncio.create_task(spare.claim(spare=True))
+    client = adopt(store.client())
+    state = RUNNER.model_copy(
+        update={"spare": spare.incarnation} if rank is None else {"ranks": {rank: spare.incarnation}}
+    )
+
+    async def well() -> bool:
+        return (await runner_health(client, state)).good
+
+    await wait_until(well, "the spare to be seen")
+    assert "waits as a spare" in (await runner_health(client, state)).sentence
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not await well(), "its seat is given back"
+    fresh = state.model_copy(update={"beat": time.monotonic()})
+    assert (await runner_health(client, fresh)).good is (rank is None), "one of many that wait has no seat"
 
 
 async def test_a_failed_engine_is_not_well(store: FakeStore, members: list[Member]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from barrier import Verdict
+from barrier.spares import Spare
 from planner.cli.commands import Seen, overview, unattended, whole_overview
 from planner.cli.report import time_report
 from planner.cli.screen import (
@@ -29,7 +30,7 @@ from planner.cli.show import LiveShow, PlainShow, make_show
 from planner.history import Timeline
 from planner.launcher import ProcessState, Program
 from planner.registry import InstanceRecord
-from tests.unit.planner.pictures import EPOCH, LATER, life, picture, spec
+from tests.unit.planner.pictures import EPOCH, LATER, life, picture, rank, spec
 
 DOCTORED: dict[str, Any] = {"node": "vm", "status_ms": 1_200}
 
@@ -425,6 +426,28 @@ def test_the_list_of_instances() -> None:
         "no instance in namespace blue; launch one with rankgate launch NAME --world-size",
         "N",
     ]
+
+
+def test_who_waits_and_who_is_surplus_is_shown() -> None:
+    report = rank(5, "Idle", node="box-5", pid=9).report
+    assert report is not None
+    spares = (Spare("a", "box-3\x1b[2J", 77, None, 32_400), Spare("b", "box-4", 78, 2, 1_000))
+    seen = replace(seen_as("Ready", "Ready", dispatched=4), spares=spares, surplus=(report,))
+    assert (
+        shown(overview([seen], "rankgate"))[1]
+        == "demo      serving  2 of 2, 2 spare, 1 surplus        1  simulated  planner-a"
+    )
+    lines = shown(render(seen.picture, width=100, height=24), width=100)
+    assert lines[4:7] == [
+        "spare: node 'box-3\\x1b[2J', pid 77, waits for any rank for 32 s",
+        "spare: node 'box-4', pid 78, waits for rank 2 for 1 s",
+        "surplus: node 'box-5', pid 9, holds rank 5, and demo has ranks 0 to 1",
+    ]
+    many = replace(seen, spares=spares * 10)
+    assert len(shown(render(many.picture, width=100, height=24), width=100)) <= 24
+    told = seen.as_json()
+    assert told["spares"][1] == {"node": "box-4", "pid": 78, "incarnation": "b", "rank": 2, "waited_ms": 1_000}
+    assert (told["surplus"][0]["rank"], told["surplus"][0]["pid"]) == (5, 9)
 
 
 def test_json_for_programs() -> None:

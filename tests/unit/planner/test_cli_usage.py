@@ -124,6 +124,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "demo"], "Missing argument 'PROMPT'"),
         (["status", "DEMO", "--redis", NOWHERE], "'DEMO' is not a name"),
         (["status", "--redis", NOWHERE, "--watch", "--json"], "choose one of them"),
+        (["status", "demo", "--redis", NOWHERE, "--all"], "--all is for the list, and demo is shown whether"),
         (["explain", "--redis", NOWHERE], "Missing argument 'INSTANCE'"),
     ],
 )
