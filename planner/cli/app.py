@@ -25,6 +25,7 @@ from planner.cli.options import (
     Heartbeat,
     HoldBack,
     InstanceFile,
+    LaunchedName,
     Layers,
     Lease,
     MaxTokens,
@@ -349,7 +350,7 @@ def planner(
 
 @app.command(short_help="Ask for an instance to be up.")
 def launch(
-    name: AnyName = None,
+    name: LaunchedName = None,
     world_size: AnyWorldSize = None,
     file: Annotated[
         Path | None,

@@ -132,16 +132,31 @@ class Seen:
     @property
     def explanation(self) -> str:
         """One sentence on what it waits for."""
+        return self.said if self.planned or not self.wanted else f"{self.said}; {_NOBODY_PLANS}"
+
+    @property
+    def said(self) -> str:
+        """The same, whether or not a planner looks after it."""
         if self.record is not None and self.record.failure:
             return self.record.failure
         epoch = self.snapshot.epoch
         if self.changing and epoch is not None:
-            said = (
+            return (
                 f"{self.name}: attempt {epoch.ordinal} still has the spec before; it is ended, and the next one begins"
             )
-        else:
-            said = explain_instance(self.snapshot)
-        return said if self.planned or not self.wanted else f"{said}; {_NOBODY_PLANS}"
+        if epoch is None and self.state == "stopped":
+            return f"{self.name} was stopped before any attempt was opened"
+        return explain_instance(self.snapshot, wanted=self.record is not None and self.record.desired == "up")
+
+    @property
+    def told(self) -> str:
+        """The explanation, and what to do where nothing is waited for."""
+        again = f"rankgate launch {self.name}"
+        if self.record is not None and self.record.failure:
+            return f"{self.explanation}. Nothing is waited for: when that is mended, {again} brings it up again"
+        if self.state == "stopped":
+            return f"{self.explanation}; nothing is waited for, and {again} brings it up again"
+        return self.explanation
 
     @property
     def wanted(self) -> bool:
@@ -162,7 +177,7 @@ class Seen:
                 *([f"{spec.model.model_id}, {spec.model.total_layers} layers"] if spec else []),
             ),
             snapshot=self.snapshot,
-            reason=self.explanation,
+            reason=self.told,
             changing=self.changing,
             besides=self.besides,
         )
@@ -265,10 +280,10 @@ class Observer:
         for barrier in self._barriers.values():
             await barrier.close()
 
-    async def look(self, name: str) -> Seen:
+    async def look(self, name: str, *, advice: str = "") -> Seen:
         """Look at one instance. Raises `UnknownInstance` where there is neither a desired state nor an attempt's record."""
         record = await self.registry.get(name)
-        size = record.spec.world_size if record else await self._recorded_size(name)
+        size = record.spec.world_size if record else await self._recorded_size(name, advice)
         return Seen(name, record, await self._barrier(name, size).inspect())
 
     async def look_at_all(self, *, gone: bool = False) -> list[Seen]:
@@ -302,14 +317,14 @@ class Observer:
             self._barriers[key] = Barrier(self._store, name, world_size=world_size, namespace=self._namespace)
         return self._barriers[key]
 
-    async def _recorded_size(self, name: str) -> int:
+    async def _recorded_size(self, name: str, advice: str) -> int:
         with self._store.errors():
             found = await self._store.commands.hget(Keys(self._namespace, name).epoch, "world_size")
         if found is None:
             known = ", ".join(sorted(await self.registry.look())) or "no others"
             raise UnknownInstance(
                 f"there is no instance {name} in namespace {self._namespace}, where there are {known}. "
-                f"Launch it with rankgate launch {name} --world-size N"
+                + (advice or f"Launch it with rankgate launch {name} --world-size N")
             )
         return int(found)
 
@@ -439,7 +454,7 @@ async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) ->
 async def stop(target: Target, name: str, *, seconds: float) -> int:
     """``rankgate stop``: ask for the end of an instance, and wait until every rank has torn down."""
     async with target.store() as store, Observer(store, target.namespace) as observer:
-        seen = await observer.look(name)
+        seen = await observer.look(name, advice="Nothing is stopped: check the name and --namespace")
         record = seen.record
         if record is not None and record.desired != "gone":
             await observer.registry.stop(record)
@@ -458,7 +473,8 @@ async def _until_serving(observer: Observer, name: str, seconds: float) -> None:
             raise InstanceFailed(f"{name} was stopped before it was ready")
         return seen.serving
 
-    await _until(observer, name, seconds, serves, "was not ready")
+    stays = f"that was the --timeout of this command: {name} stays launched, and is taken up by itself"
+    await _until(observer, name, seconds, serves, "was not ready", stays)
 
 
 async def _until_stopped(observer: Observer, name: str, seconds: float) -> None:
@@ -470,8 +486,18 @@ async def _until_stopped(observer: Observer, name: str, seconds: float) -> None:
     await _until(observer, name, seconds, stopped, "did not stop")
 
 
-async def _until(observer: Observer, name: str, seconds: float, reached: Callable[[Seen], bool], missed: str) -> None:
+async def _until(
+    observer: Observer, name: str, seconds: float, reached: Callable[[Seen], bool], missed: str, then: str = ""
+) -> None:
     """Look until an instance is where it shall be, and tell on stderr what it waits for whenever that changes.
+
+    Args:
+        observer: who looks.
+        name: at which instance.
+        seconds: how long.
+        reached: whether it is there.
+        missed: what to say where it is not, in time.
+        then: what that means.
 
     Raises:
         InstanceFailed: the time has passed; with the explanation.
@@ -482,7 +508,7 @@ async def _until(observer: Observer, name: str, seconds: float, reached: Callabl
     while not reached(seen := await observer.look(name)):
         waited = clock.now() - began
         if waited >= seconds:
-            raise InstanceFailed(f"{name} {missed} within {seconds:g} s: {_waits_for(seen)}")
+            raise InstanceFailed(f"{name} {missed} within {seconds:g} s: {_waits_for(seen, then)}")
         key = sentence_key(seen.picture), seen.planned
         if key != told and waited >= TICK:  # what is over sooner is not worth a line
             print(_waits_for(seen), file=sys.stderr, flush=True)
@@ -490,9 +516,9 @@ async def _until(observer: Observer, name: str, seconds: float, reached: Callabl
         await observer.wait(seen, min(seconds - waited, TICK))
 
 
-def _waits_for(seen: Seen) -> str:
-    said = sentence(seen.picture)
-    return said if seen.planned or said.endswith(_NOBODY_PLANS) else f"{said}; {_NOBODY_PLANS}"
+def _waits_for(seen: Seen, then: str = "") -> str:
+    said = sentence(replace(seen.picture, reason=seen.said))
+    return "; ".join([said, *([then] if then else []), *([] if seen.planned else [_NOBODY_PLANS])])
 
 
 async def generate(target: Target, name: str, prompt: str, *, max_tokens: int, seconds: float) -> int:
@@ -576,7 +602,7 @@ async def race() -> int:
 async def explain(target: Target, name: str) -> int:
     """``rankgate explain``: one sentence."""
     async with target.store() as store, Observer(store, target.namespace) as observer:
-        print((await observer.look(name)).explanation)
+        print((await observer.look(name)).told)
     return 0
 
 
@@ -593,7 +619,7 @@ async def status(target: Target, name: str | None, *, as_json: bool, everything:
                     heading(seen.picture),
                     table(rows(seen.picture), width=console.size.width),
                     *map(Text, seen.besides),
-                    Text(seen.explanation),
+                    Text(seen.told),
                     sep="\n",
                 )
             return 0

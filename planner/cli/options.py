@@ -146,6 +146,10 @@ AnyName: TypeAlias = Annotated[
         metavar="[INSTANCE]", callback=_name_or_none, help="One instance's ranks; all instances without it."
     ),
 ]
+LaunchedName: TypeAlias = Annotated[
+    str | None,
+    typer.Argument(metavar="[INSTANCE]", callback=_name_or_none, help="The instance's name; or pass --file."),
+]
 NameOption: TypeAlias = Annotated[
     str, typer.Option("--instance", metavar="NAME", callback=_name, help="The instance's name.")
 ]

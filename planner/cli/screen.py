@@ -144,7 +144,11 @@ def _row(view: RankView, process: ProcessState | None, picture: Picture, waited_
         layers = (0, picture.layers)
     else:
         status = report.status
-        layers = report.progress or (picture.layers if status in _LOADED else 0, picture.layers)
+        layers = (picture.layers if status in _LOADED else 0, picture.layers)
+        if report.progress and status == "Running":
+            notes.append(f"{report.progress[0]} of {report.progress[1]} tokens")
+        elif report.progress:
+            layers = report.progress
         if report.error:
             notes.append(report.error)
     if waited_for:

@@ -607,6 +607,7 @@ async def test_a_launch_that_nobody_carries_out_says_what_is_missing_and_can_be_
     assert last.startswith(
         "rankgate: blue was not ready within 1 s: blue: no attempt has been opened; 2 of 2 ranks not here"
     )
+    assert "that was the --timeout of this command: blue stays launched, and is taken up by itself" in last
     assert last.endswith("no planner looks after it: start one with rankgate planner")
     assert len(told) == 1, "and it said so when it began to wait, once"
 
@@ -622,9 +623,11 @@ async def test_an_instance_that_nobody_launched(store: RealServer, command: list
     arguments = [*command, "nobody", *(["hello"] if command == ["generate"] else [])]
     out, err, code = await run(store.url, *arguments)
     assert (out, code) == ("", 1)
+    advice = "Launch it with rankgate launch nobody --world-size N"
+    if command == ["stop"]:
+        advice = "Nothing is stopped: check the name and --namespace"
     assert err == (
-        "rankgate: there is no instance nobody in namespace rankgate, where there are no others. Launch it with "
-        "rankgate launch nobody --world-size N\n"
+        f"rankgate: there is no instance nobody in namespace rankgate, where there are no others. {advice}\n"
     )
 
 

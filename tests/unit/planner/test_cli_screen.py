@@ -94,6 +94,14 @@ def test_serving_with_a_text() -> None:
     ]
 
 
+def test_the_layers_of_a_rank_that_generates_stay_and_its_tokens_are_a_note() -> None:
+    seen = look("Running", "Running", dispatched=4, ranks={0: {"progress": (3, 64)}})
+    assert shown(render(seen, width=80, height=24))[2:4] == [
+        "   0  vm    100  Running     ██████████ 16/16  5.0 s  3 of 64 tokens",
+        "   1  vm    101  Running     ██████████ 16/16  5.0 s",
+    ]
+
+
 def test_before_anything_is_known() -> None:
     seen = Picture(
         "demo", 2, 16, processes=(process(0), process(1, phase="pausing", pid=None)), reason="not looked yet"
@@ -374,6 +382,45 @@ def test_an_instance_that_nobody_plans_says_so() -> None:
     said = seen_as("Idle", "-", leads=0).explanation
     assert said.endswith("; no planner looks after it: start one with rankgate planner")
     assert seen_as("Idle", "Idle", failure="rank 1 is hopeless", leads=0).explanation == "rank 1 is hopeless"
+
+
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [
+        (
+            seen_as("Idle", "-", verdict=Verdict.aborted("rank 1 left", 1)),
+            (
+                "demo, attempt 1 ended: rank 1 left; waiting for 1 of 2 ranks to come: rank 1. Start the missing runners; demo is "
+                "taken up by itself then"
+            ),
+        ),
+        (
+            seen_as("Idle", "Idle", verdict=Verdict.aborted("rank 1 left", 1)),
+            "demo, attempt 1 ended: rank 1 left; all 2 ranks are here, and the next attempt begins after a pause",
+        ),
+        (
+            seen_as("Idle", "-", verdict=Verdict.stopped()),  # and launched anew
+            (
+                "demo, attempt 1 was stopped; waiting for 1 of 2 ranks to come: rank 1. Start the missing runners; demo is taken up "
+                "by itself then"
+            ),
+        ),
+        (
+            seen_as("-", "-", opened=False, desired="gone"),
+            "demo was stopped before any attempt was opened; nothing is waited for, and rankgate launch demo brings it up again",
+        ),
+        (
+            seen_as("Idle", "Idle", failure="demo is given up"),
+            "demo is given up. Nothing is waited for: when that is mended, rankgate launch demo brings it up again",
+        ),
+        (
+            seen_as("Idle", "Idle", verdict=Verdict.stopped(), desired="gone"),
+            "demo, attempt 1: Stopped: stop was asked for; nothing is waited for, and rankgate launch demo brings it up again",
+        ),
+    ],
+)
+def test_what_happened_what_is_waited_for_and_what_to_do_are_told_in_this_order(seen: Seen, told: str) -> None:
+    assert seen.told == told
 
 
 def test_an_instance_that_serves_and_that_nobody_plans_says_so_too() -> None:

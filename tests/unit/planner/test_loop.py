@@ -364,6 +364,54 @@ async def test_a_rank_that_stays_away_is_waited_for_and_taken_up_again_when_it_c
         assert not instance.state.overdue
 
 
+async def test_a_planner_that_takes_over_while_a_rank_is_away_takes_the_instance_up_when_it_comes(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner("b") as second:
+        async with made.planner("a") as first:
+            instance = await made.run(first.launch(made.spec))
+            await made.kill(1)
+            await made.until(lambda: instance.state.overdue, "the first planner to say that it takes long")
+        running = asyncio.create_task(second.run())
+        await made.until(lambda: second.instances and second.instances["demo"].overdue, "the second one to say so too")
+        assert "rank 1 fell silent" in second.instances["demo"].reason, "what happened is not forgotten"
+        made.start(1)
+        await made.until(lambda: second.instances["demo"].serving, "the second planner to take it up")
+        running.cancel()
+
+
+async def test_an_instance_of_which_all_ranks_are_away_is_taken_up_when_they_come(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    async with cluster(store, clock, 2) as made, made.planner(policy=Policy(max_failures=1)) as planner:
+        instance = await made.run(planner.launch(made.spec))
+        for rank in range(2):
+            await made.kill(rank)
+        await made.until(lambda: instance.state.overdue, "the planner to say that it takes long")
+        assert "rank 0, rank 1 did not come within 120 s" in instance.state.reason
+        made.start_all()
+        await serves(made, instance)
+
+
+async def test_an_absence_neither_costs_nor_gives_back_what_failures_cost(store: FakeStore, clock: ManualClock) -> None:
+    policy = Policy(max_failures=1, backoff_base=0.01, backoff_cap=0.01)
+    async with cluster(store, clock, 2) as made, made.planner(policy=policy) as planner:
+        made.scripts[1].fail("load", "the cable is loose")
+        made.scripts[0].hold("warm_up")
+        instance = await made.run(planner.launch(made.spec, wait=False))
+        await made.until(lambda: len(made.epochs()) == 2 and "WarmingUp" in made.statuses, "the second attempt")
+        await made.stop(1)
+        await made.until(lambda: instance.state.overdue, "the planner to say that it takes long")
+        made.scripts[0].let("warm_up")
+        made.scripts[1].fail("load", "the cable is loose again")
+        made.start(1)
+        with pytest.raises(
+            InstanceFailed, match="given up after 2 failed attempts in a row .each time by rank 1.*loose again"
+        ):
+            await made.run(instance.ready())
+        assert len(made.verdicts()) == 3
+
+
 async def test_a_rank_that_stays_away_for_longer_than_the_limit_ends_the_instance(
     store: FakeStore, clock: ManualClock
 ) -> None:
