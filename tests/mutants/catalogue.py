@@ -827,8 +827,8 @@ PLANNERS: tuple[Mutation, ...] = (
         "L3",
         Edit(
             _DECIDE,
-            "    if silent:\n        first = silent[0]\n        many",
-            "    if False:\n        first = silent[0]\n        many",
+            "    if silent:\n        return _abort",
+            "    if False:\n        return _abort",
         ),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
@@ -880,6 +880,43 @@ PLANNERS: tuple[Mutation, ...] = (
             "    culprit = UNATTRIBUTED if epoch.verdict.culprit is None else epoch.verdict.culprit",
             "    culprit = UNATTRIBUTED",
         ),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "absence-without-end",
+        "ranks that are away are waited for without an end, unless a limit is set",
+        "L7",
+        Edit(
+            _DECIDE, "    ends = FOREVER if limit is None else began + limit", "    ends = began + (limit or patience)"
+        ),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "absence-limit",
+        "a limit for absence that was set ends the instance",
+        "L4",
+        Edit(_DECIDE, "    if now >= ends:\n        reason = (", "    if False:\n        reason = ("),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "absence-free",
+        "a rank that went away has not failed",
+        "L7",
+        Edit(_RECOVERY, "    if epoch.verdict.code in (ABSENT, LOST):", "    if False:"),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "lost-process",
+        "a rank that comes back as another process after it fell silent has failed",
+        "L4",
+        Edit(_RECOVERY, "    if sum(back) * 2 <= len(back):", "    if True:"),
+        (DECISIONS,),
+    ),
+    Mutation(
+        "lost-link",
+        "a rank that comes back as the same process was only cut off",
+        "L7",
+        Edit(_RECOVERY, "    if sum(back) * 2 <= len(back):", "    if False:"),
         (DECISIONS,),
     ),
     Mutation(
