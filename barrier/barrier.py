@@ -457,7 +457,7 @@ class Barrier:
 
     def _subscribe(self, snapshot: Snapshot) -> Subscription:
         if self._kept is None:  # keeps the reader going between waits
-            self._kept = self._wakeups.subscribe(self.keys.signals, snapshot.signals_end)
+            self._kept = self._wakeups.keep(self.keys.signals, snapshot.signals_end)
         return self._wakeups.subscribe(self.keys.signals, snapshot.signals_end)
 
     async def _gate(

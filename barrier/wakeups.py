@@ -76,11 +76,11 @@ def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
 class Subscription:
     """The hints of one stream, in order, since it was subscribed to."""
 
-    def __init__(self, wakeups: Wakeups, key: str, clock: Clock) -> None:
+    def __init__(self, wakeups: Wakeups, key: str, clock: Clock, buffered: int = _BUFFERED) -> None:
         self._wakeups = wakeups
         self._key = key
         self._clock = clock
-        self._hints: deque[Hint] = deque(maxlen=_BUFFERED)
+        self._hints: deque[Hint] = deque(maxlen=buffered)
         self._arrived = asyncio.Event()
 
     async def __aenter__(self) -> Subscription:
@@ -144,12 +144,22 @@ class Wakeups:
         """How far a stream was read."""
         return self._cursors.get(key, (0, 0))
 
+    def keep(self, key: str, start: str) -> Subscription:
+        """Keep a stream being read, from `start` on, between those who wait for its hints; holds none itself."""
+        return self._subscribe(key, start, Subscription(self, key, self._clock, buffered=0))
+
     def subscribe(self, key: str, start: str) -> Subscription:
         """Wait for the hints of a stream that come after the id `start` (never ``$``: take it from the picture looked at).
 
         Where the stream is being read already, hints past `start` that others were given before are given again.
         """
-        subscription = Subscription(self, key, self._clock)
+        return self._subscribe(key, start, Subscription(self, key, self._clock))
+
+    def kept(self, key: str) -> int:
+        """How many hints of a stream are held for those who looked before these came: at most those of one lease."""
+        return len(self._recent.get(key, ()))
+
+    def _subscribe(self, key: str, start: str, subscription: Subscription) -> Subscription:
         known = self._subscriptions.setdefault(key, set())
         known.add(subscription)
         if len(known) == 1 or parse_id(start) < self._origins[key]:
@@ -163,7 +173,7 @@ class Wakeups:
     def rewind(self, key: str, to: tuple[int, int]) -> None:
         """Set a stream's cursor and ask anew. What was read before is read again, or is gone from the stream."""
         self._cursors[key] = self._origins[key] = to
-        self._recent[key] = deque(maxlen=_BUFFERED)
+        self._recent[key] = deque()
         self._restart(self._store.place_of(key))
 
     async def unsubscribe(self, key: str, subscription: Subscription) -> None:
@@ -252,8 +262,15 @@ class Wakeups:
                 hint = decode_hint(entry_id, fields)
                 if key in self._cursors:
                     self._cursors[key] = hint.id
-                    self._recent[key].append(hint)
+                    self._remember(key, hint)
                 self._push(key, hint)
+
+    def _remember(self, key: str, hint: Hint) -> None:
+        """Hold a hint for whoever looked before it came. Who looked longer ago than a lease has the stream read again instead."""
+        recent, oldest = self._recent[key], hint.id[0] - round(self._store.settings.lease * 1000)
+        recent.append(hint)
+        while len(recent) > _BUFFERED or recent[0].id[0] < oldest:
+            self._origins[key] = recent.popleft().id
 
     def _push(self, key: str, hint: Hint) -> None:
         for subscription in self._subscriptions.get(key, ()):

@@ -177,7 +177,6 @@ class InstanceLoop:
                 if not pause:
                     logger.warning("instance {}: {}", self._record.spec.name, error)
                 self._memory = hold(self._memory, str(error), self._clock.now(), self._settings)
-                self._lead_at = float("-inf")
                 known = isinstance(error, StoreRefused | StoreUnsuitable)
                 why = "the store cannot be used now" if known else "the store does not answer"
                 self._publish(replace(self.state, reason=f"{why}: {error}"))

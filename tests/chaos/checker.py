@@ -244,6 +244,7 @@ def judge_verdicts(
 
 _KINDS = (
     ("fell silent", "a rank fell silent"),
+    (" left: ", "a rank left"),
     ("restarted", "a rank was restarted"),
     ("died", "an engine died"),
     ("ordered to", "an engine failed"),

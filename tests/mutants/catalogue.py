@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.harness import (
+    BOUNDS,
     DECISIONS,
     EXHAUSTIVE,
     JUDGE,
@@ -67,6 +68,17 @@ def _restore_needs(what: str, old: str, new: str, guard: str, model: Edit | None
 
 
 SCRIPTS: tuple[Mutation, ...] = (
+    Mutation(
+        "hint-cap",
+        "the planner's hints and history are capped, also where no rank writes any",
+        "S10",
+        Edit(
+            _PRELUDE,
+            "local added = redis.pcall('XADD', key, 'MAXLEN', '~', cap, '*', ...)",
+            "local added = redis.pcall('XADD', key, '*', ...)",
+        ),
+        (BOUNDS,),
+    ),
     # --- which epoch ------------------------------------------------------------------------------------------------------
     Mutation(
         "epoch-nonce",
@@ -771,6 +783,17 @@ RANKS: tuple[Mutation, ...] = (
 )
 
 PLANNERS: tuple[Mutation, ...] = (
+    Mutation(
+        "outage-hold",
+        "after an outage every rank has one lease to say that it lives",
+        "L6",
+        Edit(
+            _LOOP,
+            "                self._memory = hold(self._memory, str(error), self._clock.now(), self._settings)\n",
+            "",
+        ),
+        (BOUNDS,),
+    ),
     Mutation(
         "break-failed",
         "a rank that failed ends the attempt for all",

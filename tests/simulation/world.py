@@ -136,7 +136,7 @@ class World:
             name="sim", world_size=self.world_size, model=ModelSpec(model_id="simulated", total_layers=2)
         )
         self.policy = Policy(
-            assemble_timeout=300,
+            assemble_timeout=2,  # shorter than many a rank stays away: that alone gives nothing up
             connect_stall=15,
             load_stall=15,
             warmup_stall=15,
@@ -324,6 +324,8 @@ class World:
         """Whether an instance that is not up was rightly given up: within the limits of its policy, and the named rank did fail."""
         self.oracle.say(f"gave up: {sentence}")
         self.gave_up = sentence
+        if "did not come within" in sentence:
+            raise Breach(f"L7: ranks that were only away are waited for, however long that takes: {sentence}")
         named = [int(rank) for rank in re.findall(r"rank (\d+)", sentence)]
         if self.hopeless is not None and self.hopeless in named:
             return

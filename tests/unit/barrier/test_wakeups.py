@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
-from barrier import Barrier, Store, Wake, adopt, all_ranks
+from barrier import Barrier, Settings, Store, Wake, adopt, all_ranks
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank
 from barrier.wakeups import Hint, Wakeups, decode_hint, parse_id
 from tests.unit.barrier.group import Group
@@ -207,6 +207,35 @@ async def test_after_a_stream_went_back_old_hints_do_not_hide_new_ones(
     fresh = wakeups.subscribe(STREAM, "300-0")
     await send(sender, "Connected", place="301-0")
     assert statuses(await clock.run(fresh.next(1))) == ["Connected"]
+
+
+async def test_of_many_attempts_no_more_hints_are_held_than_come_in_one_lease(
+    wakeups: Wakeups, sender: Redis, clock: ManualClock
+) -> None:
+    lease_ms = round(Settings().lease * 1000)
+    subscription = wakeups.keep(STREAM, "0-0")
+    for number in range(40):  # an attempt a second, and some hints each
+        for rank in range(4):
+            await send(sender, "Idle", place=f"{1_000_000 + 1_000 * number}-{rank}")
+        await clock.advance(0.0)
+    assert wakeups.cursor(STREAM) == (1_039_000, 3)
+    assert wakeups.kept(STREAM) == 4 * (lease_ms // 1_000 + 1)
+    assert await subscription.next(0) == [], "what only keeps the stream being read holds none"
+
+
+async def test_who_looked_longer_ago_than_a_lease_misses_no_hint_that_the_stream_still_has(
+    wakeups: Wakeups, sender: Redis, clock: ManualClock
+) -> None:
+    wakeups.keep(STREAM, "0-0")
+    for second in (10, 11, 1_000):
+        await send(sender, f"At{second}", place=f"{second * 1_000}-0")
+        await clock.advance(0.0)
+    assert wakeups.kept(STREAM) == 1
+    for start, missed in {"10000-0": ["At11", "At1000"], "11000-0": ["At1000"], "1000000-0": []}.items():
+        late = wakeups.subscribe(STREAM, start)
+        await clock.advance(0.0)
+        assert statuses(await clock.run(late.next(1))) == missed, start
+        await late.close()
 
 
 async def test_the_last_waiter_ends_the_reading(store: FakeStore, wakeups: Wakeups, clock: ManualClock) -> None:
