@@ -243,6 +243,7 @@ class Barrier:
             status=status,
             steps=[valid_step(step) for step in steps],
             world_size=await self._size(),
+            floor=self._floor,
             ordinal=ordinal,
             digest=valid_digest(digest),
             notes=notes,
@@ -303,7 +304,7 @@ class Barrier:
         """
         await self.store.verify()
         cursor = self._kept.cursor if self._kept is not None else (0, 0)
-        snapshot = await scripts.inspect(self.store, self.keys, world_size=await self._size())
+        snapshot = await scripts.inspect(self.store, self.keys, world_size=await self._size(), floor=self._floor)
         self._floor = max(self._floor, snapshot.floor)
         if snapshot.epoch is not None:
             self._adopt(snapshot.epoch.id, seen_n=snapshot.applied)

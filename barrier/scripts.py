@@ -53,6 +53,9 @@ READ_ONLY = ("check", "inspect")
 """Verbs that write nothing: sent as such where the server knows how, so that they need no right to write."""
 
 VERBS = ("lead", "open", "restore", "dispatch", "check", "conclude", "inspect")
+DAY_MS = 86_400_000
+"""How far above the store's clock an epoch's number may be that no planner is known to have given; as in lua/prelude.lua."""
+
 _HINTS = 2_000
 """Hints taken in one read."""
 
@@ -228,13 +231,21 @@ async def restore(
     status: str,
     steps: Sequence[str],
     world_size: int,
+    floor: int,
     ordinal: int,
     digest: str,
     notes: str,
 ) -> RestoreOutcome:
     """Write a lost record back, if all ranks agree on epoch, status and log position."""
     args = _under(leadership) | _caps(store.settings, "signal", "event") | _naming(epoch)
-    args |= {"status": status, "steps": ",".join(steps), "ordinal": ordinal, "digest": digest or "-", "notes": notes}
+    args |= {
+        "known_number": floor,
+        "status": status,
+        "steps": ",".join(steps),
+        "ordinal": ordinal,
+        "digest": digest or "-",
+        "notes": notes,
+    }
     words = _words(await _run(store, "restore", _named(keys) | {"rank": _rank_keys(keys, world_size)}, args))
     match words:
         case ["RESTORED", number, nonce, attempt]:
@@ -375,15 +386,26 @@ async def conclude(
             return _refusal("conclude", words, Superseded, Fenced, Unknown)
 
 
-async def inspect(store: Store, keys: Keys, *, world_size: int) -> Snapshot:
-    """Read one consistent picture."""
+async def inspect(store: Store, keys: Keys, *, world_size: int, floor: int = 0) -> Snapshot:
+    """Read one consistent picture. A rank that says an epoch's number that nobody can have given it is shown without its report.
+
+    Args:
+        store: the store.
+        keys: the group's.
+        world_size: how many ranks to look at.
+        floor: the highest number of an epoch that the caller knows to have been given.
+    """
     named = {"epoch": keys.epoch, "leader": keys.leader, "tasks": keys.tasks, "signals": keys.signals}
     reply = await _run(store, "inspect", named | {"rank": _rank_keys(keys, world_size)}, {})
     now_ms = int(reply[0])
     leader, leader_left_ms = _leader(_fields(reply[2]), now_ms)
-    views = [_view(rank, raw, int(left)) for rank, (raw, left) in enumerate(zip(reply[5::2], reply[6::2], strict=True))]
     epoch, unreadable = _record(_fields(reply[1]), world_size)
     number, n = _words([reply[3]])[0].split("-")
+    highest = max(now_ms + DAY_MS, epoch.id.number if epoch else 0, int(number), floor)
+    views = [
+        _believed(_view(rank, raw, int(left)), now_ms, highest)
+        for rank, (raw, left) in enumerate(zip(reply[5::2], reply[6::2], strict=True))
+    ]
     return Snapshot(
         group=keys.group,
         world_size=world_size,
@@ -473,6 +495,21 @@ def _view(rank: int, raw: bytes, left_ms: int) -> RankView:
         return RankView(rank, Report.decode(raw[: MAX_REPORT_BYTES + 1], rank), max(left_ms, 0))
     except UndecodableReport as error:
         return RankView(rank, None, 0, str(error))
+
+
+def _believed(view: RankView, now_ms: int, highest: int) -> RankView:
+    """The view, without a report that says a higher number than this: nobody is to adopt it, and people are told whose it is."""
+    report = view.report
+    said = 0 if report is None else max(report.floor, report.epoch.number if report.epoch else 0)
+    if said <= highest:
+        return view
+    return RankView(
+        view.rank,
+        None,
+        0,
+        f"rank {view.rank}: its report names epoch {said}, {(said - now_ms) / DAY_MS:,.0f} days above the store's clock: no planner "
+        "can have given that, so it counts for nothing; restart that runner",
+    )
 
 
 def _record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord | None, str]:

@@ -6,7 +6,8 @@
 --
 -- The number is above everything that the record, the caller, any report or the log has seen, and above the store's clock; the
 -- nonce tells two epochs apart even if a store that went back issues one number twice. Repeating the call with one nonce is
--- harmless. DISAGREE: a rank was configured for another model or world size (its digest is not the caller's).
+-- harmless. DISAGREE: a rank was configured for another model or world size (its digest is not the caller's). A rank that says a
+-- number that nobody can have given it counts as missing: see `highest_epoch`.
 
 local term, holder, nonce, floor, ordinal, digest, notes, record_ms, log_cap, signal_cap, event_cap = unpack(ARGV)
 local FIRST_RANK = 6
@@ -35,13 +36,14 @@ local world_size = #KEYS - FIRST_RANK + 1
 local incarnations, missing, disagree = {}, {}, { 'DISAGREE' }
 local log_number = log_end(KEYS[3])
 local number = math.max((tonumber(record[1]) or 0) + 1, tonumber(floor) + 1, log_number + 1, server_ms())
+local highest = highest_epoch(number - 1)
 for rank = 0, world_size - 1 do
   local report = reports[rank + 1]
   local epoch, incarnation, _, _, rank_floor, rank_digest
   if report then
     epoch, incarnation, _, _, rank_floor, rank_digest = parse_report(report)
   end
-  if not epoch or rank_floor >= INEXACT then -- no report of ours holds such a number
+  if not epoch or math.max(rank_floor, number_of(epoch)) > highest then
     missing[#missing + 1] = rank
   else
     incarnations[rank + 1] = incarnation

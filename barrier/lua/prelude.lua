@@ -3,6 +3,7 @@
 local ROSTER_CHUNK = 64 -- incarnations in one roster field, so that a rank reads 64 of them and not 4,096
 local INCARNATION_WIDTH = 28
 local APPLIED_WIDTH = 10
+local DAY_MS = 86400000
 local SLICE = 2000 -- keys in one MGET; Lua's stack holds 8,000
 
 -- Milliseconds: Lua numbers are doubles, and tostring would shorten microseconds.
@@ -62,6 +63,14 @@ local function not_current(record, number, nonce)
     return { 'ABORTED', record.verdict }
   end
   return nil
+end
+
+-- The highest number of an epoch that a rank can have promised: one that planners are known to have given (`...`: by the record, the
+-- log, the caller), or else one that the clock may have given. A rank that says a higher one counts as missing, and nobody adopts it:
+-- where it wrote 2^53 there would be no number left. A day is more than any mistake about time zones or summer time; a clock that
+-- was ahead by more, and was set back, is known by the numbers that it gave.
+local function highest_epoch(...)
+  return math.max(server_ms() + DAY_MS, ...)
 end
 
 -- What the verbs need of the record, in one read; or an error reply. With a world size, its roster as well, chunk by chunk (see
@@ -188,6 +197,10 @@ local function missing_ranks(record, roster, first_key, first_rule)
     end
   end
   return missing, tonumber(highest) or 0
+end
+
+local function number_of(epoch)
+  return tonumber(string.match(epoch, '^%d+') or 0)
 end
 
 local function not_ready(missing)

@@ -1,13 +1,13 @@
 -- Write a lost record back as it was, if all ranks agree on it, so that a flush does not cost a loaded model.
 -- KEYS: epoch leader tasks signals events rank...
--- ARGV: term holder number nonce status steps ordinal digest notes record_ms signal_cap event_cap
+-- ARGV: term holder number nonce known_number status steps ordinal digest notes record_ms signal_cap event_cap
 -- Replies: RESTORED number nonce ordinal · NOT_READY rank... · SUPERSEDED number nonce · FENCED term holder
 --
 -- Unanimity is the guard: every rank reports exactly this epoch, this status, the same log position (the end of the log), and no
--- higher promise.
+-- higher promise. The number must be one that they can have been given: see `highest_epoch`.
 -- NOT_READY names those that do not. steps: the steps that the status proves to have been dispatched, joined by commas.
 
-local term, holder, number, nonce, status, steps, ordinal, digest, notes, record_ms, signal_cap, event_cap = unpack(ARGV)
+local term, holder, number, nonce, known_number, status, steps, ordinal, digest, notes, record_ms, signal_cap, event_cap = unpack(ARGV)
 local FIRST_RANK = 6
 
 local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
@@ -35,6 +35,7 @@ end
 local reports = read_reports(FIRST_RANK)
 local world_size = #KEYS - FIRST_RANK + 1
 local incarnations, missing, agreed_applied = {}, {}, nil
+local given = tonumber(number) <= highest_epoch(log_number, tonumber(known_number))
 for rank = 0, world_size - 1 do
   local report = reports[rank + 1]
   local epoch, incarnation, rank_status, applied, floor, rank_digest
@@ -45,7 +46,7 @@ for rank = 0, world_size - 1 do
   -- What the log holds beyond that has been dispatched, and nobody has read it yet: it must not be forgotten and sent again.
   local read_all = log_number < tonumber(number) or (applied or 0) >= log_n
   if epoch == number .. '-' .. nonce and rank_status == status and applied == agreed_applied
-    and read_all and floor == tonumber(number) and (rank_digest == '-' or rank_digest == digest) then
+    and read_all and given and floor == tonumber(number) and (rank_digest == '-' or rank_digest == digest) then
     incarnations[rank + 1] = incarnation
   else
     missing[#missing + 1] = rank

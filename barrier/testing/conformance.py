@@ -140,6 +140,7 @@ class Twins:
         with self.store.errors():
             entries = await self.store.commands.xrange(self.keys.tasks)
         state, record, stored = self.state, self.state.record, seen.epoch
+        highest = ref.highest_epoch(seen.now_ms, state.log_end.number, record.id.number if record else 0)
         self._same("damage", "", seen.unreadable)
         self._same(
             "record",
@@ -154,7 +155,7 @@ class Twins:
         self._same("leader", state.leader.leadership if state.leader else None, seen.leader)
         self._same(
             "live reports",
-            [report is not None for report in state.reports],
+            [report is not None and ref.said(report) <= highest for report in state.reports],
             [view.report is not None for view in seen.ranks],
         )
         self._same(
@@ -236,7 +237,7 @@ class Twins:
                 )
             case "restore":
                 same = by | {"epoch": epoch, "status": call.status, "steps": ["connect"], "ordinal": call.n}
-                same |= {"digest": call.digest, "notes": "x"}
+                same |= {"digest": call.digest, "notes": "x", "floor": call.n}
                 return (
                     lambda now: ref.restore(state, now, **same),
                     lambda: scripts.restore(store, keys, world_size=WORLD_SIZE, **same),

@@ -120,6 +120,19 @@ class ReferenceState:
         return replace(self, reports=(*self.reports[:rank], report, *self.reports[rank + 1 :]))
 
 
+DAY_MS = 86_400_000
+
+
+def highest_epoch(now_ms: int, *known: int) -> int:
+    """The highest number of an epoch that a rank can have promised: of those that planners are known to have given, and the clock's."""
+    return max(now_ms + DAY_MS, *known)
+
+
+def said(report: ReferenceReport) -> int:
+    """The highest number of an epoch that a report names."""
+    return max(report.floor, report.epoch.number if report.epoch else 0)
+
+
 Refusal: TypeAlias = Aborted | Superseded | Unknown
 
 
@@ -164,7 +177,8 @@ def open_epoch(
     if record is not None and record.verdict is None:
         return state, Unconcluded(record.id)
     reports = [state.live(rank, now_ms) for rank in range(state.world_size)]
-    missing = tuple(rank for rank, report in enumerate(reports) if report is None)
+    highest = highest_epoch(now_ms, floor, state.log_end.number, record.id.number if record is not None else 0)
+    missing = tuple(rank for rank, report in enumerate(reports) if report is None or said(report) > highest)
     if missing:
         return state, NotReady(missing)
     present = [report for report in reports if report is not None]
@@ -192,6 +206,7 @@ def restore(
     epoch: EpochId,
     status: str,
     steps: Sequence[str],
+    floor: int = 0,
     ordinal: int = 1,
     digest: str = "",
     notes: str = "",
@@ -211,10 +226,12 @@ def restore(
     reports = [state.live(rank, now_ms) for rank in range(state.world_size)]
     place = next((report.applied for report in reports if report is not None), 0)
     in_log = newest.id.n if newest is not None and newest.id.number == epoch.number else 0
+    highest = highest_epoch(now_ms, state.log_end.number, floor)
     missing = tuple(
         rank
         for rank, report in enumerate(reports)
         if report is None
+        or epoch.number > highest
         or report.applied < in_log  # something was dispatched that nobody has read yet
         or (report.epoch, report.status, report.applied, report.floor) != (epoch, status, place, epoch.number)
         or report.digest not in ("", digest)

@@ -343,7 +343,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "S6",
         Edit(
             _OPEN,
-            "if not epoch or rank_floor >= INEXACT then -- no report of ours holds such a number\n    missing",
+            "if not epoch or math.max(rank_floor, number_of(epoch)) > highest then\n    missing",
             "if not epoch then\n    incarnations[rank + 1] = string.rep('0', 28)\n  elseif false then\n    missing",
         ),
         (PROPERTY, SIMULATION),
@@ -420,7 +420,27 @@ SCRIPTS: tuple[Mutation, ...] = (
         Edit(_OPEN, "log_number + 1, server_ms())", "log_number + 1)"),
         (PROPERTY,),
     ),
+    Mutation(
+        "floor-absurd",
+        "`open`: a number that nobody can have given is not adopted",
+        "S10",
+        Edit(_OPEN, "if not epoch or math.max(rank_floor, number_of(epoch)) > highest then", "if not epoch then"),
+        (PROPERTY,),
+    ),
+    Mutation(
+        "floor-absurd-picture",
+        "a planner does not adopt a number that nobody can have given",
+        "S10",
+        Edit(_SCRIPTS, "    if said <= highest:\n", "    if True:\n"),
+        (PROPERTY,),
+    ),
     # --- restore ----------------------------------------------------------------------------------------------------------
+    _restore_needs(
+        "given",
+        "    and read_all and given and",
+        "    and read_all and",
+        "the number is one that somebody can have given",
+    ),
     _restore_needs(
         "epoch",
         "if epoch == number .. '-' .. nonce and rank_status",
@@ -462,8 +482,8 @@ SCRIPTS: tuple[Mutation, ...] = (
     ),
     _restore_needs(
         "read-all",
-        "    and read_all and floor",
-        "    and floor",
+        "    and read_all and given",
+        "    and given",
         "what the log holds has been read",
         Edit(
             _REFERENCE, "        or report.applied < in_log  # something was dispatched that nobody has read yet\n", ""

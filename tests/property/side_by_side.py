@@ -22,6 +22,8 @@ LEASE_MS = 3_000
 LAST_ID = "18446744073709551615-18446744073709551615"
 """After it, no stream takes another entry."""
 NONCES = tuple(f"{number:032x}" for number in range(1, 5))
+BOASTS: tuple[int, ...] = (0, ref.DAY_MS, ref.DAY_MS + 1, 2**53 - 2 - 4_000_000_000_000)
+"""How far above the store's clock a report's floor may be."""
 RULES = (
     (RankRule(0, 1, ("Idle",)),),
     (RankRule(0, 1, ("Connected",)),),
@@ -88,6 +90,7 @@ def steps(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         "which": draw(st.sampled_from((0, 0, 0, 0, 0, 0, 1, 2))),
         "authority": draw(st.sampled_from((0, 0, 0, 0, 0, 0, 1, 2))),
         "n": draw(st.integers(0, 4)),
+        "boast": draw(st.sampled_from((0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3))),
         "bound": draw(st.booleans()),
         "nonce": draw(st.sampled_from(NONCES)),
         "step": draw(st.sampled_from(("connect", "load"))),
@@ -170,7 +173,12 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
                 "status": a["status"],
                 "steps": ["connect"],
             }
-            arguments |= {"ordinal": a["n"], "digest": a["digest"], "notes": "x"}
+            arguments |= {
+                "ordinal": a["n"],
+                "digest": a["digest"],
+                "notes": "x",
+                "floor": epoch.number if a["bound"] else 0,
+            }
             both.state, answer = ref.restore(both.state, now, **arguments)
             same(answer, await scripts.restore(both.store, both.keys, world_size=WORLD, **arguments), kind)
         case "check":
@@ -202,6 +210,9 @@ async def say(both: SideBySide, rank: int, a: dict[str, Any], epoch: EpochId | N
     floor = (
         epoch.number + (a["n"] == 3) if epoch else a["n"]
     )  # no rank of ours is in one epoch and has promised a later one
+    boast: int = a.get("boast", 0)
+    if boast:  # what the clock may have given, and what nobody can have given
+        floor = max(floor, both.now_ms + BOASTS[boast])
     report = Report(
         rank=rank,
         incarnation=a["life"],
@@ -240,7 +251,9 @@ async def compare(both: SideBySide) -> None:
             "steps",
         )
     same(both.state.leader.leadership if both.state.leader else None, seen.leader, "leader")
-    live = [both.state.live(rank, both.now_ms) is not None for rank in range(WORLD)]
+    highest = ref.highest_epoch(both.now_ms, both.state.log_end.number, record.id.number if record else 0)
+    reports = [both.state.live(rank, both.now_ms) for rank in range(WORLD)]
+    live = [report is not None and ref.said(report) <= highest for report in reports]
     same(live, [view.report is not None for view in seen.ranks], "live reports")
     entries = await both.store.commands.xrange(both.keys.tasks)
     real = [(i.decode(), f[b"kind"].decode(), f[b"nonce"].decode(), int(f[b"prev"])) for i, f in entries]
@@ -269,7 +282,16 @@ PRELUDES = (
 
 def begun(prelude: Sequence[str], like: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """A prelude's calls, with arguments that are right but for what its words say."""
-    first = {**like, "authority": 0, "which": 0, "n": 0, "digest": "", "bound": False, "life": INCARNATIONS[0]}
+    first = {
+        **like,
+        "boast": 0,
+        "authority": 0,
+        "which": 0,
+        "n": 0,
+        "digest": "",
+        "bound": False,
+        "life": INCARNATIONS[0],
+    }
     first |= {"after": "", "milliseconds": 1}
     nonces = iter(NONCES)
     special: dict[str, dict[str, Any]] = {

@@ -202,6 +202,7 @@ class Trial:
                     both.keys,
                     status="Idle",
                     steps=["connect"],
+                    floor=0,
                     ordinal=1,
                     digest="",
                     notes="",
