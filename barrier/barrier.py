@@ -109,6 +109,7 @@ class Barrier:
         self._floor = 0
         self._term_floor = 0
         self._renew_at = float("inf")
+        self._acts = False  # whoever only looks needs no right to run a script
         self._current: EpochId | None = None
         self._seen_n = 0
         self._steps: dict[str, tuple[int, int]] = {}
@@ -148,6 +149,7 @@ class Barrier:
             StoreError: could not find out; the caller may or may not lead.
         """
         await self.store.verify()
+        self._acts = True
         asked_at = self.clock.now()
         outcome = await scripts.lead(
             self.store, self.keys, holder=self.holder, floor=self._term_floor, lease=self.settings.lease
@@ -304,7 +306,8 @@ class Barrier:
         """
         await self.store.verify()
         cursor = self._kept.cursor if self._kept is not None else (0, 0)
-        snapshot = await scripts.inspect(self.store, self.keys, world_size=await self._size(), floor=self._floor)
+        read = scripts.inspect if self._acts else scripts.look
+        snapshot = await read(self.store, self.keys, world_size=await self._size(), floor=self._floor)
         self._floor = max(self._floor, snapshot.floor)
         if snapshot.epoch is not None:
             self._adopt(snapshot.epoch.id, seen_n=snapshot.applied)

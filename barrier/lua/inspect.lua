@@ -1,14 +1,16 @@
 -- One consistent picture of a group: reads only.
 -- KEYS: epoch leader tasks signals rank...
 -- ARGV:
--- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report and the
---          milliseconds that its lease has left (-2 where there is no report, -1 where it has no lifetime)
+-- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report (no more of it than
+--          shows that it is too long) and the milliseconds that its lease has left (-2 where there is no report, -1 where it has no
+--          lifetime)
 
 local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
 if wrong then
   return wrong
 end
 local FIRST_RANK = 5
+local MAX_REPORT = 16384
 local number, n = log_end(KEYS[3])
 local signal = redis.pcall('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1) -- hints: where there are none to be had, none are waited for
 local reply = {
@@ -20,7 +22,7 @@ local reply = {
 }
 local reports = read_reports(FIRST_RANK)
 for i = 1, #KEYS - FIRST_RANK + 1 do
-  reply[#reply + 1] = reports[i] or ''
+  reply[#reply + 1] = string.sub(reports[i] or '', 1, MAX_REPORT + 1)
   reply[#reply + 1] = redis.call('PTTL', KEYS[FIRST_RANK + i - 1])
 end
 return reply

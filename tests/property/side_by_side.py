@@ -234,6 +234,8 @@ async def say(both: SideBySide, rank: int, a: dict[str, Any], epoch: EpochId | N
 async def compare(both: SideBySide) -> None:
     """The model's state is what `inspect` sees, entry by entry of the log."""
     seen = await scripts.inspect(both.store, both.keys, world_size=WORLD)
+    looked = await scripts.look(both.store, both.keys, world_size=WORLD)
+    same(seen, replace(looked, log_end=seen.log_end), "what plain reads show, and what the script does")
     record = both.state.record
     assert seen.unreadable == ""
     assert (seen.epoch is None) == (record is None)

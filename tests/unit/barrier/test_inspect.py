@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 
-from barrier import Barrier, InvalidName, LogId, Unknown, Verdict, all_ranks, missing_ranks
-from barrier.testing import FakeStore, ManualClock
+from barrier import Barrier, InvalidName, LogId, Report, Unknown, Verdict, all_ranks, missing_ranks, scripts
+from barrier.report import MAX_REPORT_BYTES
+from barrier.testing import FakeStore, FaultPlan, ManualClock
 from tests.unit.barrier.group import Group, started_group
 
 pytestmark = pytest.mark.anyio
@@ -153,3 +157,43 @@ async def test_groups_and_namespaces_see_nothing_of_one_another(group: Group) ->
     found = (await group.inspect()).epoch
     assert found is not None
     assert found.verdict is None
+
+
+async def test_whoever_only_looks_sends_no_script_and_does_not_read_the_log(group: Group) -> None:
+    """As an observer, who has no right to either."""
+    epoch = await group.all_connected()
+    await group.load(epoch)
+    plan = FaultPlan().refuse("inspect")
+    async with Barrier(group.store.client("looker", faults=plan), "demo", world_size=3, clock=group.clock) as looker:
+        seen = await looker.inspect()
+    assert plan.fired == ()
+    assert seen == await group.inspect()
+    await group.conclude(epoch)
+
+
+@pytest.mark.parametrize("kind", ["list", "hash", "set"])
+async def test_whoever_looks_sees_a_rank_key_of_the_wrong_type_as_missing(group: Group, kind: str) -> None:
+    commands: Any = group.barrier.store.commands
+    for key in (group.keys.rank(1), group.keys.signals):
+        group.store.delete(key)
+        await (
+            commands.hset(key, "a", "b")
+            if kind == "hash"
+            else commands.execute_command({"list": "RPUSH", "set": "SADD"}[kind], key, "x")
+        )
+        await commands.pexpire(key, 60_000)
+    async with Barrier(group.store.client("looker"), "demo", world_size=3, clock=group.clock) as looker:
+        seen = await looker.inspect()
+    assert [view.report is not None for view in seen.ranks] == [True, False, True]
+    assert seen.signals_end == "0-0"
+    group.store.delete(group.keys.rank(1), group.keys.signals)
+
+
+async def test_of_a_report_that_is_too_long_no_more_is_read_than_shows_it(group: Group) -> None:
+    """A rank may write what it likes into its own key; whoever looks must not wait for all of that."""
+    await group.barrier.store.commands.set(group.keys.rank(1), b"x" * 5_000_000, px=60_000)
+    for _, read in (("script", scripts.inspect), ("plain", scripts.look)):
+        with patch.object(scripts.Report, "decode", side_effect=Report.decode) as decode:
+            seen = await read(group.barrier.store, group.keys, world_size=3)
+        assert max(len(call.args[0]) for call in decode.call_args_list) == MAX_REPORT_BYTES + 1
+        assert "at most 16,384 are read" in seen.ranks[1].undecodable

@@ -12,8 +12,9 @@ import pytest
 
 from barrier import member, scripts
 from barrier.ids import INCARNATION_WIDTH
-from barrier.report import MAX_APPLIED, SCHEMA
-from barrier.scripts import VERBS, script
+from barrier.report import MAX_APPLIED, MAX_REPORT_BYTES, SCHEMA
+from barrier.scripts import DAY_MS, VERBS, script
+from barrier.testing import reference
 
 inside: Any = scripts
 """The module with what it keeps to itself."""
@@ -127,6 +128,9 @@ def test_lua_and_python_agree_on_the_layout() -> None:
     assert f"local ROSTER_CHUNK = {vars(member)['_ROSTER_CHUNK']} " in PRELUDE
     assert f"local INCARNATION_WIDTH = {INCARNATION_WIDTH}\n" in PRELUDE
     assert f"local APPLIED_WIDTH = {len(str(MAX_APPLIED))}\n" in PRELUDE
+    assert f"local DAY_MS = {DAY_MS}\n" in PRELUDE
+    assert reference.DAY_MS == DAY_MS
+    assert f"MAX_REPORT = {MAX_REPORT_BYTES}\n" in body("inspect")
     assert f"'^{SCHEMA}|" in PRELUDE
     assert f"local head = '{SCHEMA}|'" in PRELUDE
 
