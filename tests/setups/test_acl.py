@@ -510,14 +510,14 @@ async def test_nobody_gets_in_without_a_password_or_with_a_wrong_one(setup: Setu
     """F21: one clear error, without a storm of attempts and without the password in it."""
     url = setup.url(f"rank-{MINE}")
     for wrong in (
-        url.replace("word@", "wrong@"),
+        url.replace("word@", "zebra@"),
         "redis://" + url.rpartition("@")[2],
         url.replace("rank-1:", "rank-2:"),
     ):
         with pytest.raises(StoreRefused) as refusal:
             await connect(wrong)
         assert "Check user, password and rights" in str(refusal.value)
-        assert "wrong" not in str(refusal.value).replace("WRONGPASS", "")
+        assert "zebra" not in str(refusal.value)
     await asyncio.sleep(0)
     attempts = sum(int(entry["count"]) for entry in await setup.refusals() if entry["reason"] == "auth")
     assert attempts == 2, "one attempt each; who gives no user is refused for that"
