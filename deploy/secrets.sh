@@ -17,6 +17,7 @@ value() { sed -n "s/^$1 *= *\"\{0,1\}\([^\"# ]*\)\"\{0,1\}.*/\1/p" "$instance_fi
 name=$(value name)
 world_size=$(value world_size)
 mkdir -p "$secrets"
+chmod 700 "$secrets"  # rankgate acl takes no folder that others may read
 # Docker makes an empty folder of a file that is to be mounted and is not there: somebody was too early.
 find "$secrets" -mindepth 1 -type d -empty -delete
 

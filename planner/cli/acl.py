@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,8 +124,19 @@ def _passwords(options: AclOptions, users: Sequence[AclUser]) -> list[str | None
         return [hashed(_read(options.password_file))]
     if options.passwords is not None:
         options.passwords.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_if_open(options.passwords, options.passwords.stat(), stat.S_IWGRP | stat.S_IRWXO, "700")
         return [hashed(_kept(options.passwords / user.name)) for user in users]
     return [None] * len(users)
+
+
+def _refuse_if_open(path: Path, found: os.stat_result, others: int, mend: str) -> None:
+    """Refuse what other users of this machine may read, or put a password of their own into."""
+    if found.st_mode & others:
+        what = "folder" if stat.S_ISDIR(found.st_mode) else "file"
+        raise InvalidSettings(
+            f"{path} is a {what} that others may read or write (mode {stat.S_IMODE(found.st_mode):04o}), so its passwords are no "
+            f"secret: chmod {mend} {shlex.quote(str(path))}, and have those passwords made anew that others may have seen"
+        )
 
 
 def _read(path: str) -> str:
@@ -153,6 +166,9 @@ def _kept(path: Path) -> str:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
+        if path.is_file():
+            # Whom the closed folder keeps out may have the right to read a file in it: containers run as users of their own.
+            _refuse_if_open(path, path.stat(), stat.S_IWGRP | stat.S_IWOTH, "go-w")
         return _read(str(path))
     password = secrets.token_urlsafe(32)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:

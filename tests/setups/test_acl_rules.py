@@ -157,6 +157,56 @@ def test_passwords_are_made_once_kept_for_their_owner_and_never_printed(
     assert all(f"#{hashed(secret)}" in first.out for secret in made.values())
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o701, 0o770, 0o720])
+def test_a_folder_of_passwords_that_others_may_reach_is_refused_with_what_mends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: int
+) -> None:
+    folder = tmp_path / "the passwords"
+    folder.mkdir()
+    folder.chmod(mode)
+    arguments = ["acl", "--instance", "demo", "--passwords", str(folder)]
+    assert run_app(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"mode {mode:04o}" in said.err
+    assert f"chmod 700 '{folder}'" in said.err
+    assert list(folder.iterdir()) == [], "no password was made in it"
+    folder.chmod(0o700)
+    assert run_app(arguments) == 0
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o602, 0o620, 0o777])
+def test_a_password_that_others_may_write_is_refused_with_what_mends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: int
+) -> None:
+    folder = tmp_path / "passwords"
+    folder.mkdir(mode=0o700)
+    file = folder / "rankgate.planner"
+    file.write_text("known-to-all\n")
+    file.chmod(mode)
+    arguments = ["acl", "--instance", "demo", "--passwords", str(folder)]
+    assert run_app(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"mode {mode:04o}" in said.err
+    assert f"chmod go-w {file}" in said.err
+    assert "known-to-all" not in said.err
+    file.chmod(mode & ~0o022)
+    assert run_app(arguments) == 0
+
+
+def test_a_file_for_containers_in_a_closed_folder_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As deploy/secrets.sh leaves them: the folder keeps others of this machine out, and containers run as users of their own."""
+    folder = tmp_path / "passwords"
+    arguments = ["acl", "--instance", "demo", "--passwords", str(folder)]
+    assert run_app(arguments) == 0
+    first = capsys.readouterr().out
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    assert run_app(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
 def test_one_password_comes_from_a_file_or_from_stdin(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
