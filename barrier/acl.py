@@ -190,6 +190,7 @@ def planner_user(namespace: str) -> AclUser:
                 ),
             ),
             Grant(("xdel",), write=(f"{group}requests",)),
+            Grant(("xtrim",), write=(f"{group}tasks",)),
             Grant(("hset", "hsetnx", "hdel", "pexpire"), write=(names.instances,)),
         ),
     )

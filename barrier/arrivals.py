@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from barrier.errors import InvalidName
+from barrier.ids import LogId
 from barrier.keys import valid_status
 from barrier.model import EpochRecord, FailureClass, RankView, Snapshot
 
@@ -110,6 +111,26 @@ def _break_of(
             f"the store went back: {who} has read log entry {report.applied}, the record knows {epoch.last_n}", None
         )
     return None
+
+
+def needed_from(snapshot: Snapshot) -> LogId | None:
+    """The first place of the task log that somebody may still have to read; ``None`` where this picture does not tell.
+
+    While an attempt goes on, that is the one after what each rank of its roster has read; once it is over, its verdict.
+    """
+    epoch = snapshot.epoch
+    if epoch is None:
+        return None
+    if epoch.verdict is not None:
+        return LogId(epoch.id.number, epoch.last_n)
+    read = [
+        view.report.applied
+        if view.report is not None
+        and (view.report.epoch, view.report.incarnation) == (epoch.id, epoch.roster[view.rank])
+        else 0
+        for view in snapshot.ranks
+    ]
+    return LogId(epoch.id.number, min(read) + 1) if min(read) else None
 
 
 def _log_n(snapshot: Snapshot) -> int:

@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from typing import Any, TypeAlias, TypeVar
 
+from loguru import logger
 from redis.asyncio import Redis
 
 from barrier import scripts
-from barrier.arrivals import Requirement, all_ranks, find_break, missing_ranks
+from barrier.arrivals import Requirement, all_ranks, find_break, missing_ranks, needed_from
 from barrier.clock import Clock, SystemClock
 from barrier.connect import adopt
-from barrier.errors import InvalidName, InvalidSettings
+from barrier.errors import InvalidName, InvalidSettings, StoreError
 from barrier.explain import explain
 from barrier.ids import EpochId, LogId, new_nonce
 from barrier.keys import Keys, valid_digest, valid_step, valid_world_size
@@ -113,6 +114,8 @@ class Barrier:
         self._current: EpochId | None = None
         self._seen_n = 0
         self._steps: dict[str, tuple[int, int]] = {}
+        self._trimmed_to = LogId(0, 0)
+        self._trim_refused = False
 
     async def __aenter__(self) -> Barrier:
         """Make sure that the guarantees hold on this store."""
@@ -296,6 +299,25 @@ class Barrier:
         return await scripts.conclude(
             self.store, self.keys, leadership=leadership, epoch=epoch, verdict=verdict, seen_n=seen_n
         )
+
+    async def trim(self, snapshot: Snapshot) -> None:
+        """Take out of the task log what nobody needs there any more: payloads may hold what must not lie about, as prompts do.
+
+        That is what every rank of the roster has read by this picture, and, of an attempt that is over, all but its verdict. Places are
+        not given twice: the store remembers where the log ended. A store that refuses is asked again later; nothing depends on it.
+        """
+        first = needed_from(snapshot)
+        if first is None or first <= self._trimmed_to:
+            return
+        try:
+            with self.store.errors():
+                await self.store.commands.execute_command("XTRIM", self.keys.tasks, "MINID", "=", str(first))
+        except StoreError as error:
+            if not self._trim_refused:
+                logger.warning("group {}: what all ranks have read stays in the task log: {}", self.keys.group, error)
+            self._trim_refused = True
+        else:
+            self._trimmed_to, self._trim_refused = first, False
 
     async def inspect(self) -> Snapshot:
         """One consistent picture of the group; writes nothing.

@@ -111,7 +111,10 @@ class Keys:
 
     @property
     def requests(self) -> str:
-        """Stream: what clients have asked for and nobody has answered yet. Lifetime: `Settings.record_lifetime`; capped."""
+        """Stream: what clients have asked for and nobody has answered yet. Capped.
+
+        Lifetime: the longest that a client waits, and at least `Settings.output_lifetime`, since it holds prompts.
+        """
         return f"{self.tag}:requests"
 
     def rank(self, rank: int) -> str:

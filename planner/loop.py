@@ -215,6 +215,8 @@ class InstanceLoop:
         if snapshot.epoch is None and self._ordinal > 0:
             # Before any decision: whoever must succeed this planner knows nothing else of the instance.
             await self._heal_desired()
+        if serving or (snapshot.epoch is not None and snapshot.epoch.verdict is not None):
+            await self._barrier.trim(snapshot)  # prompts; while ranks are brought up there are none, and no time for it
         await self._carry_out(action, snapshot)
 
     # --- leadership ---------------------------------------------------------------------------------------------------

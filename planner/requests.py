@@ -117,13 +117,13 @@ class RequestQueue:
     async def _ask(
         self, request_id: str, *, prompt: str = "", max_tokens: int = 1, cancels: str = "", seconds: float
     ) -> bytes:
-        lifetime_ms = round(self._store.settings.record_lifetime * 1000)
+        settings = self._store.settings
         with self._store.errors():
             # One transaction with a key of the group's: on a cluster, the clock that the deadline is judged by is that server's.
             async with self._store.commands.pipeline(transaction=True) as pipe:
-                pipe.exists(self._keys.requests)
+                pipe.pttl(self._keys.requests)
                 pipe.time()
-                _, (server_seconds, microseconds) = await pipe.execute()
+                left_ms, (server_seconds, microseconds) = await pipe.execute()
             until_ms = server_seconds * 1000 + microseconds // 1000 + round(seconds * 1000)
             fields = {
                 "id": request_id,
@@ -134,12 +134,13 @@ class RequestQueue:
             }
             asked = [
                 ("XADD", self._keys.requests, "MAXLEN", MAX_WAITING, "*", *chain.from_iterable(fields.items())),
-                ("PEXPIRE", self._keys.requests, lifetime_ms),
+                # What nobody takes up, because no planner runs, is gone with the last deadline, and the prompts with it.
+                ("PEXPIRE", self._keys.requests, max(left_ms, round(max(seconds, settings.output_lifetime) * 1000))),
             ]
             signals = self._keys.signals
             hint = [
-                ("XADD", signals, "MAXLEN", "~", self._store.settings.signal_entries, "*", "kind", "request"),
-                ("PEXPIRE", signals, lifetime_ms),
+                ("XADD", signals, "MAXLEN", "~", settings.signal_entries, "*", "kind", "request"),
+                ("PEXPIRE", signals, round(settings.record_lifetime * 1000)),
             ]
             entry, _, *said = await self._store.transact([*asked, *hint], may_fail=(2, 3))
         if any(map(is_spoiled, said)):

@@ -1,0 +1,104 @@
+"""What every rank has read is taken out of the task log, and of an attempt that is over all but its verdict: prompts do not lie about."""
+
+from __future__ import annotations
+
+import pytest
+
+from barrier import LogId
+from barrier.arrivals import needed_from
+from barrier.testing import FaultPlan
+from tests.unit.barrier.group import Group
+
+pytestmark = pytest.mark.anyio
+
+
+async def dispatched(group: Group) -> LogId:
+    """A task that all are asked to do, and nobody has read yet; its place."""
+    epoch = await group.all_connected()
+    place = await group.load(epoch)
+    for rank in group.ranks:
+        await rank.beat()
+    return place
+
+
+async def read_by(group: Group, *ranks: int) -> None:
+    for rank in ranks:
+        await group.clock.run(group.ranks[rank].next_task())
+        await group.ranks[rank].beat()
+
+
+async def test_what_one_rank_has_not_read_stays(group: Group) -> None:
+    place = await dispatched(group)
+    await read_by(group, 0, 2)
+    await group.barrier.trim(await group.inspect())
+    assert await group.tasks() == [str(place)]
+    task = await group.clock.run(group.ranks[1].next_task())
+    assert (task.id, task.missed) == (place, False)
+
+
+async def test_what_all_have_read_goes_and_the_next_task_comes_after_it(group: Group) -> None:
+    place = await dispatched(group)
+    await read_by(group, 0, 1, 2)
+    await group.barrier.trim(await group.inspect())
+    assert await group.log() == []
+    snapshot = await group.inspect()
+    assert snapshot.log_end == place, "the store remembers where the log ended"
+    assert snapshot.epoch is not None
+    outcome = await group.barrier.dispatch(snapshot.epoch.id, "warm-up", "{}", "Connected", after="load")
+    assert outcome is not None
+    for rank in group.ranks:
+        await rank.beat()  # with an empty log, or a new entry, no rank takes it for one that went back
+        task = await group.clock.run(rank.next_task())
+        assert (task.step, task.missed) == ("warm-up", False)
+
+
+@pytest.mark.parametrize("why", ["another incarnation", "no report", "another epoch"])
+async def test_a_rank_that_is_not_there_keeps_everything(group: Group, why: str) -> None:
+    place = await dispatched(group)
+    await read_by(group, 0, 1, 2)
+    report = group.ranks[1].member.report_now
+    match why:
+        case "another incarnation":
+            report = report._replace(incarnation="f" * 28)
+        case "another epoch":
+            report = report._replace(epoch=None)
+        case _:
+            pass
+    group.store.delete(group.keys.rank(1))
+    if why != "no report":
+        await group.barrier.store.commands.set(group.keys.rank(1), report.encode(), px=60_000)
+    await group.barrier.trim(await group.inspect())
+    assert await group.tasks() == [str(place)]
+
+
+async def test_of_an_attempt_that_is_over_the_verdict_stays(group: Group) -> None:
+    place = await dispatched(group)
+    snapshot = await group.inspect()
+    assert snapshot.epoch is not None
+    await group.conclude(snapshot.epoch.id)
+    await group.barrier.trim(await group.inspect())
+    assert [(entry, fields["kind"]) for entry, fields in await group.log()] == [
+        (f"{place.number}-{place.n + 1}", "verdict")
+    ]
+
+
+async def test_without_a_record_nothing_goes(group: Group) -> None:
+    await dispatched(group)
+    await read_by(group, 0, 1, 2)
+    group.store.delete(group.keys.epoch)
+    assert needed_from(await group.inspect()) is None
+
+
+async def test_a_store_that_refuses_stops_nobody_and_is_asked_again(group: Group) -> None:
+    """An ACL file of an earlier version gives no such right."""
+    await dispatched(group)
+    await read_by(group, 0, 1, 2)
+    plan = FaultPlan().refuse("xtrim")
+    planner = group.planner("planner", faults=plan)
+    snapshot = await group.inspect()
+    await planner.trim(snapshot)
+    plan.assert_fired()
+    assert await group.log() != []
+    await planner.trim(snapshot)
+    assert await group.log() == []
+    await planner.close()
