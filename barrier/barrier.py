@@ -268,6 +268,7 @@ class Barrier:
         attempt: int = 1,
         after: str = "",
         repeatable: bool = False,
+        endpoints: bool = False,
     ) -> DispatchOutcome:
         """Append a task to the log if, at this instant, every required rank has arrived. Once per step; never waits.
 
@@ -280,12 +281,16 @@ class Barrier:
             attempt: 2, 3, … for a step that a rank refused and that is asked again.
             after: a step that must have been dispatched before in this epoch.
             repeatable: for steps that come any number of times under names of their own.
+            endpoints: write into the record where every rank waits for the others, as the reports of that very instant say it;
+                ranks read it with `Member.endpoints`.
 
         Raises:
             InvalidName: step, status or payload may not be used; nothing was sent.
             StoreError: unknown. The task may be in the log; call again with the same arguments.
         """
-        args = await self._dispatch_args(epoch, step, payload, statuses, to, attempt, after, repeatable=repeatable)
+        args = await self._dispatch_args(
+            epoch, step, payload, statuses, to, attempt, after, repeatable=repeatable, endpoints=endpoints
+        )
         if isinstance(args, Fenced):
             return args
         return self._note(args, await scripts.dispatch(self.store, self.keys, **args))
@@ -379,17 +384,20 @@ class Barrier:
         timeout: float,  # noqa: ASYNC109  the deadline of the outcome, by the injected clock
         to: tuple[int, int] | None = None,
         after: str = "",
+        endpoints: bool = False,
         failed_statuses: Iterable[str] = ("Failed",),
     ) -> ReleaseOutcome:
         """Wait as `wait` does, and dispatch the task at the very instant at which all have arrived."""
         requirement = self._requirement(statuses, await self._size())
 
         async def try_to_dispatch() -> CheckOutcome | Fenced:
-            return _released(epoch, await self.dispatch(epoch, step, payload, requirement, to=to, after=after))
+            return _released(
+                epoch, await self.dispatch(epoch, step, payload, requirement, to=to, after=after, endpoints=endpoints)
+            )
 
         async def dispatch_on_arrival(snapshot: Snapshot, seconds: float) -> CheckOutcome | Fenced | Wake:
             outcome = await self.dispatch_on_arrival(
-                snapshot, epoch, step, payload, requirement, seconds, to=to, after=after
+                snapshot, epoch, step, payload, requirement, seconds, to=to, after=after, endpoints=endpoints
             )
             return outcome if isinstance(outcome, Wake) else _released(epoch, outcome)
 
@@ -427,6 +435,7 @@ class Barrier:
         to: tuple[int, int] | None = None,
         attempt: int = 1,
         after: str = "",
+        endpoints: bool = False,
     ) -> DispatchOutcome | Wake:
         """Wait, from a snapshot, for the last arrival, and dispatch at that very instant; see `dispatch` and `watch`.
 
@@ -438,7 +447,7 @@ class Barrier:
         Returns:
             What the dispatch answered; or, if it was not tried or refused as `NotReady`, why the wait ended. Then `inspect`.
         """
-        args = await self._dispatch_args(epoch, step, payload, statuses, to, attempt, after)
+        args = await self._dispatch_args(epoch, step, payload, statuses, to, attempt, after, endpoints=endpoints)
         if isinstance(args, Fenced):
             return args
         tally = _Tally(snapshot, args["requirement"])
@@ -561,6 +570,7 @@ class Barrier:
         after: str,
         *,
         repeatable: bool = False,
+        endpoints: bool = False,
     ) -> scripts.DispatchArgs | Fenced:
         leadership = await self._authority(take=False)
         if isinstance(leadership, Fenced):
@@ -582,6 +592,7 @@ class Barrier:
             "attempt": attempt,
             "after": after,
             "repeatable": repeatable,
+            "endpoints": endpoints,
             "seen_n": self._seen_n if self._current == epoch else 0,
             "known_n": known_n if known_attempt == attempt else 0,
         }
@@ -666,7 +677,13 @@ def _note_progress(snapshot: Snapshot, seen: dict[int, object]) -> bool:
     moved = False
     for view in snapshot.ranks:
         if view.report is not None:
-            mark = (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress)
+            mark = (
+                view.report.incarnation,
+                view.report.epoch,
+                view.report.status,
+                view.report.progress,
+                view.report.signs,
+            )
             moved = moved or seen.get(view.rank) != mark
             seen[view.rank] = mark
     return moved

@@ -15,6 +15,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 STATUS = re.compile(r"[A-Za-z][A-Za-z0-9]{0,31}")
 STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,95}")
 DIGEST = re.compile(r"[0-9a-f]{0,64}")
+ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 MAX_WORLD_SIZE = 16_384
 SPARE_SEATS = 16
 """How many of those who wait for a rank can be seen."""
@@ -48,6 +49,16 @@ def valid_digest(value: str) -> str:
     """Return the value if it may be the digest of a spec: up to 64 lower-case hexadecimal digits, or empty."""
     if DIGEST.fullmatch(value) is None:
         raise InvalidName(f"digest {shown(value)} is not a digest: use up to 64 of 0-9 and a-f")
+    return value
+
+
+def valid_endpoint(value: str) -> str:
+    """Return the value if it is ``host:port``, with an IPv6 address in brackets; raise `InvalidName` otherwise."""
+    found = ENDPOINT.fullmatch(value)
+    if found is None or not 1 <= int(found[1]) <= 65_535:
+        raise InvalidName(
+            f"endpoint {shown(value)} is not host:port: use a host name or an IP address (IPv6 in brackets) and a port from 1 to 65535"
+        )
     return value
 
 

@@ -38,7 +38,7 @@ from barrier.errors import (
     StoreUnavailable,
 )
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
-from barrier.keys import Keys, shown, valid_digest, valid_status, valid_world_size
+from barrier.keys import Keys, shown, valid_digest, valid_endpoint, valid_status, valid_world_size
 from barrier.model import Verdict
 from barrier.prompt import GAP, Template, pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
@@ -47,6 +47,8 @@ from barrier.spares import Seat, Spare
 from barrier.store import Store, is_spoiled, stream_entries
 
 _ROSTER_CHUNK = 64  # as in lua/prelude.lua
+ENDPOINTS_CHUNK = 64
+"""How many ranks' endpoints one field of the record holds; as in lua/prelude.lua."""
 _BATCH = 100
 _UNSAID_EVENTS = 1_000
 
@@ -149,7 +151,8 @@ class Member:
         namespace: keeps several clusters on one store apart.
         settings: the times; those of the store where a store is given.
         node: name of the machine, for people; the host name where not given.
-        address: ``host:port`` at which this rank could coordinate a collective.
+        address: host name or IP address under which the other ranks reach this machine; by default the one from which this
+            process reaches the store.
         clock: time, for tests.
         incarnation: this life's name, for tests.
 
@@ -190,6 +193,7 @@ class Member:
         self.waits = False
         """Whether it waits as a spare for a rank that others hold."""
         self._owns_store = redis is not self.store
+        self._address = address
         self._wanted_rank = rank
         self._rank: int | None = None
         self._report = Report(
@@ -198,7 +202,6 @@ class Member:
             status="Idle",
             digest=valid_digest(digest),
             node=socket.gethostname() if node is None else node,
-            address=address,
             pid=os.getpid(),
             world_size=world_size,
             lease_ms=round(self.settings.lease * 1000),
@@ -444,6 +447,7 @@ class Member:
         permanent: bool = False,
         outcome: TaskOutcome | None = None,
         events: Sequence[Event] = (),
+        endpoint: str | None = None,
     ) -> None:
         """Say the whole state, in one round trip; a changed status wakes the planner.
 
@@ -454,12 +458,16 @@ class Member:
             permanent: whether that failure is of the kind that trying again cannot mend.
             outcome: what became of a task; replaces an earlier one of the same task.
             events: history, appended in the same step, in this order.
+            endpoint: ``host:port`` at which this rank's engine waits for the others in this epoch; ``None`` leaves it.
 
         Raises:
+            InvalidName: that is no endpoint; nothing was written.
             ClaimLost: another incarnation holds the rank; nothing was written if that was known before.
             StoreError: unknown. The next heartbeat says it again, whole.
         """
         before = self._report
+        if endpoint:
+            valid_endpoint(endpoint)
         if status is not None and status != before.status:
             self._status_since = self.clock.now()
         outcomes = before.outcomes
@@ -467,7 +475,9 @@ class Member:
             outcomes = (*(one for one in outcomes if one.task_id != outcome.task_id), outcome)[-MAX_OUTCOMES:]
         self._report = before._replace(
             status=before.status if status is None else valid_status(status),
+            endpoint=before.endpoint if endpoint is None else endpoint,
             progress=progress,
+            signs=before.signs if progress is not None else 0,
             error=error,
             permanent=permanent,
             outcomes=outcomes,
@@ -479,8 +489,11 @@ class Member:
         await self._write(look=status is None)
 
     def note_progress(self, done: int, total: int) -> None:
-        """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip."""
-        self._report = self._report._replace(progress=(done, total))
+        """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip.
+
+        Saying the same again is a sign of life, too: it means that the work moves, though it has not come further yet.
+        """
+        self._report = self._report._replace(progress=(done, total), signs=self._report.signs + 1)
 
     def _hint(self, epoch: str, status: str, *, alarm: bool) -> tuple[str | int, ...]:
         """The command that wakes the planners."""
@@ -790,11 +803,15 @@ class Member:
 
     # --- promises -----------------------------------------------------------------------------------------------------
 
-    async def promise(self, epoch: EpochId) -> PromiseOutcome:
+    async def promise(self, epoch: EpochId, *, status: str | None = None) -> PromiseOutcome:
         """Give this rank's word to act in exactly this epoch. Tear down first; `retire` from the one before first.
 
         The epoch's record is read anew: it must be this one, without a verdict, above every promise before, and its roster
         must name this incarnation.
+
+        Args:
+            epoch: the epoch, as it was announced.
+            status: what this rank is from the promise on, until it reports something else; ``None`` leaves the status as it is.
 
         Raises:
             StoreError: unknown; nothing is promised.
@@ -827,13 +844,51 @@ class Member:
                 f"the roster of epoch {epoch.number} names {mine or 'nobody'} for rank {self.rank}, not this process"
             )
         self.promised = epoch
-        self._report = self._report._replace(epoch=epoch, floor=epoch.number, applied=1, outcomes=())
+        self._report = self._report._replace(
+            epoch=epoch,
+            floor=epoch.number,
+            applied=1,
+            outcomes=(),
+            status=self._report.status if status is None else valid_status(status),
+        )
         return Promised(epoch, int(world_size))
 
     def retire(self) -> None:
         """Spend the promise for good; its number stays as a floor. Tear down first. Safe to call twice."""
         self.promised = None
-        self._report = self._report._replace(epoch=None, applied=0)
+        self._report = self._report._replace(epoch=None, applied=0, endpoint="")
+
+    # --- meeting the other ranks --------------------------------------------------------------------------------------
+
+    async def address(self) -> str:
+        """The host name or IP address under which the other ranks reach this machine.
+
+        Raises:
+            StoreError: none was given, and the store, which would tell it, cannot be reached.
+        """
+        if not self._address:
+            self._address = await self.store.local_address()
+        return self._address
+
+    async def endpoints(self, world_size: int) -> tuple[str, ...] | None:
+        """Where each rank's engine waits for the others in the promised epoch, in rank order; empty for a rank that has no endpoint.
+
+        The record has them once a step was dispatched that wanted them; see `barrier.Barrier.dispatch`. ``None`` where the record is
+        not that of the promised epoch, or does not have them for so many ranks: the store went back, or forgot.
+
+        Raises:
+            StoreError: could not find out.
+        """
+        chunks = range((world_size + ENDPOINTS_CHUNK - 1) // ENDPOINTS_CHUNK)
+        with self.store.errors():
+            number, nonce, *found = await self.store.commands.hmget(
+                self.keys.epoch, "number", "nonce", *(f"endpoints:{chunk}" for chunk in chunks)
+            )
+        current = None if number is None or nonce is None else f"{number.decode()}-{nonce.decode('utf-8', 'replace')}"
+        if self.promised is None or current != str(self.promised):
+            return None
+        lines = [line for chunk in found if chunk is not None for line in chunk.decode("utf-8", "replace").split("\n")]
+        return tuple(lines) if len(lines) == world_size else None
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ from barrier.keys import shown, valid_status
 SCHEMA = "2"
 MAX_REPORT_BYTES = 16 * 1024
 MAX_APPLIED = 10**10 - 1
+MAX_ENDPOINT_CHARS = 300
+"""The longest endpoint, in characters: a host name of 255 and a port fit."""
 MAX_OUTCOMES = 8
 """How many of its last tasks' outcomes a report carries."""
 
@@ -63,12 +65,13 @@ class _ReportBody(BaseModel):
     rank: int = Field(ge=0)
     seq: int = Field(default=0, ge=0)
     node: str = Field(default="", max_length=255)
-    address: str = Field(default="", max_length=300)
+    endpoint: str = Field(default="", max_length=MAX_ENDPOINT_CHARS)
     pid: int = 0
     world_size: int | None = None
     lease_ms: int = Field(default=0, ge=0)
     status_ms: int = Field(default=0, ge=0)
     progress: tuple[int, int] | None = None
+    signs: int = Field(default=0, ge=0)
     error: _ShortText = ""
     permanent: bool = False
     outcomes: tuple[TaskOutcome, ...] = Field(default=(), max_length=MAX_OUTCOMES)
@@ -87,9 +90,11 @@ def _fields(**said: object) -> str:
 
 
 @lru_cache(maxsize=64)
-def _who(rank: int, node: str, address: str, pid: int, world_size: int | None, lease_ms: int) -> str:
-    """What is the same in all reports of a rank."""
-    rest = _fields(node=node[:255], address=address[:300], pid=pid, world_size=world_size, lease_ms=lease_ms)
+def _who(rank: int, node: str, endpoint: str, pid: int, world_size: int | None, lease_ms: int) -> str:
+    """What is the same in all reports of a rank, within one epoch."""
+    rest = _fields(
+        node=node[:255], endpoint=endpoint[:MAX_ENDPOINT_CHARS], pid=pid, world_size=world_size, lease_ms=lease_ms
+    )
     return f'"rank":{rank}{rest and "," + rest}'
 
 
@@ -112,12 +117,14 @@ class Report(NamedTuple):
         digest: digest of the spec that the rank was configured for; empty where it was given none.
         seq: rises with every report of this incarnation.
         node: the machine, for people.
-        address: ``host:port`` at which this rank could coordinate a collective; empty where it cannot.
+        endpoint: ``host:port`` at which this rank's engine waits for the others in `epoch`; empty where it has none. A script copies
+            the endpoints of all ranks into the epoch's record (see `barrier.Barrier.dispatch`).
         pid: process id, for people.
         world_size: the world size that the rank was configured for; ``None`` where it was given none.
         lease_ms: lifetime that the report was written with, in milliseconds.
         status_ms: how long the rank has been in this status, in milliseconds, by its own clock.
         progress: (done, total) of the work in progress.
+        signs: how many signs of life the work in progress has given, also where it has done no more than before.
         error: what failed, where something did.
         permanent: whether that failure is of the kind that trying again cannot mend.
         outcomes: the last few tasks and what became of them, oldest first.
@@ -132,12 +139,13 @@ class Report(NamedTuple):
     digest: str = ""
     seq: int = 0
     node: str = ""
-    address: str = ""
+    endpoint: str = ""
     pid: int = 0
     world_size: int | None = None
     lease_ms: int = 0
     status_ms: int = 0
     progress: tuple[int, int] | None = None
+    signs: int = 0
     error: str = ""
     permanent: bool = False
     outcomes: tuple[TaskOutcome, ...] = ()
@@ -164,11 +172,12 @@ class Report(NamedTuple):
 
     def _encode_with(self, outcomes: tuple[TaskOutcome, ...]) -> bytes:
         # Piece by piece, since a report is written between the last arrival and the dispatch, and little of it is new each time.
-        who = _who(self.rank, self.node, self.address, self.pid, self.world_size, self.lease_ms)
+        who = _who(self.rank, self.node, self.endpoint, self.pid, self.world_size, self.lease_ms)
         what = ""
-        if outcomes or self.progress or self.error or self.permanent:
+        if outcomes or self.progress or self.signs or self.error or self.permanent:
             what = _fields(
                 progress=self.progress,
+                signs=self.signs,
                 error=self.error[:2_000],
                 permanent=self.permanent,
                 outcomes=[one.model_dump(exclude_defaults=True) for one in outcomes],
@@ -214,12 +223,13 @@ class Report(NamedTuple):
             digest="" if digest == "-" else digest,
             seq=body.seq,
             node=body.node,
-            address=body.address,
+            endpoint=body.endpoint,
             pid=body.pid,
             world_size=body.world_size,
             lease_ms=body.lease_ms,
             status_ms=body.status_ms,
             progress=body.progress,
+            signs=body.signs,
             error=body.error,
             permanent=body.permanent,
             outcomes=body.outcomes,

@@ -269,6 +269,7 @@ class DispatchArgs(TypedDict, total=False):
     attempt: int
     after: str
     repeatable: bool
+    endpoints: bool
     seen_n: int
     known_n: int
 
@@ -339,6 +340,7 @@ def _dispatch_call(
         "seen_n": args.get("seen_n", 0),
         "known_n": args.get("known_n", 0),
         "once_ms": _milliseconds(store.settings.output_lifetime),
+        "endpoints": int(args.get("endpoints", False)),
         "payload": args["payload"],
         "rule": _rules(args["requirement"]),
     }

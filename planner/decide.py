@@ -498,7 +498,8 @@ def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
 
 def _gate(view: View, epoch: EpochRecord, step: Step, now: float, why: str = "") -> Action:
     requirement = step.waits_for(epoch.world_size)
-    stall: float = getattr(view.policy, step.stall)
+    preparing = any(rank.report and rank.report.status == "Preparing" for rank in view.snapshot.ranks)
+    stall: float = view.policy.prepare_stall if preparing else getattr(view.policy, step.stall)
     until = view.memory.progress_at + stall
     if now >= until and missing_ranks(view.snapshot, requirement):
         return _stalled(view, epoch, requirement, stall)

@@ -41,7 +41,7 @@ from barrier.errors import InvalidName
 from barrier.keys import shown
 from barrier.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
 from planner.lifecycle import Step, StepName, predecessor, steps_for, task_for
-from planner.spec import InstanceSpec
+from planner.spec import InstanceSpec, Policy
 from runner.messages import ModelSpec, Task, encode
 
 _CLOSED = Unknown("no attempt was opened here: call open() first, and go on only if it answers Opened")
@@ -170,7 +170,7 @@ class LoadGate:
         if self.epoch is None:
             return _CLOSED
         if task is None and leadership is not None:
-            task = task_for(row, self._spec, self.epoch, leadership.term, await self._barrier.inspect())
+            task = task_for(row, self._spec, self.epoch, leadership.term, Policy())
         payload = task if isinstance(task, str) else encode(task).decode() if task is not None else ""
         return await self._barrier.release(
             self.epoch,
@@ -180,6 +180,7 @@ class LoadGate:
             timeout=timeout,
             to=row.to(size),
             after=predecessor(row, size),
+            endpoints=row.wants_endpoints,
         )
 
     async def arrived(self, step: StepName, *, timeout: float) -> WaitOutcome:  # noqa: ASYNC109  by the injected clock

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from barrier import RankRule, Report, Requirement, Snapshot, all_ranks
+from barrier import RankRule, Requirement, all_ranks
 from barrier.ids import EpochId
-from planner.spec import InstanceSpec
+from planner.spec import InstanceSpec, Policy
 from runner.messages import (
+    MAX_DEADLINE_SECONDS,
     ConnectToGroup,
     LoadModel,
     StartWarmup,
@@ -20,6 +21,9 @@ from runner.messages import (
 )
 
 StepName: TypeAlias = Literal["connect", "load", "warm up followers", "warm up leader"]
+
+DEADLINE_SHARE = 0.8
+"""The part of `Policy.connect_stall` in which the ranks must have connected: so the engine says first what it waited for."""
 
 SERVING: tuple[StatusName, ...] = ("Ready", "Running")
 
@@ -41,6 +45,11 @@ class Step:
     dispatches: type[ConnectToGroup] | type[LoadModel] | type[StartWarmup]
     to: Callable[[int], tuple[int, int]]
     stall: Literal["connect_stall", "load_stall", "warmup_stall"]
+
+    @property
+    def wants_endpoints(self) -> bool:
+        """Whether the ranks need one another's endpoints for its task."""
+        return self.dispatches is ConnectToGroup
 
 
 def _everyone(world_size: int) -> tuple[int, int]:
@@ -119,20 +128,12 @@ def serving_requirement(world_size: int) -> Requirement:
     return all_ranks(world_size, SERVING)
 
 
-def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, snapshot: Snapshot) -> Task:
+def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: Policy) -> Task:
     """The task of a row, for this epoch; its id is derived, so that asking again gives the same one."""
     task_id = derive_task_id(spec.name, str(epoch), step.name)
-    reports: list[Report | None] = [view.report for view in snapshot.ranks]
     if step.dispatches is ConnectToGroup:
-        first = reports[0]
-        return ConnectToGroup(
-            task_id=task_id,
-            instance=spec.name,
-            epoch=str(epoch),
-            term=term,
-            coordinator=(first.address or first.node) if first else "",
-            rank_order=tuple(report.node if report else "" for report in reports),
-        )
+        deadline = min(policy.connect_stall * DEADLINE_SHARE, MAX_DEADLINE_SECONDS)
+        return ConnectToGroup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, deadline=deadline)
     if step.dispatches is LoadModel:
         return LoadModel(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, model=spec.model)
     return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)

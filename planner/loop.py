@@ -324,18 +324,32 @@ class InstanceLoop:
         epoch, leadership = snapshot.epoch, self._barrier.leadership
         if epoch is None or leadership is None:
             return
-        task = encode(task_for(action.step, self._record.spec, epoch.id, leadership.term, snapshot)).decode()
+        task = encode(task_for(action.step, self._record.spec, epoch.id, leadership.term, self._policy)).decode()
         to = action.step.to(epoch.world_size)
         step = action.step.name, task, action.requirement
         if missing_ranks(snapshot, action.requirement):
             seconds = self._seconds_to_wait(snapshot, action.until)
             outcome = await self._until_poked(
                 self._barrier.dispatch_on_arrival(
-                    snapshot, epoch.id, *step, seconds, to=to, attempt=action.attempt, after=action.after
+                    snapshot,
+                    epoch.id,
+                    *step,
+                    seconds,
+                    to=to,
+                    attempt=action.attempt,
+                    after=action.after,
+                    endpoints=action.step.wants_endpoints,
                 )
             )
         else:
-            outcome = await self._barrier.dispatch(epoch.id, *step, to=to, attempt=action.attempt, after=action.after)
+            outcome = await self._barrier.dispatch(
+                epoch.id,
+                *step,
+                to=to,
+                attempt=action.attempt,
+                after=action.after,
+                endpoints=action.step.wants_endpoints,
+            )
         self._heed(outcome)
         if isinstance(outcome, Unknown):
             logger.warning(

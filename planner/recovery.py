@@ -218,7 +218,9 @@ def _fields_of(notes: str) -> dict[str, Any]:
 
 def _moves(snapshot: Snapshot) -> tuple[object, ...]:
     return tuple(
-        (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress) if view.report else None
+        (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress, view.report.signs)
+        if view.report
+        else None
         for view in snapshot.ranks
     )
 

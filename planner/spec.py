@@ -82,7 +82,9 @@ class Policy:
             of its own waits no longer. The instance itself goes on waiting, and is taken up again when they come.
         absence_limit: how long ranks may be away before the instance is given up; ``None``: that never happens. An instance's own
             limit beats it. A planner that takes over counts anew.
-        connect_stall: how long a step up to Connected may go without any progress; slow is not stalled.
+        prepare_stall: how long a rank may prepare its engine (imports, a download) while nothing else moves.
+        connect_stall: how long a step up to Connected may go without any progress; slow is not stalled. The engines are given four
+            fifths of it to connect (`planner.lifecycle.DEADLINE_SHARE`), so that they say first what they waited for.
         load_stall: the same for loading: no rank has loaded another layer for so long.
         warmup_stall: the same for warming up.
         generate_stall: the same while generating.
@@ -98,6 +100,7 @@ class Policy:
 
     assemble_timeout: float = 120.0
     absence_limit: float | None = None
+    prepare_stall: float = 900.0
     connect_stall: float = 60.0
     load_stall: float = 120.0
     warmup_stall: float = 120.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,19 +13,33 @@ from runner.messages import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """Where and as whom an engine enters the collective.
+    """Where, as whom and in which attempt an engine enters the collective.
 
     Attributes:
+        instance: the instance's name.
+        epoch: ``<number>-<nonce>``: which attempt this is. No other attempt, of this instance or of another, has the same one.
         rank: 0 to world_size - 1.
-        world_size: number of ranks.
-        coordinator: ``host:port`` at which the ranks meet.
-        rank_order: the node of every rank, in rank order.
+        endpoints: where each rank's engine waits for the others, ``host:port`` in rank order: what its `Engine.prepare` returned
+            for this attempt. Empty for a rank whose engine has no endpoint.
+        deadline: seconds that `Engine.connect` may take. It is shorter than the time after which the planner takes the attempt for
+            stalled, so that the engine says itself what it waited for.
     """
 
+    instance: str
+    epoch: str
     rank: int
-    world_size: int
-    coordinator: str
-    rank_order: tuple[str, ...]
+    endpoints: tuple[str, ...]
+    deadline: float
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self.endpoints)
+
+    @property
+    def token(self) -> bytes:
+        """16 bytes that differ for every other instance and every other attempt: what `Engine.connect` compares over all ranks."""
+        return hashlib.blake2b(f"{self.instance}\0{self.epoch}".encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +71,49 @@ class EngineDied(EngineFailure):
 
 
 class Engine(Protocol):
-    """One rank's share of a model. Calls come one at a time and in this order: connect, load, warm_up, generate…, close.
+    """One rank's share of a model. Calls come one at a time and in this order: prepare…, connect, load, warm_up, generate…, close.
 
-    `close` may come at any time, also in the middle of another call, whose coroutine is cancelled first.
-    Any exception from a call is a failed task and never the end of the runner.
+    With one rank there is no `connect`. `close` may come at any time, also in the middle of another call, whose coroutine is
+    cancelled first. Whatever a call raises is a failed task and never the end of the runner.
+
+    An engine is connected only to the engines of its own attempt. Two things see to that, and `runner.testing.check_engine`
+    checks both: an endpoint is bound anew for every attempt (`prepare`), and the first collective compares
+    `EngineGroup.token` over all ranks (`connect`).
     """
 
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """Do what is slow and concerns nobody else: imports, a look at the device, a download. Then bind an endpoint.
+
+        It comes before the rank reports Idle, and again before every further attempt in which this engine has not connected yet.
+        Every call binds another port than the last, which is given up: an engine of an ended attempt must find nobody there. It may
+        also come long before the attempt, in a spare engine that stands by while another one serves; so it takes no memory of the
+        device and holds no lock that the other one may need.
+
+        Returns:
+            ``host:port`` at which the other ranks reach this engine; ``:port`` for this machine under the name that the runner knows;
+            ``None`` where the engine needs no endpoint. `bind_endpoint` binds a port, from a range where one is wanted.
+
+        Raises:
+            EngineFailure: permanent where trying again cannot help: something that is not installed, no such device.
+        """
+        ...
+
     async def connect(self, group: EngineGroup) -> None:
-        """Enter the collective group; returns once all ranks are in it."""
+        """Enter the collective group; returns once all ranks are in it.
+
+        It ends with one real collective over all ranks that compares `EngineGroup.token`. Where a token differs, this engine met one of
+        another attempt: that is an `EngineFailure` which is not permanent, and never a text. It ends within `EngineGroup.deadline`
+        seconds; the host ends an engine that does not.
+        """
         ...
 
     def load(self, model: ModelSpec) -> AsyncIterator[int]:
-        """Load the model; yields the number of layers loaded so far, rising to ``model.total_layers``."""
+        """Load the model; yields the number of layers loaded so far, rising to ``model.total_layers``.
+
+        To yield the same number again says that the load moves though no layer is complete: a large layer, a download. That
+        renews the planner's patience, so yield it only where something has moved. With more than one rank it comes after
+        `connect`, and is refused otherwise: half a model would wait for ranks that never come.
+        """
         ...
 
     async def warm_up(self) -> None:
@@ -78,5 +125,51 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give up group, model and memory; idempotent."""
+        """Give up group, model, endpoint and memory; idempotent."""
         ...
+
+
+def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> socket.socket:
+    """Bind a TCP socket for `Engine.prepare`, on all of this machine's IPv4 addresses; it does not listen yet.
+
+    Args:
+        ports: the first and the last port that may be used, for machines behind a firewall; any free one where ``None``.
+        avoid: the port of the attempt before, which is taken only where the range has no other.
+
+    Raises:
+        EngineFailure: no port of the range is free.
+    """
+    if ports is None:
+        while True:
+            bound = _bound(0)
+            if bound.getsockname()[1] != avoid:
+                return bound
+            bound.close()
+    first, last = ports
+    for port in sorted(range(first, last + 1), key=lambda port: port == avoid):
+        try:
+            return _bound(port)
+        except OSError:
+            continue
+    raise EngineFailure(
+        f"no port from {first} to {last} is free on this machine; end what uses them, or allow the engine a larger range"
+    )
+
+
+def _bound(port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.bind(("", port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def valid_ports(first: int, last: int) -> tuple[int, int]:
+    """Return a range of ports if it is one; raises ValueError with the values and the limits."""
+    if not 1 <= first <= last <= 65_535:
+        raise ValueError(
+            f"ports are {first} to {last}; give the first and the last of 1 to 65535, the smaller one first"
+        )
+    return first, last

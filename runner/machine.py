@@ -19,6 +19,7 @@ ACCEPTS: Mapping[StatusName, frozenset[TaskKind]] = MappingProxyType(
         status: _ALWAYS | extra
         for status, extra in dict[StatusName, frozenset[TaskKind]](
             {
+                "Preparing": frozenset(),
                 "Idle": frozenset({"ConnectToGroup", "LoadModel"}),  # which of the two, world_size decides: see `judge`
                 "Connecting": frozenset(),
                 "Connected": frozenset({"LoadModel"}),

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 MAX_MESSAGE_BYTES = 256 * 1024
 """The longest message that is parsed at all, in bytes. A prompt of some 60,000 words fits; a 1 MB payload is refused unread."""
 
+MAX_DEADLINE_SECONDS = 7 * 24 * 3600.0
+"""The longest time that a rank may be given to connect: a week."""
+
 MAX_PROMPT_CHARS = 200_000
 """The longest prompt that a TextGeneration may carry, in characters."""
 
@@ -33,6 +36,12 @@ class _Message(BaseModel):
 
 
 # --- statuses -------------------------------------------------------------------------------------------------------------
+
+
+class RunnerPreparing(_Message):
+    """In the attempt, and the engine is being made ready for it: imports, a look at the device, a download, an endpoint."""
+
+    kind: Literal["Preparing"] = "Preparing"
 
 
 class RunnerIdle(_Message):
@@ -105,7 +114,8 @@ class RunnerFailed(_Message):
 
 
 RunnerStatus: TypeAlias = Annotated[
-    RunnerIdle
+    RunnerPreparing
+    | RunnerIdle
     | RunnerConnecting
     | RunnerConnected
     | RunnerLoading
@@ -120,6 +130,7 @@ RunnerStatus: TypeAlias = Annotated[
 ]
 
 StatusName: TypeAlias = Literal[
+    "Preparing",
     "Idle",
     "Connecting",
     "Connected",
@@ -167,16 +178,14 @@ class _Task(_Message):
 
 
 class ConnectToGroup(_Task):
-    """Enter the collective group.
+    """Enter the collective group. Where the other ranks are is in the epoch's record (`barrier.Member.endpoints`), not in here.
 
     Attributes:
-        coordinator: ``host:port`` at which the ranks meet, chosen by the planner from rank 0's report.
-        rank_order: the node of every rank, in rank order.
+        deadline: seconds that a rank may take for it, from when it has read this. Shorter than the planner's patience.
     """
 
     kind: Literal["ConnectToGroup"] = "ConnectToGroup"
-    coordinator: str = Field(max_length=300)
-    rank_order: tuple[Annotated[str, Field(max_length=255)], ...] = Field(max_length=100_000)
+    deadline: float = Field(gt=0, le=MAX_DEADLINE_SECONDS)
 
 
 class LoadModel(_Task):

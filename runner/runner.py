@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -67,6 +67,7 @@ from runner.messages import (
     RunnerIdle,
     RunnerLoaded,
     RunnerLoading,
+    RunnerPreparing,
     RunnerReady,
     RunnerRunning,
     RunnerShutdown,
@@ -90,6 +91,9 @@ _REMEMBERED = 256
 
 _QUEUED_GENERATIONS = 64
 """How many accepted generations may wait at a rank; more are refused as not yet possible."""
+
+_SAID_TO_PREPARE_AFTER = 0.25
+"""Seconds after which a rank says that it prepares its engine; an engine that is ready sooner costs no report of its own."""
 
 _FINALITY: dict[StatusName, int] = {"Failed": 1, "ShuttingDown": 2, "Shutdown": 3}
 """Statuses that a runner does not leave by its own work, the later ones not even for the earlier. Others count 0."""
@@ -154,13 +158,21 @@ class Runner:
     async def run(self) -> None:
         """Claim the rank and serve until a Shutdown task or `stop`; then tear down and give the rank back.
 
+        The engine is made first, and its factory and configuration with it are checked: what could never serve claims no rank.
+
         Raises:
+            EngineFailure: permanent: there is no such engine, or it refuses its configuration.
             RankTaken: another process holds the rank.
             ClaimLost: another process took the rank over while this one was silent; the engine is torn down.
             PartFailed: a mistake of ours ended a part of this runner, or its heartbeat (`HeartbeatFailed`). It has said that it failed, as
                 far as it could, and its engine is torn down.
             StoreError: the store could not be reached to begin with. Later outages are waited out.
         """
+        try:
+            await self._until_leaving(self._start_engine())
+        except BaseException:
+            await asyncio.shield(self._host.shut_down())
+            raise
         await self._until_leaving(self._member.claim(spare=True) if self._spare else self._member.claim())
         if self._leaving.is_set():
             await self._clean_up()
@@ -212,9 +224,17 @@ class Runner:
             if working.done():
                 working.result()
 
+    async def _start_engine(self) -> None:
+        try:
+            await self._host.start()
+        except EngineFailure as failure:
+            if failure.permanent:
+                raise
+            logger.warning("the engine could not be started yet: {}", failure)
+
     async def _clean_up(self) -> None:
         """Bounded: an engine that does not close is killed, a store that does not answer is left alone. Each step is done, whatever fails."""
-        steps = [self._stop_work, self._host.kill, self._member.leave]
+        steps = [self._stop_work, self._host.shut_down, self._member.leave]
         if isinstance(self._lost, PartFailed):
             steps.pop()  # the report that says so must not go before the planner has read it; its lease ends it
         for step in steps:
@@ -262,6 +282,8 @@ class Runner:
             case VerdictAnnounced(epoch, verdict):
                 if self._promise is not None and epoch == self._promise.epoch:
                     logger.info("rank {}: attempt over: {}", self._member.rank, verdict)
+                    if verdict.culprit == self._member.rank and self._status.kind == "Preparing":
+                        await self._host.kill()  # it would be waited for once more; where others failed, it goes on
                     await self._leave_epoch()
                     await self._say(events=[RunnerStatusUpdated(status=self._status)])
             case Garbage(place, reason):
@@ -273,13 +295,13 @@ class Runner:
                 assert_never(entry)
 
     async def _enter(self, entry: EpochAnnounced) -> None:
-        """Tear down, then promise, then report Idle: the planner's connect gate waits for just this."""
+        """Tear down, then promise, then prepare the engine, then report Idle: the planner's connect gate waits for just this."""
         if entry.epoch.number <= self._member.report_now.floor:
             return  # promised already, or older than a promise
         await self._leave_epoch()
         while True:
             try:
-                outcome = await self._member.promise(entry.epoch)
+                outcome = await self._member.promise(entry.epoch, status="Preparing")
                 break
             except StoreError as error:
                 logger.warning("rank {}: cannot promise yet: {}", self._member.rank, error)
@@ -287,9 +309,11 @@ class Runner:
         match outcome:
             case Promised(epoch, world_size):
                 self._promise = Promise(epoch, self._member.incarnation, world_size)
+                self._status = RunnerPreparing()
+                self._phase = self._part(self._prepare(world_size), "the preparation")
             case NotPromised(reason):
                 logger.info("rank {}: not in the new attempt: {}", self._member.rank, reason)
-        await self._say(events=[RunnerStatusUpdated(status=self._status)])
+                await self._say(events=[RunnerStatusUpdated(status=self._status)])
 
     async def _leave_epoch(self) -> None:
         await self._tear_down()
@@ -391,9 +415,8 @@ class Runner:
         task = work.task
         match task:
             case ConnectToGroup():
-                group = EngineGroup(self._member.rank, self._world_size(), task.coordinator, task.rank_order)
                 await self._begin(work, RunnerConnecting())
-                self._start(work, lambda: self._host.connect(group), RunnerConnected())
+                self._start(work, lambda: self._connect(task.deadline), RunnerConnected())
             case LoadModel():
                 total = task.model.total_layers
                 await self._begin(work, RunnerLoading(layers_loaded=0, total_layers=total))
@@ -500,6 +523,63 @@ class Runner:
         finally:
             if self._phase is asyncio.current_task():  # the next one may have begun while this one was still telling
                 self._phase = None
+
+    async def _prepare(self, world_size: int) -> None:
+        """Have the engine made ready for the attempt, and report Idle with the endpoint at which it waits for the others."""
+        try:
+            preparing = self._host.prepare(self._member.rank, world_size)
+            async with supervise.alongside(preparing, expected=_EXPECTED) as prepared:
+                try:
+                    await self._clock.wait_for(asyncio.shield(prepared), _SAID_TO_PREPARE_AFTER)
+                except TimeoutError:
+                    await self._say(events=[RunnerStatusUpdated(status=self._status)])
+                endpoint = await prepared or ""
+            if endpoint.startswith(":"):
+                endpoint = _joined(await self._reachable_at(), endpoint)
+        except Exception as failure:  # noqa: BLE001  as in `_do`
+            await self._fail(None, failure)
+        else:
+            self._watching = self._part(self._watch_engine(), "the watch over the engine")
+            self._become(RunnerIdle())
+            await self._say(events=[RunnerStatusUpdated(status=self._status)], endpoint=endpoint)
+        finally:
+            if self._phase is asyncio.current_task():
+                self._phase = None
+
+    async def _reachable_at(self) -> str:
+        while True:
+            try:
+                return await self._member.address()
+            except StoreError as error:
+                logger.warning("rank {}: its own address is not known yet: {}", self._member.rank, error)
+                await self._clock.sleep(self._member.settings.command_seconds)
+
+    async def _connect(self, seconds: float) -> None:
+        """Connect the engine to those of the roster, at the endpoints that their reports named when the step was dispatched."""
+        promise = self._promise
+        if promise is None:
+            raise EngineFailure("this rank is in no attempt")
+        ends = self._clock.now() + seconds
+        while True:
+            try:
+                endpoints = await self._member.endpoints(promise.world_size)
+                break
+            except StoreError as error:
+                if self._clock.now() >= ends:
+                    raise EngineFailure(
+                        f"the endpoints of the other ranks could not be read within {seconds:g} s: {error}"
+                    ) from error
+                await self._clock.sleep(self._member.settings.command_seconds)
+        own = self._member.report_now.endpoint
+        if endpoints is None and not own:
+            endpoints = (
+                "",
+            ) * promise.world_size  # an engine without an endpoint works with a planner that asks for none
+        check_endpoints(endpoints, self._member.rank, own)
+        deadline = max(ends - self._clock.now(), 0.001)
+        await self._host.connect(
+            EngineGroup(self._instance, str(promise.epoch), self._member.rank, endpoints or (), deadline)
+        )
 
     async def _check_engine(self) -> None:
         """Raise if the engine has died since the task was judged: a load would start a fresh one that is in no group."""
@@ -624,7 +704,9 @@ class Runner:
             del self._outcomes[next(refused, next(iter(self._outcomes)))]
         return outcome
 
-    async def _say(self, *, outcome: TaskOutcome | None = None, events: list[BaseModel]) -> None:
+    async def _say(
+        self, *, outcome: TaskOutcome | None = None, events: list[BaseModel], endpoint: str | None = None
+    ) -> None:
         """Report the whole state and append the events, in one step. What cannot be said now goes with the next heartbeat."""
         lines = [{"kind": type(event).__name__, "event": encode(event).decode()} for event in events]
         status, failure = self._status, self._failure
@@ -636,6 +718,7 @@ class Runner:
                 permanent=failure.permanent if failure else False,
                 outcome=outcome,
                 events=lines,
+                endpoint=endpoint,
             )
         )
         if said and self._endings:
@@ -685,6 +768,40 @@ class Runner:
             self._leaving.set()
             return False
         return True
+
+
+def check_endpoints(endpoints: Sequence[str] | None, rank: int, own: str) -> None:
+    """Refuse endpoints at which an engine could meet another attempt's, or nobody.
+
+    Args:
+        endpoints: as `barrier.Member.endpoints` read them.
+        rank: whose engine is to connect.
+        own: the endpoint that it has bound for this attempt.
+
+    Raises:
+        EngineFailure: they are not known, this rank's is another one, or two ranks have one. Never permanent: the next attempt binds
+            others.
+    """
+    if endpoints is None:
+        raise EngineFailure(
+            "the store's record of this attempt does not say where the ranks are: the store forgot, or went back"
+        )
+    if endpoints[rank] != own:
+        raise EngineFailure(
+            f"the store's record says that rank {rank} waits at {endpoints[rank] or 'no endpoint'}, but it waits at {own or 'none'}: "
+            "the store went back"
+        )
+    first: dict[str, int] = {}
+    for other, endpoint in enumerate(endpoints):
+        if endpoint and first.setdefault(endpoint, other) != other:
+            raise EngineFailure(
+                f"ranks {first[endpoint]} and {other} both say that they wait at {endpoint}; start each runner with the --address "
+                "under which the others reach its machine"
+            )
+
+
+def _joined(host: str, port: str) -> str:
+    return f"[{host}]{port}" if ":" in host and not host.startswith("[") else f"{host}{port}"
 
 
 def _pieces(text: str) -> list[str]:

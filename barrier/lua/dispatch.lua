@@ -1,6 +1,6 @@
 -- The gate: check every rank and append the task, at one instant. Once per step.
 -- KEYS: epoch leader tasks events once rank...
--- ARGV: term holder number nonce step attempt after repeatable to seen_n known_n record_ms once_ms log_cap event_cap payload rule...
+-- ARGV: term holder number nonce step attempt after repeatable to seen_n known_n record_ms once_ms log_cap event_cap endpoints payload rule...
 -- Replies: DISPATCHED id · ALREADY id · NOT_READY rank... · ABORTED verdict · SUPERSEDED number nonce · FENCED term holder ·
 --          UNKNOWN reason
 --
@@ -8,11 +8,12 @@
 -- is asked again. repeatable: 1 for steps that come any number of times (generations), which are remembered in their own
 -- short-lived key, across epochs: an id of an earlier epoch in ALREADY means that it will not be done again. seen_n: the highest
 -- log position that the caller knows of; known_n: the position that this step had when the caller dispatched it before, or 0.
+-- endpoints: 1 to write into the record where each rank waits for the others, as the reports of this very instant say it; see write_endpoints.
 -- Rules: see missing_ranks.
 
 local term, holder, number, nonce, step, attempt, after, repeatable, to, seen_n, known_n, record_ms, once_ms, log_cap, event_cap,
-  payload = unpack(ARGV, 1, 16)
-local FIRST_RANK, FIRST_RULE = 6, 17
+  endpoints, payload = unpack(ARGV, 1, 17)
+local FIRST_RANK, FIRST_RULE = 6, 18
 
 local world_size, field, needed = #KEYS - FIRST_RANK + 1, 'step:' .. step, after ~= '' and 'step:' .. after or nil
 local record, wrong = read_record(KEYS[1], world_size, field, needed)
@@ -88,6 +89,9 @@ if type(id) ~= 'string' then
   id = append(redis.call, log_number == tonumber(number) and log_n or 0)
 end
 redis.call('PEXPIRE', KEYS[3], record_ms)
+if endpoints == '1' then
+  write_endpoints(KEYS[1], read_reports(FIRST_RANK))
+end
 local mark = id .. ':' .. attempt
 if repeatable == '1' then
   redis.call('SET', KEYS[5], mark, 'PX', once_ms)

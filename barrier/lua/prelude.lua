@@ -5,6 +5,8 @@ local INCARNATION_WIDTH = 28
 local APPLIED_WIDTH = 10
 local DAY_MS = 86400000
 local SLICE = 2000 -- keys in one MGET; Lua's stack holds 8,000
+local ENDPOINTS_CHUNK = 64
+local MAX_ENDPOINT = 300
 
 -- Milliseconds: Lua numbers are doubles, and tostring would shorten microseconds.
 local function server_ms()
@@ -125,6 +127,22 @@ local function read_reports(first_key)
     end
   end
   return reports
+end
+
+-- Where each rank's engine waits for the others, for the ranks to read: lines of ENDPOINTS_CHUNK endpoints, in rank order. What is no
+-- endpoint is written as none, so that one rank's report cannot shift those of others. It follows the header, where quotes in
+-- foreign text are escaped.
+local function write_endpoints(epoch_key, reports)
+  local endpoints = {}
+  for rank = 1, #reports do
+    local said = string.match(reports[rank] or '', '"endpoint":"([%w.:_%-%[%]]*)"') or ''
+    endpoints[rank] = #said <= MAX_ENDPOINT and said or ''
+  end
+  for first = 1, #endpoints, ENDPOINTS_CHUNK do
+    local last = math.min(first + ENDPOINTS_CHUNK - 1, #endpoints)
+    redis.call('HSET', epoch_key, 'endpoints:' .. math.floor((first - 1) / ENDPOINTS_CHUNK),
+      table.concat(endpoints, '\n', first, last))
+  end
 end
 
 -- A report's header: 2|<number>-<nonce> or -|<status>|<applied>|<incarnation>|<floor>|<digest>|{...}

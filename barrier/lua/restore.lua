@@ -63,6 +63,7 @@ for step in string.gmatch(steps, '[^,]+') do
   redis.call('HSET', KEYS[1], 'step:' .. step, number .. '-' .. whole(agreed_applied) .. ':1')
 end
 write_roster(KEYS[1], incarnations)
+write_endpoints(KEYS[1], reports)
 redis.call('PEXPIRE', KEYS[1], record_ms)
 hint(KEYS[4], signal_cap, record_ms, 'restored')
 history(KEYS[5], event_cap, record_ms, number .. '-' .. nonce, 'Restored', 'status', status,

@@ -22,6 +22,7 @@ BAR = 10
 
 _LOADED = ("Loaded", "WarmingUp", "Ready", "Running")
 _STYLES = {
+    "Preparing": "yellow",
     "Idle": "dim",
     "Connecting": "yellow",
     "Connected": "cyan",

@@ -230,7 +230,9 @@ def _next_group(said: Sequence[RankSaid], place: int, status: str, sure: bool, t
                 return 2, _Told("again", first, read.task_id, before=status, code=answer.state, sure=sure)
             if answer.rejection is not None and answer.state == "Failed":
                 return 2, _Told("reject", first, read.task_id, before=status, code=answer.rejection.code, sure=sure)
-        case [RunnerStatusUpdated() as now, *_] if now.status.kind in ("Idle", "Failed", status) or not status:
+        case [RunnerStatusUpdated() as now, *_] if (
+            now.status.kind in ("Preparing", "Idle", "Failed", status) or not status
+        ):
             return 1, _Told("status", first, status=now.status.kind, before=status, sure=sure)
         case _:
             pass

@@ -62,7 +62,7 @@ def make_task(kind: Kind, instance: str, epoch: EpochId, term: int) -> Task:
     common = {"task_id": f"{kind}-{uuid.uuid4().hex}", "instance": instance, "epoch": str(epoch), "term": term}
     match kind:
         case "ConnectToGroup":
-            return ConnectToGroup.model_validate({**common, "coordinator": "", "rank_order": ("",) * WORLD_SIZE})
+            return ConnectToGroup.model_validate({**common, "deadline": 60.0})
         case "LoadModel":
             return LoadModel.model_validate({**common, "model": MODEL})
         case "StartWarmup":

@@ -58,7 +58,9 @@ class FragileRunner:
         match task, self.status:
             case ConnectToGroup(), RunnerIdle():
                 self.status = RunnerConnecting()
-                await self._engine.connect(EngineGroup(self._rank, WORLD_SIZE, task.coordinator, task.rank_order))
+                await self._engine.connect(
+                    EngineGroup(task.instance, task.epoch, self._rank, ("",) * WORLD_SIZE, task.deadline)
+                )
                 self.status = RunnerConnected()
             case LoadModel(), RunnerConnected():
                 async for layers in self._engine.load(task.model):

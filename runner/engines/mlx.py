@@ -23,6 +23,7 @@ import importlib
 import json
 import os
 import queue
+import socket
 import tempfile
 import threading
 from collections import deque
@@ -32,15 +33,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from runner.engine import EngineFailure, EngineGroup, GenerationRequest
+from runner.engine import EngineFailure, EngineGroup, GenerationRequest, bind_endpoint, valid_ports
 from runner.messages import ModelSpec
 
-DEFAULT_PORT_BASE = 41_500
-"""The port at which rank 0 listens for the ring where nothing else is said; rank r listens r above it."""
-
-_HIGHEST_PORT = 65_535
 _WARM_UP_TOKENS = 2
 _HEAD_COUNTS = ("n_heads", "n_kv_heads", "num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads")
 
@@ -53,9 +50,8 @@ class MlxConfig(BaseModel):
     Attributes:
         model: a directory or a Hugging Face id to load instead of the one that the instance names, for machines that keep their
             models in different places.
-        hosts: where each rank listens for the ring, in rank order: ``host`` or ``host:port``. By default the nodes that the ranks
-            report, which then must be names or IPv4 addresses that all ranks can reach.
-        port_base: rank r listens on port_base + r where no port is given; instances that share a machine need ranges apart.
+        ports: the first and the last port on which the ring may listen, for machines behind a firewall; each rank takes one that is free,
+            and any free one of the machine where this is ``None``. A range needs twice as many ports as ranks of one machine.
         use_chat_template: put a prompt into the model's own chat template, if it has one.
         prefill_step_size: how many tokens of a prompt are read at a time; a generation can be stopped only between two such parts,
             and one that takes longer than the host's grace to stop costs the loaded model. mlx-lm's own default is 2,048.
@@ -64,10 +60,14 @@ class MlxConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model: str | None = Field(default=None, min_length=1)
-    hosts: tuple[str, ...] = ()
-    port_base: int = Field(default=DEFAULT_PORT_BASE, ge=1024, le=_HIGHEST_PORT)
+    ports: tuple[int, int] | None = None
     use_chat_template: bool = True
     prefill_step_size: int = Field(default=512, ge=1)
+
+    @field_validator("ports")
+    @classmethod
+    def _ports(cls, ports: tuple[int, int] | None) -> tuple[int, int] | None:
+        return None if ports is None else valid_ports(*ports)
 
 
 def mlx_engine(config: dict[str, JsonValue]) -> MlxEngine:
@@ -98,25 +98,51 @@ class MlxEngine:
         self._share = _Share(
             use_chat_template=self._config.use_chat_template, prefill_step_size=self._config.prefill_step_size
         )
+        self._bound: socket.socket | None = None
+        self._port = 0
+        self._world_size = 1
         self._group: EngineGroup | None = None
         self._loaded = False
         self._warm = False
         self._closed = False
 
-    async def connect(self, group: EngineGroup) -> None:
-        """Enter the ring; returns once the ranks at both sides are in it.
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """Import MLX, which takes seconds, and bind the port at which this rank's ring will listen.
 
         Raises:
-            EngineFailure: permanent: MLX is not installed, or the addresses cannot be used. Otherwise: a neighbour did not come,
-                a port is taken, or the call is out of order.
+            EngineFailure: permanent: MLX is not installed. Otherwise: no port of the range is free, or the call is out of order.
+        """
+        self._check_open("prepare")
+        if self._group is not None:
+            raise EngineFailure("prepare is out of order: this engine is in a group already")
+        await self._thread.run(self._share.import_mlx)
+        self._world_size = world_size
+        self._give_up_port()
+        if world_size == 1:
+            return None
+        self._bound = bind_endpoint(self._config.ports, avoid=self._port)
+        self._port = int(self._bound.getsockname()[1])
+        return f":{self._port}"
+
+    async def connect(self, group: EngineGroup) -> None:
+        """Enter the ring, and compare with all ranks in which attempt this is.
+
+        MLX's ring knows no identity: whoever connects to a port is a neighbour. So the port is another one in each attempt, and the
+        first thing that goes round the ring is `EngineGroup.token`.
+
+        Raises:
+            EngineFailure: permanent: an endpoint that MLX cannot use. Otherwise: a neighbour did not come or is in another attempt, a
+                port is taken, or the call is out of order.
         """
         self._check_open("connect")
         if self._group is not None:
             raise EngineFailure("connect is out of order: this engine is in a group already")
-        addresses = ring_addresses(self._config, group)
-        await self._thread.run(self._share.import_mlx)
-        if group.world_size > 1:
-            await self._thread.run(lambda: self._share.join_ring(addresses, group.rank))
+        if self._bound is None:
+            raise EngineFailure("connect is out of order: prepare has bound no port for this attempt")
+        addresses = ring_addresses(group)
+        self._give_up_port()  # MLX binds it itself; who takes it in between makes this attempt fail, and the next one binds another
+        await self._thread.run(lambda: self._share.join_ring(addresses, group.rank))
+        await self._thread.run(lambda: self._share.compare_tokens(group))
         self._group = group
 
     async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
@@ -131,6 +157,10 @@ class MlxEngine:
                 call is out of order.
         """
         self._check_open("load")
+        if self._world_size > 1 and self._group is None:
+            raise EngineFailure(
+                f"load is out of order: connect has not been done, and this is one of {self._world_size} ranks, which load together"
+            )
         if self._loaded:
             raise EngineFailure("load is out of order: a model is loaded already")
         steps = self._share.load(self._config.model or model.model_id)
@@ -183,53 +213,34 @@ class MlxEngine:
         """Give up the model and its memory; idempotent. The ring is left when the process ends: MLX knows no other way."""
         if not self._closed:
             self._closed = True
+            self._give_up_port()
             await self._thread.run(self._share.release)
             self._thread.end()
+
+    def _give_up_port(self) -> None:
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
 
     def _check_open(self, call: str) -> None:
         if self._closed:
             raise EngineFailure(f"{call} is out of order: the engine is closed")
 
 
-def ring_addresses(config: MlxConfig, group: EngineGroup) -> list[str]:
+def ring_addresses(group: EngineGroup) -> list[str]:
     """Where every rank listens, as ``host:port`` in rank order: the same on all ranks, or the ring never closes.
 
-    ``config.hosts`` comes first. Otherwise rank 0 is at ``group.coordinator`` and the others at ``group.rank_order``.
-
     Raises:
-        EngineFailure: permanent: too few hosts, an empty or an IPv6 one, a port out of range, or two ranks at one address.
+        EngineFailure: permanent: a rank has no endpoint, or one with an IPv6 address.
     """
-    places = list(config.hosts or (group.coordinator or group.rank_order[0], *group.rank_order[1:]))
-    if len(places) != group.world_size:
-        raise EngineFailure(
-            f"hosts names {len(places)} addresses for {group.world_size} ranks; give one for each, in rank order",
-            permanent=True,
-        )
-    addresses = [_address(place, rank, config.port_base) for rank, place in enumerate(places)]
-    for rank, address in enumerate(addresses):
-        if address in addresses[:rank]:
+    for rank, endpoint in enumerate(group.endpoints):
+        if not endpoint or endpoint.startswith("["):
             raise EngineFailure(
-                f"ranks {addresses.index(address)} and {rank} would both listen at {address}; give each its own port in hosts",
+                f"rank {rank} has {f'the endpoint {endpoint}' if endpoint else 'no endpoint'}; MLX's ring takes a host name or an IPv4 "
+                "address, so start its runner with such an --address",
                 permanent=True,
             )
-    return addresses
-
-
-def _address(place: str, rank: int, port_base: int) -> str:
-    host, _, given = place.partition(":")
-    if not host or ":" in given:
-        raise EngineFailure(
-            f"rank {rank} has the address {place!r}; MLX's ring takes a host name or an IPv4 address, and host:port",
-            permanent=True,
-        )
-    port = int(given) if given.isdecimal() else port_base + rank if not given else 0
-    if not 0 < port <= _HIGHEST_PORT:
-        raise EngineFailure(
-            f"rank {rank} would listen on port {given or port} of {host}; ports are 1 to {_HIGHEST_PORT}, and without one "
-            f"it is port_base, which is {port_base}, plus the rank",
-            permanent=True,
-        )
-    return f"{host}:{port}"
+    return list(group.endpoints)
 
 
 def scaled_progress(done: int, layers: int, total: int) -> int:
@@ -345,6 +356,20 @@ class _Share:
                 permanent=True,
             )
         self.rank, self._world_size, self._group = rank, len(addresses), group
+
+    def compare_tokens(self, group: EngineGroup) -> None:
+        """The first collective: every rank gets every rank's token, and compares it with its own."""
+        mx, own = self._mx, list(group.token)
+        gathered: list[int] = mx.distributed.all_gather(
+            mx.array(own, dtype=mx.uint8), group=self._group, stream=mx.cpu
+        ).tolist()
+        tokens = [gathered[at : at + len(own)] for at in range(0, len(gathered), len(own))]
+        others = [rank for rank, token in enumerate(tokens) if token != own]
+        if others or len(tokens) != group.world_size:
+            raise EngineFailure(
+                f"rank {group.rank} met engines of another attempt in its ring, in the places of ranks {', '.join(map(str, others))}; this "
+                f"attempt is {group.epoch} of {group.instance}"
+            )
 
     def load(self, name: str) -> Generator[tuple[int, int], None, None]:
         """Load; yields how many layers are in memory, and of how many."""

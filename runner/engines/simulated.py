@@ -1,8 +1,9 @@
 """A simulated engine: the timing, the order and the failures of a real one, without a model.
 
-It is honest about being one: its text begins with ``[simulated text]`` and is drawn from a short word list. It simulates one
-rank and talks to no other; whether the others have entered the collective, it cannot know. What it does know is its own state,
-and there it is as strict as a collective: a call out of order fails, as the real thing would crash.
+It is honest about being one: its text begins with ``[simulated text]`` and is drawn from a short word list. In a process of its own
+it really meets the other ranks when it connects (`runner.engines.ring`), and compares with them in which attempt they are; after
+that, and where ranks share a process, it talks to no other. It knows its own state, and there it is as strict as a collective: a call
+out of order fails, as the real thing would crash.
 
 Everything is derived from the seed by BLAKE2b, so two runs agree to the letter, on any machine and any version of Python.
 """
@@ -21,16 +22,17 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
+from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest, valid_ports
+from runner.engines.ring import Ring
 from runner.host import EngineSpec
 from runner.messages import ModelSpec
 
 MARK = "[simulated text]"
 """What every simulated text begins with."""
 
-FaultPhase: TypeAlias = Literal["connect", "load", "warmup", "generate"]
+FaultPhase: TypeAlias = Literal["prepare", "connect", "load", "warmup", "generate"]
 FaultAction: TypeAlias = Literal["refuse", "raise", "hang", "die", "block"]
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -87,6 +89,9 @@ class SimulatedConfig(BaseModel):
         token_seconds: mean time to make one token.
         jitter: how far a delay may be from its mean, as a fraction of it, 0 to 1; fixed by (seed, rank, phase).
         faults: what goes wrong. Where several could strike, the first one does.
+        meet: whether ranks in processes of their own really connect to one another, at the endpoints that they bind; ranks that
+            share a process never do.
+        ports: the first and the last port that such a rank may bind; any free one where ``None``.
         fault_ledger: the file that counts strikes, which faults with ``times`` need in an engine that has a process of its own;
             removing it starts the count anew.
     """
@@ -100,7 +105,14 @@ class SimulatedConfig(BaseModel):
     token_seconds: _Seconds = 0.02
     jitter: float = Field(default=0.2, ge=0, le=1)
     faults: tuple[SimulatedFault, ...] = ()
+    meet: bool = True
+    ports: tuple[int, int] | None = None
     fault_ledger: Path | None = None
+
+    @field_validator("ports")
+    @classmethod
+    def _ports(cls, ports: tuple[int, int] | None) -> tuple[int, int] | None:
+        return None if ports is None else valid_ports(*ports)
 
 
 class FaultLedger:
@@ -181,29 +193,40 @@ class SimulatedEngine:
         self._ledger = ledger or FaultLedger()
         self._owns_process = owns_process
         self._report = report or _warn
+        self._ring = Ring(config.ports) if owns_process and config.meet else None
         self._connected = False
         self._model: ModelSpec | None = None
         self._warm = False
         self._closed = False
 
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """Bind an endpoint, if ranks really meet.
+
+        Raises:
+            EngineFailure: permanent: this engine was made for another rank or size. Otherwise: connected already, closed, or no port of
+                the range is free.
+        """
+        self._check_open("prepare")
+        self._take_place("prepare", rank, world_size)
+        if self._connected:
+            raise self._out_of_order("prepare", "the engine is in a group already")
+        await self._strike("prepare")
+        return self._ring.bind() if self._ring is not None and world_size > 1 else None
+
     async def connect(self, group: EngineGroup) -> None:
-        """Take the time that entering a group takes.
+        """Take the time that entering a group takes, and meet the other ranks, if they really meet.
 
         Raises:
             EngineFailure: connected already, closed, or a group in which this engine has another rank or size.
         """
         self._check_open("connect")
-        if self._place is not None and (group.rank, group.world_size) != self._place:
-            raise EngineFailure(
-                f"connect names rank {group.rank} of {group.world_size}, but this simulated engine was made as "
-                f"rank {self._rank} of {self._world_size}",
-                permanent=True,
-            )
+        self._take_place("connect", group.rank, group.world_size)
         if self._connected:
             raise self._out_of_order("connect", "the engine is in a group already")
-        self._rank, self._world_size = group.rank, group.world_size
         await self._strike("connect")
         await self._pause("connect", self._config.connect_seconds)
+        if self._ring is not None and group.world_size > 1:
+            await self._ring.join(group)
         self._connected = True
 
     async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
@@ -257,6 +280,17 @@ class SimulatedEngine:
     async def close(self) -> None:
         """Give everything up; idempotent. Every later call fails."""
         self._closed = True
+        if self._ring is not None:
+            await self._ring.close()
+
+    def _take_place(self, call: str, rank: int, world_size: int) -> None:
+        if self._place is not None and (rank, world_size) != self._place:
+            raise EngineFailure(
+                f"{call} names rank {rank} of {world_size}, but this simulated engine was made as "
+                f"rank {self._rank} of {self._world_size}",
+                permanent=True,
+            )
+        self._rank, self._world_size = rank, world_size
 
     def _check_open(self, call: str) -> None:
         if self._closed:

@@ -14,8 +14,9 @@ from typing import Any
 
 from runner.engine import Engine, EngineFailure
 from runner.host.contract import CHUNK_WINDOW
-from runner.host.failures import Failure, was_cancelled
+from runner.host.failures import Failure, sentence_of, was_cancelled
 from runner.host.frames import FrameBuffer, decode_request, encode_frame
+from runner.host.leftovers import MARK
 from runner.host.work import Work, perform
 
 
@@ -29,13 +30,14 @@ def child_command(rank: int) -> list[str]:
     return [sys.executable, "-P", "-u", "-c", start, str(os.getpid()), f"engine-of-rank-{rank}"]
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of an engine's process: this one, and ``sys.path`` so that it finds what this process finds.
+def child_environment(mark: str = "") -> dict[str, str]:
+    """The environment of an engine's process: this one, a mark, and ``sys.path`` so that it finds what this process finds.
 
-    The child puts PYTHONPATH back as it was before any engine code runs.
+    The child puts PYTHONPATH back as it was before any engine code runs. For the mark see `runner.host.leftovers`; without one, helpers
+    that leave the process group are not found again.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": path, MARK: mark}
 
 
 def child_main() -> None:
@@ -130,7 +132,7 @@ class _EngineServer:
                         # Also what lets the loop see a cancellation, where the engine itself never really awaits.
                         await self._room.acquire()
                     self._send({"kind": "value", "call": call, "value": value})
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - an engine may raise anything
+        except BaseException as error:  # noqa: BLE001 - an engine may raise anything, a panic of its Rust code included
             if was_cancelled(error):
                 self._send({"kind": "done", "call": call})
                 return
@@ -149,7 +151,12 @@ class _EngineServer:
             raise EngineFailure(
                 f"engine factory {self._factory!r} cannot be imported: {error}", permanent=True
             ) from error
-        return factory(self._config)
+        try:
+            return factory(self._config)
+        except (TypeError, ValueError) as error:
+            raise EngineFailure(
+                f"engine factory {self._factory!r} refuses its configuration: {sentence_of(error)}", permanent=True
+            ) from error
 
     def _send(self, frame: dict[str, Any]) -> None:
         data = memoryview(encode_frame(frame))

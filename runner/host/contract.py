@@ -22,16 +22,18 @@ class EngineHost(Protocol):
     """An engine that can be taken away. The same calls as `runner.engine.Engine`, one at a time and in the same order.
 
     Life of an engine:
-        ``connect`` and ``load`` start one if there is none; ``warm_up`` and ``generate`` do not, and say so. After `kill`,
-        after `close` and after a death, the next ``connect`` or ``load`` starts a fresh one: a new incarnation of the
-        engine. It never starts before the old one is gone, or has been given up on after a grace.
+        ``start``, ``prepare``, ``connect`` and ``load`` start one if there is none; ``warm_up`` and ``generate`` do not, and say so.
+        After `kill`, after `close` and after a death, the next of these starts a fresh one: a new incarnation of the engine. It
+        never starts before the old one is gone, or has been given up on after a grace. A host may keep a spare: a second engine
+        that is started and prepared while the first one serves, and takes its place when that one is gone.
 
     Failures:
         Whatever a call raises is an `EngineFailure` (asyncio.CancelledError aside). `EngineDied` means that the engine is
         gone: it ended by itself, or was killed or closed while the call ran. The text never quotes a prompt.
 
     Cancellation:
-        A cancelled ``connect``, ``load`` or ``warm_up`` kills the engine, because half a collective is of no use. A
+        A cancelled ``prepare`` goes on, and the next one waits for it: it concerns no other rank, and may be a long download. A
+        cancelled ``connect``, ``load`` or ``warm_up`` kills the engine, because half a collective is of no use. A
         cancelled ``generate`` asks the engine to stop that generation and keeps the model; only an engine that has not
         stopped within the grace is killed. The tidying goes on by itself if it is cancelled too, and the next call waits
         for it. A consumer that leaves ``load`` or ``generate`` early must close it: ``async with aclosing(...)``.
@@ -46,8 +48,20 @@ class EngineHost(Protocol):
         """The process that the engine has for itself; None where it has none, or where no engine is running."""
         ...
 
+    async def start(self) -> None:
+        """Start an engine, if there is none, and have its factory make it: what is wrong with the factory or its configuration is said now.
+
+        Raises:
+            EngineFailure: permanent where the factory cannot be imported, refuses its configuration, or makes what is no engine.
+        """
+        ...
+
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """Make an engine ready for an attempt; returns the endpoint that it has bound for it. See `runner.engine.Engine.prepare`."""
+        ...
+
     async def connect(self, group: EngineGroup) -> None:
-        """Enter the collective group; returns once all ranks are in it."""
+        """Enter the collective group; returns once all ranks are in it. An engine that takes longer than the group's deadline is killed."""
         ...
 
     def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
@@ -70,7 +84,7 @@ class EngineHost(Protocol):
         ...
 
     async def kill(self) -> None:
-        """Give the engine up at once, whatever it does; idempotent. A call under way ends with `EngineDied`.
+        """Give the engine up at once, whatever it does; idempotent. A call under way ends with `EngineDied`. A spare stays.
 
         The engine is condemned before the first await, so that a cancelled kill has killed as well. Returns once the engine
         is gone, or after the grace where the operating system cannot end it sooner.
@@ -80,8 +94,13 @@ class EngineHost(Protocol):
     async def close(self) -> None:
         """Ask the engine to give up group, model and memory, and kill it if it has not within the grace; idempotent.
 
-        A call under way ends with `EngineDied`. A cancelled close becomes a kill.
+        A call under way ends with `EngineDied`. A cancelled close becomes a kill. An engine that is at most prepared has nothing to
+        give up yet, and stays.
         """
+        ...
+
+    async def shut_down(self) -> None:
+        """Kill the engine and the spare, for good; idempotent."""
         ...
 
 

@@ -55,7 +55,10 @@ class Failure:
 
 def sentence_of(error: BaseException) -> str:
     """What was raised, in one sentence; an engine's own failures speak for themselves."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - a foreign error may not even be able to say what it is
+        text = ""
     if type(error) in (EngineFailure, EngineDied) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
-from runner.host.work import CallName, Request
+from runner.host.work import CallName, Place, Request
 from runner.messages import ModelSpec
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
@@ -63,11 +63,13 @@ def decode_request(name: CallName, request: dict[str, Any]) -> Request:
     """The request of a call of that name."""
     match name:
         case "connect":
-            rank_order = tuple(request.pop("rank_order"))
-            return EngineGroup(**request, rank_order=rank_order)
+            endpoints = tuple(request.pop("endpoints"))
+            return EngineGroup(**request, endpoints=endpoints)
+        case "prepare":
+            return Place(**request)
         case "load":
             return ModelSpec.model_construct(**request)  # the runner has checked it
         case "generate":
             return GenerationRequest(**request)
-        case "warm_up":
+        case "start" | "warm_up":
             return None

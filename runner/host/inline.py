@@ -78,17 +78,20 @@ class _InlineLife(Life):
                 async for value in values:
                     taken.clear()
                     call.put(value)
-                    await taken.wait()
+                    if not call.work.prepares:  # what it says may be for nobody any more, and it must end all the same
+                        await taken.wait()
         except EngineDied as error:
             self._death = EngineDied(Failure.of(error, call.work, self._rank).sentence)
             self._is_gone()
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - an engine may raise anything
+        except BaseException as error:
             if was_cancelled(error):
                 call.finish()
                 return
             failure = Failure.of(error, call.work, self._rank)
             failure.log(self._rank, call.work)
             call.finish(failure.as_exception())
+            if isinstance(error, KeyboardInterrupt):  # it was for this process, and only struck here
+                raise
         else:
             call.finish()
 

@@ -13,7 +13,7 @@ from typing import cast
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.host.contract import PROGRESS_WINDOW
 from runner.host.failures import MAX_FAILURE_CHARS, engine_log, is_permanent, sentence_of
-from runner.host.work import Value, Work
+from runner.host.work import Place, Value, Work
 from runner.messages import ModelSpec
 
 
@@ -24,9 +24,16 @@ class Call:
         self.work = work
         self.on_taken: Callable[[], None] = lambda: None
         self.over = False
+        self.left = False
+        """Whether whoever asked for it has gone."""
         self._failure: EngineFailure | None = None
         self._values: deque[Value] = deque(maxlen=PROGRESS_WINDOW if work.name == "load" else None)
         self._news = asyncio.Event()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and has failed."""
+        return self._failure is not None
 
     def put(self, value: Value) -> None:
         """Add a value for the consumer."""
@@ -69,6 +76,10 @@ class Life(ABC):
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_gone = on_gone
 
+        self.began = asyncio.get_running_loop().time()
+        self.used = False
+        """Whether it was asked for more than to be prepared: it may be in a group, or hold a model."""
+
     @property
     @abstractmethod
     def pid(self) -> int | None:
@@ -105,10 +116,19 @@ class Life(ABC):
             self._on_gone(self)
 
 
+def _not_connected(group: EngineGroup) -> str:
+    """What to say of a group that did not come together in time."""
+    after = (group.rank + 1) % group.world_size
+    return (
+        f"engine of rank {group.rank} did not connect within {group.deadline:g} s: it waits at {group.endpoints[group.rank] or 'no endpoint'}, "
+        f"and the next rank, {after}, at {group.endpoints[after] or 'no endpoint'}; each rank must be able to reach the next one's endpoint"
+    )
+
+
 class BaseHost(ABC):
     """The contract of `EngineHost`, for any kind of `Life`."""
 
-    def __init__(self, *, rank: int, grace_seconds: float) -> None:
+    def __init__(self, *, rank: int, grace_seconds: float, spare_after: float = math.inf) -> None:
         if rank < 0:
             raise ValueError(f"rank {rank} is negative; ranks are counted from 0")
         if not (math.isfinite(grace_seconds) and grace_seconds > 0):
@@ -121,6 +141,12 @@ class BaseHost(ABC):
         self._tidying: asyncio.Task[None] | None = None
         self._last_death: EngineDied | None = None
         self._watchers: set[asyncio.Future[EngineDied]] = set()
+        self._spare_after = spare_after
+        self._costly: Place | None = None
+        """For whom engines are prepared, once one has taken longer than `spare_after` to be ready."""
+        self._spare: Life | None = None
+        self._preparing_spare = Call(Work("prepare"))
+        self._starting_spare: asyncio.Task[None] | None = None
 
     @abstractmethod
     def _new_life(self) -> Life: ...
@@ -130,17 +156,39 @@ class BaseHost(ABC):
         """See `EngineHost`."""
         return self._life.pid if self._life is not None else None
 
+    async def start(self) -> None:
+        """See `EngineHost`."""
+        await self._run(Work("start"))
+
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """See `EngineHost`."""
+        place = Place(rank, world_size)
+        endpoint = ""
+        async with aclosing(self._values(Work("prepare", place))) as values:
+            async for value in values:
+                endpoint = str(value)
+        life = self._life
+        if life is not None and asyncio.get_running_loop().time() - life.began > self._spare_after:
+            self._costly = place
+        return endpoint or None
+
     async def connect(self, group: EngineGroup) -> None:
         """See `EngineHost`."""
-        await self._run(Work("connect", group))
+        try:
+            async with asyncio.timeout(group.deadline):
+                await self._run(Work("connect", group))
+        except TimeoutError:
+            raise EngineFailure(_not_connected(group)) from None
 
     def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
         """See `EngineHost`."""
         return cast("AsyncGenerator[int, None]", self._values(Work("load", model)))
 
     async def warm_up(self) -> None:
-        """See `EngineHost`."""
+        """See `EngineHost`. An engine that was slow to prepare gets a spare now, when its own work is done."""
         await self._run(Work("warm_up"))
+        if self._costly is not None and self._spare is None:
+            self._starting_spare = asyncio.create_task(self._start_spare(self._costly), name="rankgate spare engine")
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
         """See `EngineHost`."""
@@ -159,11 +207,22 @@ class BaseHost(ABC):
 
     async def kill(self) -> None:
         """See `EngineHost`."""
+        if self._life is None:  # whoever waits for an engine waits for the spare
+            self._give_up_spare()
+        self._end("was killed on request")
+        await self._until_gone()
+
+    async def shut_down(self) -> None:
+        """See `EngineHost`."""
+        self._give_up_spare()
         self._end("was killed on request")
         await self._until_gone()
 
     async def close(self) -> None:
         """See `EngineHost`."""
+        if self._life is not None and not self._life.used:
+            await self._until_gone()
+            return
         life = self._part_with("was closed on request")
         if life is not None:
             try:
@@ -198,6 +257,7 @@ class BaseHost(ABC):
         finally:
             try:
                 if not call.over:
+                    call.left = True
                     await self._abandon(call)
             finally:
                 # One that is not over yet is still being tidied up after, and its end concerns the engine.
@@ -209,6 +269,10 @@ class BaseHost(ABC):
 
     async def _hand_over(self, call: Call) -> None:
         life = self._life
+        if life is None and call.work.starts_engine:
+            life = self._life = await self._take_spare()
+            if call.over:  # killed while it waited for the spare
+                return
         if life is None:
             if not call.work.starts_engine:
                 call.finish(self._no_engine(call.work))
@@ -216,6 +280,7 @@ class BaseHost(ABC):
             self._last_death = None
             try:
                 life = self._life = self._new_life()
+                life.used = not call.work.prepares
                 await life.start()
             except Exception as error:  # noqa: BLE001 - whatever keeps a foreign engine from starting is one failed task
                 failure = EngineFailure(
@@ -228,7 +293,38 @@ class BaseHost(ABC):
                 if (life := self._part_with("could not be started")) is not None:
                     self._ending.discard(life)
                 return
-        life.begin(call)
+        life.used = life.used or not call.work.prepares
+        if not call.over:  # killed while it was being started
+            life.begin(call)
+
+    async def _start_spare(self, place: Place) -> None:
+        """Start and prepare a second engine. It is a convenience: where it fails, the next attempt starts one of its own."""
+        life = self._spare = self._new_life()
+        call = self._preparing_spare = Call(Work("prepare", place))
+        try:
+            await life.start()
+            life.begin(call)
+        except Exception as error:  # noqa: BLE001 - as in `_hand_over`
+            call.finish(EngineFailure(f"no spare engine could be started: {type(error).__name__}"))
+            self._give_up_spare()
+
+    async def _take_spare(self) -> Life | None:
+        """The spare, once it is prepared; ``None`` where there is none, or it failed."""
+        if self._starting_spare is not None:
+            await asyncio.wait({self._starting_spare})
+        await self._preparing_spare.wait_over() if self._spare is not None else None
+        if self._spare is not None and self._preparing_spare.failed:
+            self._give_up_spare()
+        life, self._spare = self._spare, None
+        return life
+
+    def _give_up_spare(self) -> None:
+        life, self._spare = self._spare, None
+        self._preparing_spare.finish(EngineDied(f"the spare engine of rank {self._rank} was killed"))
+        if life is not None:
+            if not life.gone.done():
+                self._ending.add(life)
+            life.kill()
 
     def _no_engine(self, work: Work) -> EngineFailure:
         if self._last_death is not None:
@@ -238,6 +334,8 @@ class BaseHost(ABC):
         )
 
     async def _abandon(self, call: Call) -> None:
+        if call.work.prepares:
+            return  # it goes on; `_settle` waits for it
         if call.work.name != "generate":
             self._end("was killed because its caller gave up")
         # A task of its own, so that a second cancellation (anyio's scopes repeat theirs) ends the waiting, not the tidying.
@@ -263,6 +361,8 @@ class BaseHost(ABC):
     async def _settle(self) -> None:
         if self._tidying is not None:
             await asyncio.wait({self._tidying})
+        if (call := self._active_call()) is not None and call.work.prepares and call.left:
+            await call.wait_over()
         await self._until_gone()
 
     async def _until_gone(self) -> None:
@@ -295,6 +395,9 @@ class BaseHost(ABC):
 
     def _gone(self, life: Life) -> None:
         self._ending.discard(life)
+        if life is self._spare:
+            self._spare = None
+            self._preparing_spare.finish(life.death("preparing"))
         if life is not self._life:
             return
         self._life = None

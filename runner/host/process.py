@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from runner.engine import EngineDied, EngineFailure
+from runner.host import leftovers
 from runner.host.child import child_command, child_environment
 from runner.host.contract import EngineSpec
 from runner.host.failures import MAX_FAILURE_CHARS, Failure, engine_log
@@ -31,7 +32,8 @@ class ProcessHost(BaseHost):
     No engine outlives its runner, not even a runner that was killed with SIGKILL: the child ends when its stdin does (as soon
     as the interpreter's lock is free), and on Linux the kernel kills it as well (PR_SET_PDEATHSIG; it is tied to the thread
     that runs the event loop, which therefore must live as long as the host). The child leads a session of its own, so that Ctrl-C in a terminal reaches the runner
-    alone, and helpers that the engine started are killed with it.
+    alone. Helpers that the engine started are killed with it, on Linux also those in sessions of their own and also when the
+    runner was killed (`runner.host.leftovers`).
 
     What the engine writes to stdout or stderr goes to the log at debug level, and the last lines into the text of an
     `EngineDied`. Once the engine has been given a prompt, its output may quote that prompt, and is dropped and only counted.
@@ -41,12 +43,21 @@ class ProcessHost(BaseHost):
         rank: for the texts of failures and the child's command line.
         grace_seconds: how long the child may take to stop a cancelled generation, to close, and to be gone after a kill.
         output_is_safe: the engine is known never to print a prompt, so its output is kept after a generation, too.
+        spare_after: where the start and the preparation of an engine took longer than so many seconds, a second engine is started and
+            prepared as soon as the first one is warm, and takes its place when that one is gone: recovery does not pay for
+            imports. ``math.inf`` keeps no spare, for machines that have not the memory for a second process.
     """
 
     def __init__(
-        self, spec: EngineSpec, *, rank: int = 0, grace_seconds: float = 5.0, output_is_safe: bool = False
+        self,
+        spec: EngineSpec,
+        *,
+        rank: int = 0,
+        grace_seconds: float = 5.0,
+        output_is_safe: bool = False,
+        spare_after: float = 1.0,
     ) -> None:
-        super().__init__(rank=rank, grace_seconds=grace_seconds)
+        super().__init__(rank=rank, grace_seconds=grace_seconds, spare_after=spare_after)
         self._spec = spec
         self._output_is_safe = output_is_safe
 
@@ -73,6 +84,8 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
             }
         )
         self._rank = rank
+        self._mark = ""
+        self._ending_helpers: asyncio.Future[None] | None = None
         self._transport: asyncio.SubprocessTransport | None = None
         self._spawning: asyncio.Task[Any] | None = None
         self._condemned = False
@@ -89,9 +102,10 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
+        self._mark = leftovers.begin()
         self._spawning = loop.create_task(
             loop.subprocess_exec(
-                lambda: self, *child_command(self._rank), env=child_environment(), start_new_session=True
+                lambda: self, *child_command(self._rank), env=child_environment(self._mark), start_new_session=True
             )
         )
         self._spawning.add_done_callback(self._spawned)
@@ -100,6 +114,8 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
 
     def _spawned(self, spawning: asyncio.Task[Any]) -> None:
         failed = spawning.cancelled() or spawning.exception() is not None
+        if failed and self._ending_helpers is None:
+            self._ending_helpers = asyncio.get_running_loop().run_in_executor(None, leftovers.end, self._mark)
         # Otherwise `start` raises, or the process's own end will be told.
         if failed and self._condemned:
             self._is_gone()
@@ -175,12 +191,15 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
         # The child is reaped; its helpers, if any, hold its group, and maybe its pipes. A free number is not given out again
         # this soon.
         self._kill_group()
+        self._ending_helpers = asyncio.get_running_loop().run_in_executor(None, leftovers.end, self._mark)
+        self._ending_helpers.add_done_callback(lambda _: self._finish_if_done())
         # A process that the engine detached into a session of its own may hold the pipes open.
         asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._finish)
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if self._exited and not self._open_pipes:
+        helpers_ended = self._ending_helpers is not None and self._ending_helpers.done()
+        if self._exited and not self._open_pipes and helpers_ended:
             self._finish()
 
     def _finish(self) -> None:

@@ -7,20 +7,31 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
-from runner.engine import Engine, EngineGroup, GenerationRequest
+from runner.engine import Engine, EngineFailure, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
 
 Value: TypeAlias = int | str
-Request: TypeAlias = EngineGroup | ModelSpec | GenerationRequest | None
-
-CallName: TypeAlias = Literal["connect", "load", "warm_up", "generate"]
+CallName: TypeAlias = Literal["start", "prepare", "connect", "load", "warm_up", "generate"]
 
 DOING: dict[CallName, str] = {
+    "start": "starting",
+    "prepare": "preparing",
     "connect": "connecting",
     "load": "loading",
     "warm_up": "warming up",
     "generate": "generating",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """For which rank of how many an engine is prepared."""
+
+    rank: int
+    world_size: int
+
+
+Request: TypeAlias = Place | EngineGroup | ModelSpec | GenerationRequest | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +54,22 @@ class Work:
     @property
     def starts_engine(self) -> bool:
         """Whether this is work for which an engine is started."""
-        return self.name in ("connect", "load")
+        return self.name in ("start", "prepare", "connect", "load")
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it concerns no other rank: the engine is in no group and holds no model after it."""
+        return self.name in ("start", "prepare")
 
 
 async def perform(engine: Engine, work: Work) -> AsyncGenerator[Value, None]:
     """Have the engine do the work; yields what it yields."""
     request = work.request
-    if isinstance(request, EngineGroup):
+    if work.name == "start":
+        _check_protocol(engine)
+    elif isinstance(request, Place):
+        yield _checked(await engine.prepare(request.rank, request.world_size) or "", str, work)
+    elif isinstance(request, EngineGroup):
         await engine.connect(request)
     elif isinstance(request, ModelSpec):
         async with _closing(engine.load(request)) as layers:
@@ -61,6 +81,20 @@ async def perform(engine: Engine, work: Work) -> AsyncGenerator[Value, None]:
                 yield _checked(piece, str, work)
     else:
         await engine.warm_up()
+
+
+_CALLS = ("prepare", "connect", "load", "warm_up", "generate", "close")
+
+
+def _check_protocol(engine: object) -> None:
+    """Refuse an object that cannot be an engine, such as one that was written for the protocol before."""
+    missing = [name for name in _CALLS if not callable(getattr(engine, name, None))]
+    if missing:
+        raise EngineFailure(
+            f"{type(engine).__qualname__} is no engine of this version: it has no {' and no '.join(missing)}; "
+            "see runner.Engine for the calls that an engine must have",
+            permanent=True,
+        )
 
 
 def _checked(value: object, wanted: type[Value], work: Work) -> Value:

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
 
-Phase: TypeAlias = Literal["connect", "load", "warm_up", "generate", "close"]
+Phase: TypeAlias = Literal["prepare", "connect", "load", "warm_up", "generate", "close"]
 """The calls of an `runner.Engine`."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -43,7 +43,7 @@ class ScriptedEngine:
 
     Every call blocks until the test lets it go, fails it, or its caller gives up. Orders given ahead of a call are kept for it, so
     a test need not wait for the call first. With ``auto`` every phase succeeds at once, except those that `hold` names; so
-    does ``close`` in any case, unless it is held.
+    do ``prepare`` and ``close`` in any case, unless they are held.
 
     One object stands for all incarnations of the engine: `calls` begins each with ``"start"`` if the host makes them with `fresh`.
 
@@ -55,6 +55,8 @@ class ScriptedEngine:
 
     def __init__(self, *, auto: bool = False, text: tuple[str, ...] = TEXT, journal: list[str] | None = None) -> None:
         self.text = text
+        self.endpoint: str | None = None
+        """What ``prepare`` returns."""
         self.calls: list[str] = [] if journal is None else journal
         """What happened, in order: ``start``, a phase's name when it is called, and ``<phase> cancelled``."""
         self.group: EngineGroup | None = None
@@ -158,6 +160,12 @@ class ScriptedEngine:
         return self
 
     # --- the engine ---------------------------------------------------------------------------------------------------
+
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """Be ready, at once unless the test holds it."""
+        with self._call("prepare"):
+            await self._end_of("prepare")
+        return self.endpoint
 
     async def connect(self, group: EngineGroup) -> None:
         """Enter the group when the test says so."""

@@ -44,6 +44,17 @@ class ScriptedHost:
         """None: the engine has no process of its own."""
         return None
 
+    async def start(self) -> None:
+        """Make the engine."""
+        with self._deadly():
+            await self._inner.start()
+
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        """Make the engine ready, a fresh one if the last one died."""
+        self._revive()
+        with self._deadly():
+            return await self._inner.prepare(rank, world_size)
+
     async def connect(self, group: EngineGroup) -> None:
         """Enter the collective group, with a fresh engine if the last one died."""
         self._revive()
@@ -96,6 +107,12 @@ class ScriptedHost:
         self.engine.calls.append("host close")
         self._revive()
         await self._inner.close()
+
+    async def shut_down(self) -> None:
+        """End the engine for good."""
+        self.engine.calls.append("host shut_down")
+        self._revive()
+        await self._inner.shut_down()
 
     def _revive(self) -> None:
         self._death = None

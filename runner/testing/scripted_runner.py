@@ -312,19 +312,26 @@ class _MortalMember(Member):
         permanent: bool = False,
         outcome: TaskOutcome | None = None,
         events: Sequence[Event] = (),
+        endpoint: str | None = None,
     ) -> None:
         self._check_alive()
         await super().report(
-            status, progress=progress, error=error, permanent=permanent, outcome=outcome, events=events
+            status,
+            progress=progress,
+            error=error,
+            permanent=permanent,
+            outcome=outcome,
+            events=events,
+            endpoint=endpoint,
         )
 
     async def write_output(self, task_id: str, chunks: Iterable[bytes]) -> None:
         self._check_alive()
         await super().write_output(task_id, chunks)
 
-    async def promise(self, epoch: EpochId) -> PromiseOutcome:
+    async def promise(self, epoch: EpochId, *, status: str | None = None) -> PromiseOutcome:
         self._check_alive()
-        return await super().promise(epoch)
+        return await super().promise(epoch, status=status)
 
     async def leave(self) -> None:
         if not self._dead:

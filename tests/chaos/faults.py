@@ -348,12 +348,7 @@ def _stray(kind: str, group: Group, epoch: str, term: int, salt: str) -> bytes:
             task_id = derive_task_id(name, epoch, "load")
             return encode(LoadModel(task_id=task_id, instance=name, epoch=epoch, term=term, model=model))
         case "connect":
-            order = ("nobody",) * group.size
-            return encode(
-                ConnectToGroup(
-                    task_id=task_id, instance=name, epoch=epoch, term=term, coordinator="nowhere:1", rank_order=order
-                )
-            )
+            return encode(ConnectToGroup(task_id=task_id, instance=name, epoch=epoch, term=term, deadline=60.0))
         case "warm up":
             return encode(StartWarmup(task_id=task_id, instance=name, epoch=epoch, term=term))
         case "of another attempt":

@@ -656,9 +656,7 @@ class Model:
         task_id, name = self._task_id(step, epoch), str(epoch)
         match step:
             case "connect":
-                return ConnectToGroup(
-                    task_id=task_id, instance=_GROUP, epoch=name, term=1, coordinator="", rank_order=()
-                )
+                return ConnectToGroup(task_id=task_id, instance=_GROUP, epoch=name, term=1, deadline=60.0)
             case "load":
                 return LoadModel(task_id=task_id, instance=_GROUP, epoch=name, term=1, model=_SPEC)
             case "warm up followers" | "warm up leader":

@@ -131,7 +131,10 @@ def test_05_a_runner_acts_in_exactly_the_epoch_that_it_promised() -> None:
 
 
 class CountingEngine:
-    """All that an engine is: five calls. This one counts to the number of layers and to ten."""
+    """All that an engine is: six calls. This one counts to the number of layers and to ten."""
+
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        return None
 
     async def connect(self, group: EngineGroup) -> None:
         self.rank = group.rank
@@ -154,7 +157,9 @@ class CountingEngine:
 async def test_06_an_engine_lives_behind_a_host_that_can_kill_it() -> None:
     """The runner never calls an engine itself. `InlineHost` keeps it in this process; `ProcessHost`, for real ones, in a child."""
     host = InlineHost(CountingEngine)
-    await host.connect(EngineGroup(rank=0, world_size=2, coordinator="node-0:5000", rank_order=("node-0", "node-1")))
+    await host.connect(
+        EngineGroup("demo", f"7-{'a' * 32}", rank=0, endpoints=("node-0:5000", "node-1:5000"), deadline=60.0)
+    )
     assert [layers async for layers in host.load(MODEL)] == [1, 2, 3, 4]
     await host.kill()
     with pytest.raises(EngineFailure, match="no engine of rank 0 is running"):
@@ -241,8 +246,7 @@ def connect(epoch: EpochId) -> ConnectToGroup:
         instance="demo",
         epoch=str(epoch),
         term=1,
-        coordinator="node-0:5000",
-        rank_order=("node-0", "node-1"),
+        deadline=60.0,
     )
 
 
@@ -272,7 +276,7 @@ async def test_08_a_refused_task_changes_nothing() -> None:
         [refused] = (await on.report()).outcomes
         assert (refused.result, refused.code, refused.retryable) == ("rejected", "NotYet", True)
         assert refused.detail == "LoadModel needs Connected, this runner is Idle; wait for Connected at the barrier"
-        assert on.engine.calls == []
+        assert on.engine.calls == ["start", "prepare"]
 
         await on.say(connect(epoch), "Idle")
         on.engine.finish("connect")

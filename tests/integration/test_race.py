@@ -125,6 +125,9 @@ STATUSES: list[RunnerStatus] = [
 class EasyEngine:
     """Does everything at once."""
 
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        return None
+
     async def connect(self, group: EngineGroup) -> None:
         pass
 

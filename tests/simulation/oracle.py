@@ -142,6 +142,9 @@ class SimEngine:
         self._oracle.failed.add(self._member.rank)
         raise EngineFailure(f"{what} went wrong", permanent=permanent)
 
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        return None
+
     async def connect(self, group: EngineGroup) -> None:
         """Enter."""
         epoch = self._epoch()

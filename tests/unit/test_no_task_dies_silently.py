@@ -299,9 +299,9 @@ PARTS: dict[str, Part] = {
     ),
     "departure": Part("Ready", mistake_in("_tear_down"), "Shutdown", "the departure of rank 0: ", "the departure"),
     "engine watch": Part(
-        "Idle",
+        "Preparing",
         mistake_in("died", "host"),
-        "ConnectToGroup",
+        None,
         "the watch over the engine of rank 0: ",
         "the watch over the engine",
     ),
@@ -317,10 +317,10 @@ async def test_a_mistake_in_a_part_of_a_runner_ends_it_by_name(
         part.break_it(rig, monkeypatch)
         if part.task is not None:
             await rig.put(make_task(part.task, rig.epoch))
-            for phase in ("connect", "generate"):
-                await settle()
-                if rig.engine.active(phase):
-                    rig.engine.finish(phase)
+        for phase in ("prepare", "connect", "generate"):
+            await settle()
+            if rig.engine.active(phase):
+                rig.engine.finish(phase)
         await rig.clock.advance(rig.member.settings.heartbeat)
         with pytest.raises(PartFailed, match=f"rank 0: a mistake of ours ended {part.said} .Injected at .*mistaken"):
             await rig.ended()

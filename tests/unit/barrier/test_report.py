@@ -35,7 +35,8 @@ reports = st.builds(
     digest=st.sampled_from(["", "ab12", "f" * 64]),
     seq=st.integers(0, 10**9),
     node=texts,
-    address=texts,
+    endpoint=texts,
+    signs=st.integers(0, 10**9),
     pid=st.integers(0, 2**22),
     world_size=st.none() | st.integers(1, 16_384),
     lease_ms=st.integers(0, 10**6),
@@ -124,9 +125,9 @@ def test_a_status_that_would_break_the_header_cannot_be_written() -> None:
 
 
 def test_texts_are_cut_to_what_a_report_may_hold() -> None:
-    long = REPORT._replace(node="n" * 1_000, address="a" * 1_000, error="e" * 10_000)
+    long = REPORT._replace(node="n" * 1_000, endpoint="a" * 1_000, error="e" * 10_000)
     read = Report.decode(long.encode(), 3)
-    assert (len(read.node), len(read.address), len(read.error)) == (255, 300, 2_000)
+    assert (len(read.node), len(read.endpoint), len(read.error)) == (255, 300, 2_000)
 
 
 def test_only_the_last_outcomes_are_carried() -> None:
@@ -142,7 +143,7 @@ def test_the_largest_report_that_can_be_written_can_be_read(worst: str) -> None:
         task_id=worst * 128, step=worst * 96, n=10**9, result="rejected", code=worst * 64, detail=worst * 2_000
     )
     report = REPORT._replace(
-        node=worst * 255, address=worst * 300, error=worst * 2_000, outcomes=(outcome,) * MAX_OUTCOMES
+        node=worst * 255, endpoint=worst * 300, error=worst * 2_000, outcomes=(outcome,) * MAX_OUTCOMES
     )
     raw = report.encode()
     assert len(raw) <= MAX_REPORT_BYTES

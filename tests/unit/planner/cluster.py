@@ -82,6 +82,9 @@ class TinyEngine:
     def __init__(self, script: Script) -> None:
         self._script = script
 
+    async def prepare(self, rank: int, world_size: int) -> str | None:
+        return None
+
     async def connect(self, group: EngineGroup) -> None:
         await self._script.enter("connect")
 

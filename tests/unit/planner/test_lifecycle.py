@@ -14,9 +14,9 @@ from planner.lifecycle import (
     steps_for,
     task_for,
 )
-from planner.spec import InstanceSpec
+from planner.spec import InstanceSpec, Policy
 from runner.messages import ConnectToGroup, LoadModel, ModelSpec, StartWarmup, TextGeneration, encode
-from tests.unit.planner.pictures import EPOCH, picture, spec
+from tests.unit.planner.pictures import EPOCH, spec
 
 CONNECT, LOAD, FOLLOWERS, LEADER = "connect", "load", "warm up followers", "warm up leader"
 
@@ -129,40 +129,38 @@ def test_what_a_status_of_a_single_rank_proves(status: str, proven: tuple[str, .
     assert proven_steps(status, 0, 1) == proven
 
 
-def test_the_connect_task_names_the_coordinator_and_every_node_in_rank_order() -> None:
-    told = picture("Idle", "Idle", "Idle", ranks={0: {"address": "10.0.0.1:5000"}})
-    task = task_for(steps_for(3)[0], spec(3), EPOCH, 9, told)
+def test_the_connect_task_gives_the_engines_less_time_than_the_planner_has_patience() -> None:
+    task = task_for(steps_for(3)[0], spec(3), EPOCH, 9, Policy(connect_stall=50))
     assert isinstance(task, ConnectToGroup)
-    assert (task.coordinator, task.rank_order) == ("10.0.0.1:5000", ("node-0", "node-1", "node-2"))
+    assert task.deadline == 40
     assert (task.instance, task.epoch, task.term) == ("demo", str(EPOCH), 9)
 
 
-def test_a_rank_0_without_an_address_is_found_by_its_node() -> None:
-    task = task_for(steps_for(2)[0], spec(2), EPOCH, 9, picture("Idle", "Idle"))
-    assert isinstance(task, ConnectToGroup)
-    assert task.coordinator == "node-0"
+@pytest.mark.parametrize("world_size", [2, 16_384])
+def test_no_task_grows_with_the_number_of_ranks(world_size: int) -> None:
+    sizes = [len(encode(task_for(step, spec(world_size), EPOCH, 9, Policy()))) for step in steps_for(world_size)]
+    assert max(sizes) < 400
 
 
 def test_the_load_task_carries_the_model() -> None:
     model = ModelSpec(model_id="some/model", total_layers=3)
     wanted = InstanceSpec(name="demo", world_size=2, model=model)
-    task = task_for(steps_for(2)[1], wanted, EPOCH, 9, picture("Connected", "Connected"))
+    task = task_for(steps_for(2)[1], wanted, EPOCH, 9, Policy())
     assert isinstance(task, LoadModel)
     assert task.model == model
 
 
 def test_task_ids_are_derived_so_that_asking_again_names_the_same_task() -> None:
-    told = picture("Idle", "Idle")
     for step in steps_for(2):
-        first, again = task_for(step, spec(2), EPOCH, 9, told), task_for(step, spec(2), EPOCH, 10, told)
+        first, again = task_for(step, spec(2), EPOCH, 9, Policy()), task_for(step, spec(2), EPOCH, 10, Policy())
         assert first.task_id == again.task_id, "a later leader asks for the same task"
 
 
 def test_task_ids_differ_for_every_step_epoch_nonce_and_instance() -> None:
-    told, other_nonce = picture("Idle", "Idle"), EpochId(EPOCH.number, "c" * 32)
+    other_nonce = EpochId(EPOCH.number, "c" * 32)
     other_number, other_name = EpochId(EPOCH.number + 1, EPOCH.nonce), InstanceSpec(name="other", world_size=2)
     ids = [
-        task_for(step, wanted, epoch, 9, told).task_id
+        task_for(step, wanted, epoch, 9, Policy()).task_id
         for step in steps_for(2)
         for wanted, epoch in [(spec(2), EPOCH), (spec(2), other_nonce), (spec(2), other_number), (other_name, EPOCH)]
     ]

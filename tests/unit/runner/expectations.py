@@ -21,6 +21,7 @@ LETTERS: dict[str, type[Judgement]] = {"A": Accept, "N": NotYet, "S": Stale, "I"
 # A: done. N: not yet, the same task may be accepted later in this epoch. S: too late. I: never possible.
 # Columns as in KINDS.
 SEVERAL_RANKS = """
+Preparing     N N N N  A A
 Idle          A N N N  A A
 Connecting    S N N N  A A
 Connected     S A N N  A A
@@ -36,6 +37,7 @@ Failed        S S S S  A A
 
 # A single rank has nobody to connect to, in whatever status; it is never Connecting or Connected.
 ONE_RANK = """
+Preparing     I N N N  A A
 Idle          I A N N  A A
 Loading       I S N N  A A
 Loaded        I S A N  A A

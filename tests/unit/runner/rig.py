@@ -84,7 +84,7 @@ _task_ids = itertools.count(1)
 def make_task(kind: TaskKind, epoch: EpochId | str, *, instance: str = "demo", **fields: Any) -> Task:
     """A task that is well formed, under an id of its own."""
     own: dict[TaskKind, dict[str, Any]] = {
-        "ConnectToGroup": {"coordinator": "node-0:5000", "rank_order": ("node-0", "node-1")},
+        "ConnectToGroup": {"deadline": 60.0},
         "LoadModel": {"model": ModelSpec(model_id="toy", total_layers=LAYERS)},
         "StartWarmup": {},
         "TextGeneration": {"prompt": PROMPT},
@@ -114,9 +114,9 @@ class WatchedMember(Member):
         super().__init__(*args, **kwargs)
         self._journal = journal
 
-    async def promise(self, epoch: EpochId) -> PromiseOutcome:
+    async def promise(self, epoch: EpochId, *, status: str | None = None) -> PromiseOutcome:
         self._journal.append("promise")
-        return await super().promise(epoch)
+        return await super().promise(epoch, status=status)
 
     def deliver(self, entry: LogEntry) -> None:
         """Hand an entry to the runner as if the log had held it."""
@@ -198,8 +198,15 @@ class Rig:
 
         The engine then holds in the phase that the status stands for.
         """
+        if status == "Preparing":
+            self.engine.hold("prepare")
         if self.member.promised is None:
             await self.open()
+        if status == "Preparing":
+            await self.clock.advance(1.0)  # long enough for it to be said
+            assert self.status == "Preparing"
+            await self.tell()
+            return
         if self.world_size == 1 and status in ("Connecting", "Connected"):
             raise ValueError(f"a world of one is never {status}")
         for kind, phase, during, after in WAY[self.world_size == 1 :]:
@@ -258,6 +265,11 @@ class Rig:
         await log.xadd(self.barrier.keys.tasks, self._entry(payload, epoch, place.n, to, step), id=str(place))
         await log.pexpire(self.barrier.keys.tasks, 86_400_000)
         return place
+
+    async def name_endpoints(self, *endpoints: str) -> None:
+        """Write into the record where the ranks wait, as the dispatch of ConnectToGroup does."""
+        store: Any = self.barrier.store.commands
+        await store.hset(self.barrier.keys.epoch, "endpoints:0", "\n".join(endpoints))
 
     async def put_all(self, payloads: Sequence[Task | bytes]) -> None:
         """Write many tasks of the present epoch into the log at once; it keeps the last 1,000."""
@@ -383,6 +395,7 @@ async def runner_rig(
     settings: Settings | None = None,
     faults: FaultPlan | None = None,
     rank: int = 0,
+    address: str = "",
     grace_seconds: float = 5.0,
     host_type: type[ScriptedHost] = ScriptedHost,
 ) -> AsyncGenerator[Rig]:
@@ -402,6 +415,7 @@ async def runner_rig(
         settings=settings,
         clock=clock,
         node=f"node-{rank}",
+        address=address,
         journal=engine.calls,
     )
     barrier = Barrier(

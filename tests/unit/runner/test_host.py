@@ -57,7 +57,7 @@ def request(prompt: str = "Tell me about owls.") -> GenerationRequest:
 
 
 def group(rank: int = 0, world_size: int = 2) -> EngineGroup:
-    return EngineGroup(rank, world_size, "127.0.0.1:5000", tuple(f"node-{r}" for r in range(world_size)))
+    return EngineGroup("demo", f"7-{'a' * 32}", rank, tuple(f"node-{r}:5000" for r in range(world_size)), 60.0)
 
 
 async def wait_until(predicate: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
@@ -104,6 +104,8 @@ class Plain:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+
+    async def prepare(self, rank: int, world_size: int) -> str | None: ...
 
     async def connect(self, group: EngineGroup) -> None: ...
 
@@ -333,6 +335,7 @@ class Hosts:
         self, *faults: SimulatedFault, ledger: Path | None = None, token_seconds: float = 0.0, rank: int = 0
     ) -> EngineHost:
         config = SimulatedConfig(
+            meet=False,
             connect_seconds=0.0,
             layer_seconds=0.0,
             warmup_seconds=0.0,
@@ -1136,10 +1139,10 @@ def read_frame(process: subprocess.Popen[bytes]) -> Any:
 async def test_the_child_ends_when_its_stdin_does_even_while_the_engine_blocks(tmp_path: Path, blocked: bool) -> None:
     ledger = tmp_path / "strikes"
     faults = (SimulatedFault(phase="connect", action="block"),) if blocked else ()
-    spec = simulated_spec(SimulatedConfig(faults=faults, fault_ledger=ledger), rank=0, world_size=2)
+    spec = simulated_spec(SimulatedConfig(meet=False, faults=faults, fault_ledger=ledger), rank=0, world_size=2)
     with running(child_command(0), env=child_environment(), stdin=subprocess.PIPE) as child:
         assert child.stdin is not None
-        connect = {"rank": 0, "world_size": 2, "coordinator": "a:1", "rank_order": ["a", "b"]}
+        connect = {"instance": "demo", "epoch": "7-a", "rank": 0, "endpoints": ["a:1", "b:1"], "deadline": 60.0}
         child.stdin.write(
             frame(kind="start", rank=0, factory=spec.factory, config=spec.config, pythonpath=None)
             + frame(kind="call", call=1, name="connect", request=connect)
@@ -1163,9 +1166,9 @@ from runner.host import ProcessHost
 from runner.messages import ModelSpec
 
 async def main():
-    config = SimulatedConfig(faults=(SimulatedFault(phase="load", action=sys.argv[1]),))
+    config = SimulatedConfig(meet=False, faults=(SimulatedFault(phase="load", action=sys.argv[1]),))
     host = ProcessHost(simulated_spec(config, rank=0, world_size=2))
-    await host.connect(EngineGroup(0, 2, "a:1", ("a", "b")))
+    await host.connect(EngineGroup("demo", "7-a", 0, ("a:1", "b:1"), 60.0))
     print(host.pid, flush=True)
     async for _ in host.load(ModelSpec(model_id="toy")):
         pass

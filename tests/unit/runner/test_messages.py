@@ -135,7 +135,7 @@ def test_messages_cannot_be_changed() -> None:
         (as_bytes(surprise=1), "surprise: unknown field"),
         (as_bytes(kind="LoadModel", prompt=..., model={"model_id": "m", "total_layers": 0}), "total_layers"),
         (as_bytes(kind="LoadModel", prompt=..., model={"model_id": "m", "path": "/"}), "model.path: unknown field"),
-        (as_bytes(kind="ConnectToGroup", prompt=..., coordinator="x", rank_order=[1]), "rank_order.0: string type"),
+        (as_bytes(kind="ConnectToGroup", prompt=..., deadline="x"), "deadline: float type"),
     ],
 )
 def test_what_is_not_a_task_is_refused_with_a_reason(payload: bytes, reason: str) -> None:

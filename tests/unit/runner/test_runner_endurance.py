@@ -70,7 +70,9 @@ async def test_ten_thousand_refusals_in_a_row() -> None:
 
             assert answers == {"ack": REFUSALS, "Failed": REFUSALS}
             assert rig.status == "Idle"
-            assert rig.journal == ["host close", "promise"], "the engine has not even been started"
+            assert rig.journal == ["start", "host close", "promise", "prepare"], (
+                "the engine has not even been asked to connect"
+            )
             assert files[REFUSALS] == files[WARM]
             assert memory[REFUSALS] - memory[WARM] < 2 * 1024 * 1024, f"resident bytes: {memory}"
 

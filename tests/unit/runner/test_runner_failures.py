@@ -184,7 +184,7 @@ async def test_an_engine_that_dies_idle_is_noticed_at_once(status: StatusName) -
 
 async def test_a_real_process_that_is_killed_while_ready_is_noticed(tmp_path: Path) -> None:
     """As above, with a child process and a SIGKILL from outside; the runner's own process does not even blink."""
-    quick = SimulatedConfig(connect_seconds=0, layer_seconds=0, warmup_seconds=0, token_seconds=0)
+    quick = SimulatedConfig(meet=False, connect_seconds=0, layer_seconds=0, warmup_seconds=0, token_seconds=0)
     processes: list[ProcessHost] = []
 
     class RealHost(ScriptedHost):
@@ -439,10 +439,11 @@ async def test_the_engine_is_told_who_it_is() -> None:
     async with runner_rig(world_size=3, rank=2) as rig:
         await rig.open()
         rig.engine.release()
-        await rig.ask(
-            make_task("ConnectToGroup", rig.epoch, coordinator="node-0:5000", rank_order=("node-0", "node-1", "node-2"))
+        await rig.name_endpoints("node-0:5000", "node-1:5000", "")
+        await rig.ask(make_task("ConnectToGroup", rig.epoch, deadline=20.0))
+        assert rig.engine.group == EngineGroup(
+            "demo", str(rig.epoch), 2, ("node-0:5000", "node-1:5000", ""), deadline=20.0
         )
-        assert rig.engine.group == EngineGroup(2, 3, "node-0:5000", ("node-0", "node-1", "node-2"))
         await settle()
 
 

@@ -236,7 +236,7 @@ async def test_a_lost_claim_tears_down_and_raises(status: StatusName) -> None:
             await rig.ended()
         assert not any(rig.engine.active(phase) for _, phase, _, _ in WAY)
         if status != "Idle":
-            assert {"host kill", "close"} & set(rig.journal)
+            assert {"host shut_down", "close"} & set(rig.journal)
         assert await rig.barrier.store.commands.get(rig.barrier.keys.claim(0)) == other.encode(), (
             "it is not ours to delete"
         )
@@ -300,7 +300,7 @@ async def test_a_cancelled_run_kills_the_engine_and_gives_the_rank_back(status: 
         rig.running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await rig.ended()
-        assert "host kill" in rig.journal
+        assert "host shut_down" in rig.journal
         keys = rig.barrier.keys
         assert await rig.barrier.store.commands.exists(keys.rank(0), keys.claim(0)) == 0
 
@@ -314,7 +314,7 @@ async def test_stop_while_it_waits_for_its_rank() -> None:
         await settle()
         runner.stop()
         await asyncio.wait_for(running, 5)
-        assert engine.lives == 0
+        assert engine.calls == ["start", "host shut_down"]
         await second.close()
 
 

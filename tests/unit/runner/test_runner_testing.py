@@ -33,7 +33,7 @@ from tests.unit.runner.rig import make_task
 
 pytestmark = pytest.mark.anyio
 
-GROUP = EngineGroup(0, 2, "node-0:5000", ("node-0", "node-1"))
+GROUP = EngineGroup("demo", f"7-{'a' * 32}", 0, ("node-0:5000", "node-1:5000"), 60.0)
 MODEL = ModelSpec(model_id="toy", total_layers=4)
 REQUEST = GenerationRequest("t1", "Tell me about owls.", 64)
 

@@ -54,7 +54,7 @@ def log_lines() -> Iterator[list[str]]:
 
 
 def group(rank: int, world_size: int) -> EngineGroup:
-    return EngineGroup(rank, world_size, "127.0.0.1:5000", tuple(f"node-{r}" for r in range(world_size)))
+    return EngineGroup("demo", f"7-{'a' * 32}", rank, tuple(f"node-{r}:5000" for r in range(world_size)), 60.0)
 
 
 def engine(
@@ -440,6 +440,7 @@ def test_a_wrong_configuration_is_refused(text: str) -> None:
 async def test_the_spec_makes_the_same_engine_again_in_another_process(tmp_path: Path) -> None:
     config = SimulatedConfig(
         seed=9,
+        meet=False,
         connect_seconds=0.0,
         layer_seconds=0.0,
         warmup_seconds=0.0,

@@ -1,0 +1,154 @@
+"""Where the simulated engines of one attempt really meet: a ring of TCP connections, each rank to the next one's endpoint.
+
+It is what a real engine's collective library does, as small as it can be: every rank says who it is and in which attempt, refuses
+whoever is not its neighbour in the same attempt, and returns from `Ring.join` only when a token has gone round all ranks, compared by
+each of them, and the news of that as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+
+from runner.engine import EngineFailure, EngineGroup, bind_endpoint
+
+_GREETING = "rankgate-ring"
+_LONGEST_LINE = 200
+_GREETING_SECONDS = 5.0
+_RETRY_SECONDS = 0.05
+_OWN_SHARE = 0.9
+"""The part of the group's deadline after which the ring gives up by itself, with a sentence that says whom it waited for."""
+
+
+class Ring:
+    """One rank's place in the ring.
+
+    Args:
+        ports: the range to bind a port of; any free one where ``None``.
+    """
+
+    def __init__(self, ports: tuple[int, int] | None = None) -> None:
+        self._ports = ports
+        self._bound: socket.socket | None = None
+        self._port = 0
+        self._server: asyncio.Server | None = None
+        self._before: asyncio.Future[asyncio.StreamReader] | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._strangers: list[str] = []
+
+    def bind(self) -> str:
+        """Bind a port for the next attempt, another than before; returns the endpoint, without a host."""
+        if self._bound is not None:
+            self._bound.close()
+        self._bound = bind_endpoint(self._ports, avoid=self._port)
+        self._port = int(self._bound.getsockname()[1])
+        return f":{self._port}"
+
+    async def join(self, group: EngineGroup) -> None:
+        """Enter the ring; returns once all ranks are in it and have compared their tokens.
+
+        Raises:
+            EngineFailure: not permanent: a neighbour did not come in time, cannot be reached, or is in another attempt.
+        """
+        bound, self._bound = self._bound, None
+        if bound is None:
+            raise EngineFailure("connect is out of order: prepare has bound no endpoint for this attempt")
+        try:
+            async with asyncio.timeout(group.deadline * _OWN_SHARE):
+                self._before = asyncio.get_running_loop().create_future()
+                self._server = await asyncio.start_server(
+                    lambda reader, writer: self._greet(group, reader, writer), sock=bound
+                )
+                after, before = await asyncio.gather(self._reach_next(group), self._before)
+                await self._go_round(group, before, after)
+        except TimeoutError:
+            raise EngineFailure(self._why_not(group)) from None
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise EngineFailure(
+                f"rank {group.rank} lost a neighbour while the ring came together: {type(error).__name__}"
+            ) from error
+
+    async def close(self) -> None:
+        """Leave the ring and give the endpoint up; idempotent."""
+        if self._bound is not None:
+            self._bound.close()
+            self._bound = None
+        if self._server is not None:
+            self._server.close()
+        for writer in self._writers:
+            writer.close()
+
+    async def _greet(self, group: EngineGroup, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer somebody who has connected: the rank before this one, in the same attempt, is let in, and nobody else."""
+        self._writers.add(writer)
+        refusal = "this is no greeting of a ring"
+        with suppress(OSError, ValueError, asyncio.IncompleteReadError, TimeoutError):
+            async with asyncio.timeout(_GREETING_SECONDS):
+                word, token, rank = (await reader.readuntil(b"\n")).decode("ascii").split()
+            if word == _GREETING:
+                refusal = self._refusal(group, token, int(rank))
+        with suppress(OSError):
+            writer.write(f"{'no' if refusal else 'ok'} {refusal}\n".encode())
+            if refusal:
+                self._strangers.append(refusal)
+                self._writers.discard(writer)
+                writer.close()
+            elif self._before is not None:
+                self._before.set_result(reader)
+
+    def _refusal(self, group: EngineGroup, token: str, rank: int) -> str:
+        if token != group.token.hex():
+            return f"it is in another attempt than rank {group.rank}, which is in {group.epoch} of {group.instance}"
+        if rank != (group.rank - 1) % group.world_size:
+            return f"it is rank {rank}, and not the one before rank {group.rank}"
+        if self._before is None or self._before.done():
+            return f"rank {rank} is in the ring already"
+        return ""
+
+    async def _reach_next(self, group: EngineGroup) -> asyncio.StreamWriter:
+        after = (group.rank + 1) % group.world_size
+        host, _, port = group.endpoints[after].rpartition(":")
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=_LONGEST_LINE)
+                break
+            except OSError:  # it does not listen yet, or never will
+                await asyncio.sleep(_RETRY_SECONDS)
+        self._writers.add(writer)
+        writer.write(f"{_GREETING} {group.token.hex()} {group.rank}\n".encode())
+        answer, _, why = (await reader.readuntil(b"\n")).decode("ascii", "replace").strip().partition(" ")
+        if answer != "ok":
+            raise EngineFailure(
+                f"rank {group.rank} was refused at the endpoint of rank {after}, {group.endpoints[after]}: {why[:_LONGEST_LINE]}"
+            )
+        return writer
+
+    async def _go_round(self, group: EngineGroup, before: asyncio.StreamReader, after: asyncio.StreamWriter) -> None:
+        """The collective: the token goes round once and every rank compares it; then the news that it has come round."""
+        for news in (group.token, bytes(len(group.token))):
+            if group.rank == 0:
+                after.write(news)
+                await after.drain()
+            found = await before.readexactly(len(news))
+            if found != news:
+                raise EngineFailure(
+                    f"rank {group.rank} got the token of another attempt from the rank before it: this ring is not only that of "
+                    f"{group.epoch} of {group.instance}"
+                )
+            if group.rank != 0:
+                after.write(found)
+                await after.drain()
+
+    def _why_not(self, group: EngineGroup) -> str:
+        before, after = (group.rank - 1) % group.world_size, (group.rank + 1) % group.world_size
+        own = group.endpoints[group.rank]
+        if self._before is not None and not self._before.done():
+            why = f"rank {before} did not come to the endpoint of rank {group.rank}, {own}"
+            if self._strangers:
+                why += (
+                    f"; {len(self._strangers)} others came and were refused, the last one because {self._strangers[-1]}"
+                )
+        else:
+            why = f"rank {group.rank} could not reach rank {after} at {group.endpoints[after]}"
+        return f"the ring did not come together within {group.deadline * _OWN_SHARE:g} s: {why}"
