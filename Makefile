@@ -113,7 +113,7 @@ $(MLX_STAMP): pyproject.toml constraints.txt | $(STAMP)
 	@echo "Installing MLX and what its tests need into .venv-mlx (some 150 MB to download) …"
 	@$(PY) -m venv --clear .venv-mlx
 	@$(MLX_PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-	    --editable '.[mlx,testing]' anyio psutil pytest
+	    --editable '.[cluster,mlx,testing]' anyio psutil pytest
 	@touch $(MLX_STAMP)
 
 $(FUZZ_STAMP): pyproject.toml constraints.txt | $(STAMP)

@@ -7,10 +7,13 @@ evenly among the ranks.
 What to know before running it:
 
 - MLX's ring neither encrypts nor authenticates: the ranks' ports belong on a network that is trusted.
+- A ring has no identity: MLX takes whoever comes to its port for a neighbour. So every attempt binds other ports, and the first thing
+  that goes round the ring is `EngineGroup.token`, which names the attempt.
 - A process can enter one ring in its life, and leaves it only by ending; while it waits for the others to come, MLX holds the
-  interpreter. So the host is to be a `runner.host.ProcessHost`, which can end the process whatever it does.
-- A model that is not on this machine is downloaded while loading, and a download shows no progress in layers. The planner takes
-  one that outlasts its ``load_stall`` for a stall, so put large models in place beforehand.
+  interpreter, without an end. So the host is to be a `runner.host.ProcessHost`, which ends the process at the group's deadline,
+  whatever it does.
+- A model that is not on this machine is downloaded while loading. As long as its files grow, the load counts as moving; one that
+  stands still for longer than the planner's ``load_stall`` ends the attempt, and what has been downloaded stays.
 - Decoding is greedy (temperature 0): the same prompt gives the same text.
 
 MLX is imported when the first call needs it; this module needs nothing beyond the runner's own dependencies.
@@ -39,6 +42,13 @@ from runner.engine import EngineFailure, EngineGroup, GenerationRequest, bind_en
 from runner.messages import ModelSpec
 
 _WARM_UP_TOKENS = 2
+_LOOK_SECONDS = 1.0
+"""How often a load that has completed no layer is looked at: does it move?"""
+
+_HEAD_START_SECONDS = 0.1
+"""By how much the last rank, which is the first to call, is behind the others, which listen first: MLX that finds nobody listening tries
+again only after a second. Nothing depends on it but that second."""
+
 _HEAD_COUNTS = ("n_heads", "n_kv_heads", "num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads")
 
 T = TypeVar("T")
@@ -51,7 +61,8 @@ class MlxConfig(BaseModel):
         model: a directory or a Hugging Face id to load instead of the one that the instance names, for machines that keep their
             models in different places.
         ports: the first and the last port on which the ring may listen, for machines behind a firewall; each rank takes one that is free,
-            and any free one of the machine where this is ``None``. A range needs twice as many ports as ranks of one machine.
+            and any free one of the machine where this is ``None``. The operating system keeps a port for about a minute after a
+            connection of it, so a range needs several times as many ports as the machine has ranks.
         use_chat_template: put a prompt into the model's own chat template, if it has one.
         prefill_step_size: how many tokens of a prompt are read at a time; a generation can be stopped only between two such parts,
             and one that takes longer than the host's grace to stop costs the loaded model. mlx-lm's own default is 2,048.
@@ -89,7 +100,7 @@ class MlxEngine:
     """One rank's share of a model on MLX. An `Engine`; see the module for what it can and cannot do.
 
     Args:
-        config: where the model and the other ranks are.
+        config: where the model is, and which ports may be used.
     """
 
     def __init__(self, config: MlxConfig | None = None) -> None:
@@ -100,7 +111,7 @@ class MlxEngine:
         )
         self._bound: socket.socket | None = None
         self._port = 0
-        self._world_size = 1
+        self._world_size = 0
         self._group: EngineGroup | None = None
         self._loaded = False
         self._warm = False
@@ -137,11 +148,24 @@ class MlxEngine:
         self._check_open("connect")
         if self._group is not None:
             raise EngineFailure("connect is out of order: this engine is in a group already")
+        if group.world_size == 1:
+            self._group = group
+            return
         if self._bound is None:
             raise EngineFailure("connect is out of order: prepare has bound no port for this attempt")
         addresses = ring_addresses(group)
-        self._give_up_port()  # MLX binds it itself; who takes it in between makes this attempt fail, and the next one binds another
-        await self._thread.run(lambda: self._share.join_ring(addresses, group.rank))
+        port = addresses[group.rank].rpartition(":")[2]
+        if port != str(self._port):
+            raise EngineFailure(
+                f"connect names the port {port} for rank {group.rank}, which has bound {self._port} for this attempt"
+            )
+        if group.rank == group.world_size - 1:
+            await asyncio.sleep(_HEAD_START_SECONDS)
+        _share_port(self._bound)
+        try:
+            await self._thread.run(lambda: self._share.join_ring(addresses, group.rank))
+        finally:
+            self._give_up_port()
         await self._thread.run(lambda: self._share.compare_tokens(group))
         self._group = group
 
@@ -157,17 +181,32 @@ class MlxEngine:
                 call is out of order.
         """
         self._check_open("load")
+        if self._world_size == 0:
+            raise EngineFailure("load is out of order: prepare has not been done, which says whether this engine is alone")
         if self._world_size > 1 and self._group is None:
             raise EngineFailure(
                 f"load is out of order: connect has not been done, and this is one of {self._world_size} ranks, which load together"
             )
         if self._loaded:
             raise EngineFailure("load is out of order: a model is loaded already")
-        steps = self._share.load(self._config.model or model.model_id)
+        name = self._config.model or model.model_id
+        steps = self._share.load(name)
         said = 0
-        while (step := await self._thread.run(partial(next, steps, None))) is not None:
-            done, layers = step
-            reached = scaled_progress(done, layers, model.total_layers)
+        seen = await asyncio.to_thread(self._share.footprint, name)
+        while True:
+            step = asyncio.create_task(self._thread.run(partial(next, steps, None)))
+            try:
+                while not (await asyncio.wait({step}, timeout=_LOOK_SECONDS))[0]:
+                    now = await asyncio.to_thread(self._share.footprint, name)
+                    if now != seen:
+                        seen = now
+                        yield said
+                loaded = await step
+            finally:
+                step.cancel()
+            if loaded is None:
+                break
+            reached = scaled_progress(*loaded, model.total_layers)
             if reached > said:
                 said = reached
                 yield reached
@@ -227,8 +266,33 @@ class MlxEngine:
             raise EngineFailure(f"{call} is out of order: the engine is closed")
 
 
+def _share_port(bound: socket.socket) -> None:
+    """Let MLX bind the port that this socket keeps, while it keeps it: so there is no moment at which nobody has it.
+
+    MLX sets SO_REUSEADDR and SO_REUSEPORT before it binds. Where both sides have set them, and one does not listen, the second bind
+    succeeds (tried on Linux). Until now the port was this socket's alone; from now on another program could bind it as well, if it
+    named just this port and set the same options. Then MLX may meet a stranger, and the attempt ends; the next one binds another port.
+    """
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def listening_address(endpoint: str) -> str:
+    """Where a rank itself listens, whose endpoint for the others is this one.
+
+    It is the same address, if that is one of this machine. Otherwise it is the port on all of them: a name may lead to loopback here,
+    and to the right place elsewhere; and a machine does not know the address that a router or a container's host has for it.
+    """
+    host, _, port = endpoint.rpartition(":")
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
+        socket.inet_aton(host)
+        trial.bind((host, 0))
+        return endpoint
+    return f"0.0.0.0:{port}"
+
+
 def ring_addresses(group: EngineGroup) -> list[str]:
-    """Where every rank listens, as ``host:port`` in rank order: the same on all ranks, or the ring never closes.
+    """Where every rank can be reached, as ``host:port`` in rank order.
 
     Raises:
         EngineFailure: permanent: a rank has no endpoint, or one with an IPv6 address.
@@ -241,6 +305,11 @@ def ring_addresses(group: EngineGroup) -> list[str]:
                 permanent=True,
             )
     return list(group.endpoints)
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
 def scaled_progress(done: int, layers: int, total: int) -> int:
@@ -332,9 +401,11 @@ class _Share:
         """Enter the ring as one rank. MLX takes its arguments from the environment and from a file."""
         names = ("MLX_HOSTFILE", "MLX_RANK")
         before = {name: os.environ.get(name) for name in names}
+        own = listening_address(addresses[rank])
         with tempfile.TemporaryDirectory(prefix="rankgate-ring-") as folder:
             hosts = Path(folder) / "hosts.json"
-            hosts.write_text(json.dumps([[address] for address in addresses]), encoding="utf-8")
+            listed = [[own if place == rank else address] for place, address in enumerate(addresses)]
+            hosts.write_text(json.dumps(listed), encoding="utf-8")
             os.environ.update(MLX_HOSTFILE=str(hosts), MLX_RANK=str(rank))
             try:
                 group = self._mx.distributed.init(strict=True, backend="ring")
@@ -358,18 +429,42 @@ class _Share:
         self.rank, self._world_size, self._group = rank, len(addresses), group
 
     def compare_tokens(self, group: EngineGroup) -> None:
-        """The first collective: every rank gets every rank's token, and compares it with its own."""
-        mx, own = self._mx, list(group.token)
-        gathered: list[int] = mx.distributed.all_gather(
-            mx.array(own, dtype=mx.uint8), group=self._group, stream=mx.cpu
-        ).tolist()
-        tokens = [gathered[at : at + len(own)] for at in range(0, len(gathered), len(own))]
-        others = [rank for rank, token in enumerate(tokens) if token != own]
-        if others or len(tokens) != group.world_size:
+        """The first collective: every rank gets every rank's token and place, and compares them with what must be there.
+
+        MLX does not notice where two ranks are of rings of different sizes: then somebody waits for numbers that never come, and the
+        host ends it at the group's deadline.
+        """
+        mx = self._mx
+        wanted = [[*group.token, *rank.to_bytes(4, "big")] for rank in range(group.world_size)]
+        try:
+            gathered: list[int] = mx.distributed.all_gather(
+                mx.array(wanted[group.rank], dtype=mx.uint8), group=self._group, stream=mx.cpu
+            ).tolist()
+        except RuntimeError as error:
+            raise EngineFailure(f"rank {group.rank} lost a neighbour while the ring came together: {error}") from error
+        size = len(wanted[group.rank])
+        found = [gathered[place : place + size] for place in range(0, len(gathered), size)]
+        strangers = [rank for rank, place in enumerate(wanted) if found[rank : rank + 1] != [place]]
+        if strangers or len(found) != group.world_size:
             raise EngineFailure(
-                f"rank {group.rank} met engines of another attempt in its ring, in the places of ranks {', '.join(map(str, others))}; this "
-                f"attempt is {group.epoch} of {group.instance}"
+                f"rank {group.rank} met engines of another attempt in its ring, or in each other's places, where ranks "
+                f"{_listed(strangers)} should be; this attempt is {group.epoch} of {group.instance}"
             )
+
+    def footprint(self, name: str) -> tuple[int, ...]:
+        """What grows while a load moves: the files of a download, in number and bytes, and what MLX holds in memory. Any thread may call it."""
+        sizes: list[int] = []
+        with suppress(Exception):  # a convenience: whatever keeps it from looking must not end a load
+            if not Path(name).expanduser().exists():
+                cache = Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)
+                for folder, _, files in os.walk(cache / f"models--{name.replace('/', '--')}"):
+                    for file in files:
+                        # A download may make room for the whole file first and fill it then, so the blocks count as well.
+                        with suppress(OSError):  # it was renamed, because it is complete
+                            status = os.lstat(os.path.join(folder, file))
+                            sizes += (status.st_size, status.st_blocks)
+        held = 0 if self._mx is None else int(self._mx.get_active_memory())
+        return len(sizes), sum(sizes), held
 
     def load(self, name: str) -> Generator[tuple[int, int], None, None]:
         """Load; yields how many layers are in memory, and of how many."""

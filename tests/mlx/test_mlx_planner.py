@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import aclosing
 from pathlib import Path
 
 import psutil
 import pytest
-from pydantic import JsonValue
 
-from barrier import Member
-from barrier.keys import Keys
-from barrier.testing import FakeStore, wait_until
+from barrier.testing import wait_until
 from planner import InstanceFailed, InstanceSpec, Planner
-from runner import EngineSpec, ProcessHost, Runner
-from runner.messages import ModelSpec, decode_task
-from tests.mlx.tiny import LAYERS, free_addresses, make_model, reference_text
+from runner.messages import ModelSpec
+from tests.mlx.ranks import NAME, ranks_of
+from tests.mlx.tiny import LAYERS, make_model, reference_text
 
 pytestmark = [pytest.mark.anyio, pytest.mark.mlx]
 
 PROMPT = "word17 word4 word8"
 TOKENS = 16
-NAME = "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -36,49 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> str:
     return reference_text(folder, PROMPT, TOKENS)
-
-
-@dataclass
-class Ranks:
-    """Runners with real engines, and the store that they share with a planner."""
-
-    store: FakeStore
-    runners: list[Runner]
-    hosts: list[ProcessHost]
-
-    @property
-    def statuses(self) -> list[str]:
-        return [runner.status.kind for runner in self.runners]
-
-    def dispatched(self) -> list[str]:
-        """The kinds of all tasks in the log, in its order."""
-        entries: list[tuple[bytes, dict[bytes, bytes]]] = self.store.contents().get(Keys("rankgate", NAME).tasks, [])
-        return [decode_task(fields[b"task"]).kind for _, fields in entries if b"task" in fields]
-
-
-@asynccontextmanager
-async def ranks_of(world_size: int) -> AsyncGenerator[Ranks]:
-    """So many runners on loopback, each with its engine in a process of its own."""
-    store = FakeStore()
-    config: dict[str, JsonValue] = {"hosts": [*free_addresses(world_size)]}
-    async with AsyncExitStack() as stack:
-        made = Ranks(store, [], [])
-        for rank in range(world_size):
-            member = Member(store.client(f"rank {rank}"), NAME, rank=rank, world_size=world_size)
-            stack.push_async_callback(member.close)
-            host = ProcessHost(EngineSpec(factory="runner.engines.mlx:mlx_engine", config=config), rank=rank)
-            stack.push_async_callback(host.kill)
-            runner = Runner(member, host)
-            running = asyncio.create_task(runner.run(), name=f"rank {rank}")
-            stack.push_async_callback(_leave, runner, running)
-            made.runners.append(runner)
-            made.hosts.append(host)
-        yield made
-
-
-async def _leave(runner: Runner, running: asyncio.Task[None]) -> None:
-    runner.stop()
-    await running
 
 
 def spec(folder: Path, world_size: int) -> InstanceSpec:

@@ -1,4 +1,4 @@
-"""What the tests with a real engine need: free addresses, and a model.
+"""What the tests with a real engine need: a model, and an engine that has bad luck.
 
 The model is a few hundred kilobytes with random weights, made on the spot: real files for a real engine, no download.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import socket
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
+
+from runner.engines import mlx
+from runner.engines.mlx import MlxEngine
 
 LAYERS = 4
 WORDS = tuple(f"word{number}" for number in range(300))
@@ -63,13 +67,21 @@ def reference_text(folder: Path, prompt: str, max_tokens: int) -> str:
     )
 
 
-def free_addresses(count: int) -> list[str]:
-    """Loopback addresses that were free a moment ago; held together, so that none is given twice."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+def robbed_engine(config: dict[str, JsonValue]) -> MlxEngine:
+    """An MLX engine whose port another program takes as soon as that is possible: between its engine's giving it free for MLX and MLX."""
+    share = mlx._share_port  # pyright: ignore[reportPrivateUsage]
+    robbers: list[socket.socket] = []
+
+    def share_with_a_robber(bound: socket.socket) -> None:
+        share(bound)
+        robber = socket.socket()
+        robber.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        robber.bind(bound.getsockname())
+        robber.listen()
+        robbers.append(robber)
+
+    mlx._share_port = share_with_a_robber  # pyright: ignore[reportPrivateUsage]
+    return mlx.mlx_engine(config)
 
 
 def _write_tokenizer(folder: Path, vocabulary: dict[str, int], *, chat_template: bool) -> None:
