@@ -68,6 +68,10 @@ searches: $(STAMP) ## exhaustive, and 5,000 seeds of simulate: what .ci/run play
 test-mlx: $(MLX_STAMP) ## the MLX engine's tests with a real model, in an environment of their own
 	$(MLX_PY) -m pytest -m mlx $(ARGS) tests/mlx
 
+.PHONY: test-mlx-rounds
+test-mlx-rounds: $(MLX_STAMP) ## two instances side by side, killed and left-over engines: whose text is it? (ROUNDS=20 SEED=1)
+	ROUNDS=$(or $(ROUNDS),20) SEED=$(or $(SEED),1) $(MLX_PY) -m pytest -s -m mlx $(ARGS) tests/mlx/test_mlx_attempts.py
+
 .PHONY: lint
 lint: $(STAMP) ## ruff, pyright and the import contracts
 	$(PY) -m ruff check .

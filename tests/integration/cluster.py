@@ -108,6 +108,7 @@ class Cluster:
         world_size: int,
         engine: Mapping[str, Any] | None = None,
         *,
+        factory: str = "simulated",
         inline: bool = False,
         warm: bool = False,
         hold_back: Mapping[int, float] | None = None,
@@ -118,7 +119,8 @@ class Cluster:
             instance: whose ranks.
             ranks: which.
             world_size: how many there are.
-            engine: the simulated engine's configuration.
+            engine: the engine's configuration.
+            factory: which engine, as ``rankgate runner --engine`` takes it.
             inline: whether the engine lives in the runner's process; several ranks of one process always share it.
             warm: whether it is forked from a process that has imported everything already.
             hold_back: extra seconds that a rank takes to connect.
@@ -127,6 +129,7 @@ class Cluster:
         arguments = [
             *("--ranks", f"{span[0]}-{span[-1]}"),
             *("--world-size", str(world_size)),
+            *("--engine", factory),
             *("--engine-config", json.dumps(dict(engine or {}))),
         ]
         if inline or len(span) > 1:
