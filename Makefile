@@ -70,7 +70,8 @@ test-mlx: $(MLX_STAMP) ## the MLX engine's tests with a real model, in an enviro
 
 .PHONY: test-mlx-rounds
 test-mlx-rounds: $(MLX_STAMP) ## two instances side by side, killed and left-over engines: whose text is it? (ROUNDS=20 SEED=1)
-	ROUNDS=$(or $(ROUNDS),20) SEED=$(or $(SEED),1) $(MLX_PY) -m pytest -s -m mlx $(ARGS) tests/mlx/test_mlx_attempts.py
+	ROUNDS=$(or $(ROUNDS),20) SEED=$(or $(SEED),1) $(MLX_PY) -m pytest -s -m mlx -o faulthandler_timeout=3600 \
+	    $(ARGS) tests/mlx/test_mlx_attempts.py
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, pyright and the import contracts
@@ -81,7 +82,11 @@ lint: $(STAMP) ## ruff, pyright and the import contracts
 
 .PHONY: bench
 bench: $(STAMP) ## the benchmarks
-	$(PY) -m pytest -m bench -s $(ARGS)
+	$(PY) -m pytest -m "bench and not mlx" -s $(ARGS)
+
+.PHONY: bench-mlx
+bench-mlx: $(MLX_STAMP) ## how long two MLX ranks are away when one engine is killed, by what they do meanwhile
+	$(MLX_PY) -m pytest -m bench -s $(ARGS) tests/benchmarks/test_mlx_recovery.py
 
 .PHONY: wheel
 wheel: $(STAMP) ## build dist/rankgate-*.whl

@@ -7,6 +7,7 @@ from tests.mutants.harness import (
     DECISIONS,
     EXHAUSTIVE,
     JUDGE,
+    MLX,
     PROPERTY,
     RANK,
     SECOND_LINE,
@@ -36,6 +37,7 @@ _RECOVERY = "planner/recovery.py"
 _DECIDE = "planner/decide.py"
 _LIFECYCLE = "planner/lifecycle.py"
 _LOOP = "planner/loop.py"
+_MLX = "runner/engines/mlx.py"
 _REFERENCE = "barrier/testing/reference.py"
 
 
@@ -1078,7 +1080,53 @@ PLANNERS: tuple[Mutation, ...] = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS)
+ENGINES: tuple[Mutation, ...] = (
+    Mutation(
+        "mlx-token",
+        "an MLX engine compares the attempt of every rank in its ring",
+        "S9",
+        Edit(
+            _MLX,
+            "strangers = [rank for rank, place in enumerate(wanted) if found[rank : rank + 1] != [place]]",
+            "strangers: list[int] = []",
+        ),
+        (MLX,),
+    ),
+    Mutation(
+        "mlx-endpoint",
+        "an MLX engine binds another port in every attempt",
+        "S9",
+        Edit(
+            _MLX,
+            "        self._world_size = world_size\n        self._give_up_port()\n",
+            '        self._world_size = world_size\n        if self._bound is not None:\n            return f":{self._port}"\n',
+        ),
+        (MLX,),
+    ),
+    Mutation(
+        "mlx-own-port",
+        "an MLX engine enters a ring at the port that it has bound for this attempt, and no other",
+        "S9",
+        Edit(_MLX, "        if port != str(self._port):", "        if False:"),
+        (MLX,),
+    ),
+    Mutation(
+        "mlx-port-kept",
+        "an MLX engine keeps its port until MLX has bound it",
+        "S9",
+        Edit(_MLX, "        _share_port(self._bound)\n", "        self._give_up_port()\n"),
+        (MLX,),
+    ),
+    Mutation(
+        "mlx-load-alone",
+        "an MLX engine that is one of several ranks loads nothing before it is connected",
+        "S1",
+        Edit(_MLX, "        if self._world_size > 1 and self._group is None:", "        if False:"),
+        (MLX,),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES)
 
 QUICK: tuple[str, ...] = ("gate-epoch", "once", "verdict-first", "floor-record")
 """A share that its first searches find in a few seconds each."""

@@ -103,6 +103,8 @@ BOUNDS = _property("property/test_bounds.py")
 """Streams that only a planner writes, and an outage of the store."""
 SECOND_LINE = _property("fuzz/test_second_line.py")
 """One runner against a planner that checks nothing."""
+MLX = _property("mlx/test_mlx_configuration.py")
+"""What the MLX engine decides, with a stand-in for MLX."""
 SIMULATION = Search("simulation")
 EXHAUSTIVE = Search("exhaustive")
 
