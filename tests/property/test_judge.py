@@ -17,7 +17,7 @@ from tests.unit.runner.rig import TASKS, make_task
 ME, OTHER = "0000000000010000000000000001", "0000000000020000000000000002"
 NONCES = ("a" * 32, "b" * 32)
 NUMBERS = (1, 2, 3)
-WAY = ("Idle", "Connecting", "Connected", "Loading", "Loaded", "WarmingUp", "Ready", "Running")
+WAY = ("Preparing", "Idle", "Connecting", "Connected", "Loading", "Loaded", "WarmingUp", "Ready", "Running")
 NEEDS: dict[TaskKind, tuple[str, ...]] = {
     "ConnectToGroup": ("Idle",),
     "LoadModel": ("Connected",),
