@@ -182,7 +182,9 @@ class MlxEngine:
         """
         self._check_open("load")
         if self._world_size == 0:
-            raise EngineFailure("load is out of order: prepare has not been done, which says whether this engine is alone")
+            raise EngineFailure(
+                "load is out of order: prepare has not been done, which says whether this engine is alone"
+            )
         if self._world_size > 1 and self._group is None:
             raise EngineFailure(
                 f"load is out of order: connect has not been done, and this is one of {self._world_size} ranks, which load together"
