@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from barrier import Barrier, Settings, Snapshot, Store, StoreError, StoreRefused, SystemClock
+from barrier import Barrier, Settings, Snapshot, Store, StoreError, StoreRefused, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys, shown
 from barrier.report import Report
@@ -554,18 +554,13 @@ async def _unless_nobody_plans(doing: Awaitable[_T], observer: Observer, name: s
     Raises:
         InstanceFailed: nobody does. A standby takes over within a lease, so it is waited for.
     """
-    working = asyncio.ensure_future(doing)
-    watching = asyncio.ensure_future(_nobody_plans_for(settings.lease, observer, name))
-    try:
+    nobody = _nobody_plans_for(settings.lease, observer, name)
+    async with supervise.alongside(doing, "the request") as working, supervise.alongside(nobody) as watching:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             watching.result()
             raise InstanceFailed(f"{name} does not answer: {_NOBODY_PLANS}")
         return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
 
 
 async def _nobody_plans_for(seconds: float, observer: Observer, name: str) -> None:

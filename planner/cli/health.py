@@ -19,7 +19,7 @@ from typing import Literal
 from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from barrier import Barrier, Settings, Store, StoreRefused
+from barrier import Barrier, Settings, Store, StoreRefused, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys
 from barrier.report import Report, UndecodableReport
@@ -77,12 +77,13 @@ async def keeping_state(path: Path | None, state: ProcessState | Callable[[], Pr
         return
     now = state if callable(state) else lambda: state
     _write(path, now())
-    beating = asyncio.create_task(_beat(path, now))
+    beating = supervise.restarted(
+        lambda: _beat(path, now), "the beat of the state file", clock=SystemClock(), longest_pause=now().heartbeat
+    )
     try:
         yield
     finally:
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
+        await supervise.end(beating)
         _remove(path)
 
 

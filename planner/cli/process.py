@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from loguru import logger
 
-from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect
+from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect, supervise
 from barrier.errors import RankgateError
 from barrier.fitness import Role
 from planner.cli.streams import output
@@ -89,6 +89,7 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
         task = asyncio.current_task()
         interrupts = Interrupts(lambda: task.cancel() if task else None)
         loop = asyncio.get_running_loop()
+        supervise.hear_loop(loop)
 
         def receive(number: signal.Signals) -> None:
             interrupts.receive(number)
@@ -117,6 +118,11 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
             complain(str(error))
         except OSError as error:
             complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        except Exception as mistake:  # noqa: BLE001  its own text may quote a prompt, and so may a traceback
+            supervise.tell_mistake("this command", mistake)
+            complain(
+                f"a mistake of ours ended this command ({supervise.described(mistake)}); please report what its log says"
+            )
         if output.failure is not None:
             return 1
         if interrupts.received is not None and not interrupts.expected:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from barrier import InvalidSettings, Member, Settings, Store
+from loguru import logger
+
+from barrier import InvalidSettings, Member, Settings, Store, supervise
 from barrier.errors import RankgateError
 from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import Interrupts, connect_store
@@ -196,11 +198,15 @@ def _member(options: RunnerOptions, store: Store, rank: int | None, incarnation:
 
 async def run_all(runners: list[Runner], interrupts: Interrupts) -> None:
     """Run several ranks until all have ended. The first one that fails ends the others, and its error is raised."""
-    tasks = [asyncio.create_task(runner.run()) for runner in runners]
 
     def stop() -> None:
         for runner in runners:
             runner.stop()
+
+    tasks = [
+        supervise.background(runner.run(), f"runner {place}", on_mistake=lambda _: stop(), expected=(RankgateError,))
+        for place, runner in enumerate(runners)
+    ]
 
     interrupts.on_first(stop)
     # A rank ends in a bounded time. Whoever cannot wait for that cancels it, and the engine is killed.
@@ -209,7 +215,10 @@ async def run_all(runners: list[Runner], interrupts: Interrupts) -> None:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         stop()
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-    for end in ends:
-        if isinstance(end, RankgateError) or (isinstance(end, BaseException) and interrupts.received is None):
+        ends = [end for end in await supervise.ends_of(*tasks) if isinstance(end, BaseException)]
+    errors = [end for end in ends if isinstance(end, RankgateError)]
+    for error in errors[1:]:  # the first one is told by whoever runs this
+        logger.error("{}", error)
+    for end in (*errors, *ends):
+        if isinstance(end, Exception) or interrupts.received is None:  # a cancellation is what a further signal does
             raise end

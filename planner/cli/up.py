@@ -14,7 +14,7 @@ from typing import Any
 from loguru import logger
 from rich.console import Console
 
-from barrier import Barrier, Settings, Snapshot, StoreError, SystemClock
+from barrier import Barrier, Settings, Snapshot, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, Planner
@@ -220,15 +220,12 @@ class Cluster:
 
     async def trouble(self) -> None:
         """Wait for the end of a part that cannot be done without, and raise."""
-        giving_up = asyncio.create_task(self._launcher.given_up())
-        try:
+        async with supervise.alongside(self._launcher.given_up()) as giving_up:
             while not giving_up.done():
                 if self._server is not None and not self._server.running:
                     raise UpFailed(f"the embedded server ended; its last words:\n{self._server.log_tail()}")
                 await asyncio.wait({giving_up}, timeout=TICK)
-        finally:
-            giving_up.cancel()
-        state = giving_up.result()
+            state = giving_up.result()
         raise UpFailed(
             f"the process of {state.program.name} died {state.restarts + 1} times in a row ({state.last_exit}); "
             f"its last words: {state.last_words or '(none)'}"
@@ -285,7 +282,9 @@ class Cluster:
         async with Barrier(
             self._store, spec.name, world_size=spec.world_size, namespace=self._options.namespace
         ) as barrier:
-            looking = asyncio.create_task(self._look(barrier))
+            looking = supervise.restarted(
+                lambda: self._look(barrier), "the picture of the cluster", clock=self._clock, longest_pause=TICK
+            )
 
             async def look_now() -> None:
                 self._show.update(self._compose(await barrier.inspect(), self._instance.state.reason))
@@ -295,8 +294,7 @@ class Cluster:
                 last = self._compose(await self._at_rest(barrier), self._instance.state.reason)
                 self._show.update(replace(last, text=""))
             finally:
-                looking.cancel()
-                await asyncio.gather(looking, return_exceptions=True)
+                await supervise.end(looking)
 
     async def _look(self, barrier: Barrier) -> None:
         """Whenever something changes, and every tick for the leases and the layers."""
@@ -348,14 +346,9 @@ class Cluster:
 
 async def _first_of(work: Coroutine[Any, Any, None], trouble: Coroutine[Any, Any, None]) -> None:
     """Do the work, unless trouble comes first, which always raises."""
-    working, watching = asyncio.create_task(work), asyncio.create_task(trouble)
-    try:
+    async with supervise.alongside(work) as working, supervise.alongside(trouble) as watching:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done() and not working.done():
             watching.result()
         else:
             working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)

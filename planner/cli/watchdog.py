@@ -11,7 +11,6 @@ reason to be restarted, since it is asked again and again; what was loaded would
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from barrier import Clock, SystemClock
+from barrier import Clock, SystemClock, supervise
 
 _UNTIL_READY = 0.05  # seconds between two looks whether this process has begun its work
+_LONGEST_PAUSE = 1.0  # seconds before it is told again after a mistake of ours
 _MAX_STATUS = 200  # characters
 
 
@@ -120,12 +120,14 @@ async def supervised(
     if manager is None:
         yield
         return
-    telling = asyncio.create_task(_tell(work, manager, clock or SystemClock()), name="rankgate service manager")
+    time = clock or SystemClock()
+    telling = supervise.restarted(
+        lambda: _tell(work, manager, time), "telling the service manager", clock=time, longest_pause=_LONGEST_PAUSE
+    )
     try:
         yield
     finally:
-        telling.cancel()
-        await asyncio.gather(telling, return_exceptions=True)
+        await supervise.end(telling)
         manager.tell(STOPPING="1", STATUS="stopped")
         manager.close()
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from barrier import Barrier, HeartbeatFailed, Opened, PartFailed
+from barrier import Barrier, HeartbeatFailed, Opened, PartFailed, RankTaken, Settings, adopt
 from barrier.testing import FakeStore, ManualClock, wait_until
 from barrier.testing.waiting import settle
 from barrier.wakeups import Hint, Wakeups
 from planner import InstanceFailed, LoadGate
+from planner.cli import commands, health, up
+from planner.cli.health import ProcessState
+from planner.cli.process import Interrupts
+from planner.cli.runner_process import run_all
+from planner.cli.screen import Picture
+from planner.cli.watchdog import ServiceManager, Work, supervised
 from planner.launcher import Launcher, Program
 from planner.loop import InstanceLoop
 from planner.registry import InstanceRecord
@@ -532,3 +541,124 @@ async def test_whoever_is_told_of_processes_may_make_a_mistake(ear: str, heard: 
         await wait_until(lambda: heard.mistakes, "the mistake to be told", 30)
         assert [state.phase for state in launcher.states] == ["running"]
     heard.check("telling (of a process's state|a process's line): ")
+
+
+# --- commands -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_state_file_goes_on_beating_after_a_mistake(
+    tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    state = ProcessState(kind="planner", namespace="rankgate", pid=8, heartbeat=0.001)
+    monkeypatch.setattr("planner.cli.health._beat", once(health._beat))  # pyright: ignore[reportPrivateUsage]
+    async with health.keeping_state(path, state):
+        first = health.read_state(path, "planner").beat
+        await wait_until(lambda: health.read_state(path, "planner").beat > first, "a beat after the mistake")
+    heard.check("the beat of the state file, which begins anew: ")
+
+
+async def test_the_service_manager_is_told_again_after_a_mistake(
+    clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, str]] = []
+
+    def tell(**lines: str) -> None:
+        told.append(lines)
+
+    manager = ServiceManager("@rankgate-test", watchdog_seconds=30.0)
+    monkeypatch.setattr(manager, "tell", tell)
+    statuses = iter([mistaken])
+    work = Work(lambda: True, lambda: next(statuses, lambda: "well")() or "", dict[str, int], patience=60.0)
+    async with supervised(work, manager, clock=clock):
+        await clock.advance(1.0)
+    assert {"READY": "1", "STATUS": "well"} in told
+    heard.check("telling the service manager, which begins anew: ")
+
+
+class Ranks:
+    """A runner that fails, or serves until it is asked to stop."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.stopped = asyncio.Event()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    async def run(self) -> None:
+        if isinstance(self.failure, Injected):
+            mistaken()
+        if self.failure is not None:
+            raise self.failure
+        await self.stopped.wait()
+
+
+async def test_a_mistake_in_one_of_a_processs_ranks_ends_the_others_and_is_raised(heard: Heard) -> None:
+    sound = Ranks()
+    runners: Any = [sound, Ranks(Injected())]
+    with pytest.raises(Injected):
+        await run_all(runners, Interrupts(lambda: None))
+    assert sound.stopped.is_set()
+    heard.check("runner 1: ")
+
+
+async def test_the_errors_of_all_ranks_are_told(heard: Heard) -> None:
+    runners: Any = [Ranks(RankTaken("rank 0 is taken")), Ranks(RankTaken("rank 1 is taken"))]
+    with pytest.raises(RankTaken, match="rank 0"):
+        await run_all(runners, Interrupts(lambda: None))
+    assert [line.strip() for line in heard.lines] == ["rank 1 is taken"]
+
+
+async def test_a_mistake_of_a_rank_counts_after_a_signal_too(heard: Heard) -> None:
+    interrupts = Interrupts(lambda: None)
+    interrupts.receive(signal.SIGTERM)
+    runners: Any = [Ranks(Injected())]
+    with pytest.raises(Injected):
+        await run_all(runners, interrupts)
+    heard.check("runner 0: ")
+
+
+@pytest.mark.parametrize(
+    ("work", "trouble"), [(mistaken_later, asyncio.Event().wait), (asyncio.Event().wait, mistaken_later)]
+)
+async def test_a_mistake_in_what_up_does_ends_it(work: Any, trouble: Any) -> None:
+    with pytest.raises(Injected):
+        await up._first_of(work(), trouble())  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_the_picture_of_up_goes_on_after_a_mistake(
+    store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+
+    def nothing(*_: object) -> Picture:
+        return Picture("demo", 2, 4)
+
+    async def look(*_: object) -> None:
+        looked.append("looked")
+        if len(looked) == 1:
+            mistaken()
+
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        instance = await made.run(planner.launch(made.spec))
+        picture: Any = object.__new__(up.Cluster)
+        monkeypatch.setattr(up.Cluster, "_look", look)
+        monkeypatch.setattr(up.Cluster, "_compose", nothing)
+        picture._store = adopt(store.client("looker"))
+        picture._options = SimpleNamespace(spec=made.spec, namespace="rankgate")
+        picture._clock, picture._instance = clock, instance
+        picture._show = SimpleNamespace(update=nothing)
+        async with picture._looking():
+            await clock.advance(1.0)
+    assert len(looked) == 2
+    heard.check("the picture of the cluster, which begins anew: ")
+
+
+async def test_a_mistake_in_the_watch_for_a_planner_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_nobody_plans_for", mistaken_later)
+    observer: Any = None
+    with pytest.raises(Injected):
+        await commands._unless_nobody_plans(  # pyright: ignore[reportPrivateUsage]
+            asyncio.Event().wait(), observer, "demo", Settings()
+        )

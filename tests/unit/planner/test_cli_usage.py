@@ -19,6 +19,7 @@ from planner.cli import main
 from planner.cli.options import held_back, rank_range, rank_span, times
 from planner.cli.process import Interrupts, configure_log, connect_store, log_level, redacted, run
 from planner.launcher import own_environment
+from tests.unit.mistakes import hearing, mistaken, mistaken_later
 
 pytestmark = pytest.mark.anyio
 
@@ -424,12 +425,20 @@ def test_an_error_is_told_in_one_sentence(error: Exception, sentence: str, capsy
     assert capsys.readouterr().err == sentence
 
 
-def test_a_mistake_of_ours_is_not_hidden() -> None:
+def test_a_mistake_of_ours_is_not_hidden_and_its_text_is_told_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
     async def command(_: Interrupts) -> int:
-        raise LookupError("a mistake")
+        asyncio.get_running_loop().call_soon(mistaken)
+        await asyncio.sleep(0)
+        await mistaken_later()
+        return 0
 
-    with pytest.raises(LookupError):
-        run(command)
+    with hearing() as heard:
+        assert run(command) == 1
+    heard.check("this command: ")
+    heard.check("a callback or a forgotten task of the event loop: ")
+    said = capsys.readouterr().err
+    assert "rankgate: a mistake of ours ended this command (Injected at " in said
+    assert "murderer" not in said
 
 
 def test_options_out_of_range_are_refused_by_the_shared_callback() -> None:
