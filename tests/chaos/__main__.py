@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.chaos.driver import WORLDS, Drive, Report, quantile
-from tests.chaos.network import can_make_networks
+from tests.chaos.needs import missing
 from tests.chaos.world import SETTINGS
 
 
@@ -26,10 +26,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("bench-results/chaos.json"), help="where the summary goes")
     options = parser.parse_args()
     worlds = options.worlds or list(WORLDS)
-    if "network" in worlds and not can_make_networks():
-        print(
-            "chaos: the world with a partition needs root, for a network namespace: run as root, or name --worlds without network"
-        )
+    if why := missing(worlds):
+        print(f"chaos: {why}", file=sys.stderr)
         return 2
     directory = Path(tempfile.mkdtemp(prefix="rankgate-chaos-"))
     drive = Drive(
