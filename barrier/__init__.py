@@ -1,6 +1,8 @@
 """A Redis-backed barrier for ranks that must act together. Knows ranks and status names, nothing about models.
 
 Planner's side: `Barrier`. Rank's side: `Member`. Both take a ``redis.asyncio.Redis`` or a store from `connect`.
+
+It logs with loguru, and nothing until it is asked to: ``logger.enable("barrier")``.
 """
 
 from barrier.arrivals import Break, RankRule, Requirement, all_ranks, find_break, missing_ranks

@@ -10,6 +10,7 @@ from barrier.errors import InvalidName
 from barrier.ids import LogId
 from barrier.keys import valid_status
 from barrier.model import EpochRecord, FailureClass, RankView, Snapshot
+from barrier.printable import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,13 @@ def _break_of(
     report = view.report
     if report is None:
         return None
-    who = f"rank {view.rank}" + (f" on {report.node}" if report.node else "")
+    who = f"rank {view.rank}" + (f" on {printable(report.node)}" if report.node else "")
     mine = epoch.roster[view.rank]
     if report.epoch == epoch.id and report.incarnation == mine and report.status in failed:
         failure: FailureClass = "permanent" if report.permanent else "transient"
-        return 0, Break(f"{who} failed: {report.error or 'it gave no reason'}", view.rank, failure)
+        return 0, Break(f"{who} failed: {printable(report.error) or 'it gave no reason'}", view.rank, failure)
     if report.incarnation > mine:
-        said = f" ({report.error})" if report.error else ""
+        said = f" ({printable(report.error)})" if report.error else ""
         return 1, Break(f"{who} was restarted{said}", view.rank, replaced=not report.error)
     if report.incarnation < mine:
         return None  # an earlier life that came back late: it counts as missing, and harms nobody

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from barrier.arrivals import Requirement, missing_ranks
 from barrier.model import RankView, Snapshot
+from barrier.printable import printable
 
 
 def explain(snapshot: Snapshot, requirement: Requirement) -> str:
@@ -13,7 +14,7 @@ def explain(snapshot: Snapshot, requirement: Requirement) -> str:
     """
     group = f"{snapshot.group}"
     if snapshot.epoch is None:
-        why = f" that can be read ({snapshot.unreadable})" if snapshot.unreadable else ""
+        why = f" that can be read ({printable(snapshot.unreadable)})" if snapshot.unreadable else ""
         silent = [view for view in snapshot.ranks if view.report is None]
         if not silent:
             return f"{group}: all {snapshot.world_size} ranks are here; no attempt{why} has been opened"
@@ -23,7 +24,7 @@ def explain(snapshot: Snapshot, requirement: Requirement) -> str:
         )
     attempt = f"{group}, attempt {snapshot.epoch.ordinal}"
     if snapshot.epoch.verdict is not None:
-        return f"{attempt}: {snapshot.epoch.verdict}"
+        return f"{attempt}: {printable(str(snapshot.epoch.verdict))}"
     missing = missing_ranks(snapshot, requirement)
     if not missing:
         return f"{attempt}: all {snapshot.world_size} ranks are {_wanted(requirement)}"
@@ -70,8 +71,8 @@ def _describe(view: RankView, snapshot: Snapshot, requirement: Requirement) -> s
     wanted = _wanted_of(view.rank, requirement)
     want = f", wanted {wanted}" if wanted else ""
     if report is None:
-        return f"rank {view.rank} ({view.undecodable or 'no live report'}{want})"
-    node = f" on {report.node}" if report.node else ""
+        return f"rank {view.rank} ({printable(view.undecodable) or 'no live report'}{want})"
+    node = f" on {printable(report.node)}" if report.node else ""
     said = report.status
     if report.progress is not None:
         said += f" {report.progress[0]}/{report.progress[1]}"
@@ -83,7 +84,7 @@ def _describe(view: RankView, snapshot: Snapshot, requirement: Requirement) -> s
         facts.append("not in this attempt yet" if report.floor < epoch.id.number else "no longer in this attempt")
     facts.append(f"report {_seconds(view.age_ms)} old, lease {_seconds(view.lease_left_ms)} left")
     if report.error:
-        facts.append(f"last error: {report.error}")
+        facts.append(f"last error: {printable(report.error)}")
     return f"rank {view.rank}{node} ({'; '.join(facts)})"
 
 

@@ -19,7 +19,6 @@ from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
 
-from loguru import logger
 from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
@@ -39,6 +38,7 @@ from barrier.errors import (
 )
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, shown, valid_digest, valid_endpoint, valid_status, valid_world_size
+from barrier.log import LogContext, logger
 from barrier.model import Verdict
 from barrier.prompt import GAP, Template, pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
@@ -195,6 +195,8 @@ class Member:
         self._owns_store = redis is not self.store
         self._address = address
         self._wanted_rank = rank
+        self.about = LogContext(self.keys.group, rank)
+        """What the lines of this rank's log are about."""
         self._rank: int | None = None
         self._report = Report(
             rank=0,
@@ -388,6 +390,7 @@ class Member:
                     f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
                 )
         self._rank, self._frames = rank, None
+        self.about.rank = rank
         self._report = self._report._replace(rank=rank)
         with self.store.errors():
             newest = await self.store.commands.xrevrange(self.keys.tasks, count=1)
@@ -679,7 +682,8 @@ class Member:
             if inside is not None and not left:
                 cancelled = inside.cancel()
 
-        beating = supervise.background(self._beat(), f"heartbeat of rank {self._rank}", on_mistake=failed)
+        with self.about.applied():
+            beating = supervise.background(self._beat(), f"heartbeat of rank {self._rank}", on_mistake=failed)
         try:
             try:
                 yield
@@ -823,9 +827,9 @@ class Member:
         chunk, offset = divmod(self.rank, _ROSTER_CHUNK)
         with self.store.errors():
             found = await self.store.commands.hmget(
-                self.keys.epoch, "number", "nonce", "verdict", "world_size", f"roster:{chunk}", "last_n"
+                self.keys.epoch, "number", "nonce", "verdict", "world_size", f"roster:{chunk}", "ordinal"
             )
-        number, nonce, verdict, world_size, roster, _ = (
+        number, nonce, verdict, world_size, roster, ordinal = (
             None if one is None else one.decode("utf-8", "replace") for one in found
         )
         if number is None or f"{number}-{nonce}" != str(epoch):
@@ -844,6 +848,7 @@ class Member:
                 f"the roster of epoch {epoch.number} names {mine or 'nobody'} for rank {self.rank}, not this process"
             )
         self.promised = epoch
+        self.about.attempt = int(ordinal) if ordinal and ordinal.isdecimal() else None
         self._report = self._report._replace(
             epoch=epoch,
             floor=epoch.number,
@@ -856,6 +861,7 @@ class Member:
     def retire(self) -> None:
         """Spend the promise for good; its number stays as a floor. Tear down first. Safe to call twice."""
         self.promised = None
+        self.about.attempt = None
         self._report = self._report._replace(epoch=None, applied=0, endpoint="")
 
     # --- meeting the other ranks --------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from loguru import logger
 from redis import exceptions as driver
 
 from barrier.cluster import Address
+from barrier.log import logger
 from barrier.prompt import PromptConnection
 from barrier.wording import said
 

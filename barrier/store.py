@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-from loguru import logger
 from redis import exceptions as driver
 from redis.asyncio import Redis
 
@@ -23,6 +22,7 @@ from barrier.errors import (
     StoreUnsuitable,
 )
 from barrier.fitness import check_commands, check_kind, is_fake
+from barrier.log import logger
 from barrier.prompt import at_rest, pack
 from barrier.settings import Settings
 from barrier.wording import host_is_unknown, said, scrubbed

@@ -23,10 +23,9 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import PurePath
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
-from loguru import logger
-
 from barrier.clock import Clock
 from barrier.errors import RankgateError
+from barrier.log import logger
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl
 
-from loguru import logger
 from redis.asyncio.connection import (
     URL_QUERY_ARGUMENT_PARSERS,
     AbstractConnection,
@@ -24,6 +23,7 @@ from redis.asyncio.connection import (
 
 from barrier.errors import InvalidSettings
 from barrier.keys import shown
+from barrier.log import logger
 
 OURS = ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file", "sentinel_tls")
 """What a URL may say after its ``?`` that is not redis-py's."""

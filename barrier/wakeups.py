@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from loguru import logger
-
 from barrier import supervise
 from barrier.clock import Clock
 from barrier.errors import StoreCorrupt, StoreError
+from barrier.log import logger
 from barrier.store import Store, stream_entries
 
 _BATCH = 2_000

@@ -7,6 +7,8 @@ As a library::
         async for piece in instance.generate("Once upon a time"):
             print(piece, end="")
         await instance.stop()
+
+It logs with loguru, and nothing until it is asked to: ``logger.enable("planner")``.
 """
 
 from planner.gate import LoadGate

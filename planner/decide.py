@@ -22,6 +22,7 @@ from barrier import (
     find_break,
     missing_ranks,
 )
+from barrier.printable import printable
 from planner.lifecycle import (
     SERVING,
     Step,
@@ -358,7 +359,7 @@ def _where(gone: Mapping[int, Sighting | None], ranks: list[int]) -> str:
     seen = gone[ranks[0]]
     if len(ranks) > 1 or seen is None:
         return ""
-    return f" (last seen {seen.status}{f' on {seen.node}' if seen.node else ''})"
+    return f" (last seen {seen.status}{f' on {printable(seen.node)}' if seen.node else ''})"
 
 
 def _abort(epoch: EpochRecord, verdict: Verdict) -> Conclude:
@@ -398,7 +399,7 @@ def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankVi
 
 
 def _said(outcome: TaskOutcome) -> str:
-    return f"{outcome.code}: {outcome.detail}"
+    return printable(f"{outcome.code}: {outcome.detail}")
 
 
 def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
@@ -527,7 +528,7 @@ def _how_far(rank: RankView) -> tuple[int, float]:
 
 
 def _who(rank: RankView) -> str:
-    return f"rank {rank.rank}" + (f" on {rank.report.node}" if rank.report and rank.report.node else "")
+    return f"rank {rank.rank}" + (f" on {printable(rank.report.node)}" if rank.report and rank.report.node else "")
 
 
 __all__ = [

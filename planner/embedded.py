@@ -34,9 +34,9 @@ from types import TracebackType
 from typing import Literal, TypeAlias
 from urllib.parse import quote
 
-from loguru import logger
-
 from barrier.errors import RankgateError
+from barrier.log import logger
+from barrier.printable import printable
 
 Transport: TypeAlias = Literal["unix", "tcp"]
 
@@ -331,7 +331,7 @@ class ServerProcess:
         )
 
     def _last_words(self) -> str:
-        return f"Its last words:\n{self.log_tail() or '(none)'}"
+        return f"Its last words: {last_words(self.log_tail())}"
 
 
 class EmbeddedServer:
@@ -389,6 +389,10 @@ class EmbeddedServer:
     def log_tail(self, lines: int = 20) -> str:
         """The server's last `lines` log lines; they hold no keys and no values. Empty outside the block."""
         return "" if self._server is None else self._server.log_tail(lines)
+
+    def last_words(self) -> str:
+        """The same as one line for a sentence."""
+        return last_words(self.log_tail())
 
     async def start(self) -> None:
         """Enter the block. Raises `EmbeddedServerError` as described above."""
@@ -512,6 +516,11 @@ def find_free_port() -> int:
         f"None of {_PORTS_TRIED} ports tried between {_PORTS.start} and {_PORTS.stop - 1} is free on {LOOPBACK}: "
         'use a Unix socket (transport="unix").'
     )
+
+
+def last_words(log: str) -> str:
+    """A server's log as one line for a sentence."""
+    return " | ".join(printable(line) for line in log.splitlines()) or "(none)"
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

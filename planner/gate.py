@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 
-from loguru import logger
 from redis.asyncio import Redis
 
 from barrier import (
@@ -39,6 +38,7 @@ from barrier import (
 )
 from barrier.errors import InvalidName
 from barrier.keys import shown
+from barrier.log import logger
 from barrier.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
 from planner.lifecycle import Step, StepName, predecessor, steps_for, task_for
 from planner.spec import InstanceSpec, Policy

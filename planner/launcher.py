@@ -28,6 +28,7 @@ from typing import Literal, NoReturn, TypeAlias, cast
 
 from barrier import Clock, SystemClock, supervise
 from barrier.errors import InvalidSettings
+from barrier.printable import printable
 
 ProcessPhase: TypeAlias = Literal["running", "pausing", "given up", "ended"]
 
@@ -355,7 +356,7 @@ class _Life(asyncio.SubprocessProtocol):
         *lines, rest = re.split(rb"[\r\n]+", self._partial + data)
         self._partial = rest[:_LINE_CHARS]  # a line that never ends must not fill the memory
         for raw in lines:
-            line = raw[:_LINE_CHARS].decode(errors="replace").rstrip()
+            line = printable(raw[:_LINE_CHARS].decode(errors="replace").rstrip().expandtabs(4))
             if line:
                 self._lines.append(line)
                 self._on_line(line)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, assert_never
 
-from loguru import logger
-
 from barrier import (
     Barrier,
     Clock,
@@ -32,6 +30,7 @@ from barrier import (
     missing_ranks,
     supervise,
 )
+from barrier.log import LogContext, logger
 from planner.decide import (
     Action,
     Conclude,
@@ -127,6 +126,9 @@ class InstanceLoop:
         self._poked = asyncio.Event()
         self._changed = asyncio.Event()
         self.state = State()
+        self._about = LogContext(record.spec.name)
+        self._decided: object = None
+        self._led: object = None
         self.looks = 0
         """How often it has set about looking at its instance, whether or not the store answered."""
 
@@ -153,7 +155,8 @@ class InstanceLoop:
     async def run(self) -> State:
         """Plan until the end; returns the last state. Never raises a store's error: an outage is waited out."""
         try:
-            return await self._run()
+            with self._about.applied():
+                return await self._run()
         except Exception as error:
             # A mistake of ours; its text may quote what a client sent. Whoever waits for this loop must not wait for ever.
             supervise.tell_mistake(f"instance {self._record.spec.name}: planning", error)
@@ -192,6 +195,7 @@ class InstanceLoop:
         now = self._clock.now()
         if snapshot.epoch is not None:
             self._ordinal = max(self._ordinal, snapshot.epoch.ordinal)
+            self._about.attempt = snapshot.epoch.ordinal
         # An attempt of another spec may serve as well; it is about to be ended.
         serving = (
             is_serving(snapshot) and snapshot.epoch is not None and snapshot.epoch.digest == self._record.spec.digest
@@ -201,6 +205,7 @@ class InstanceLoop:
         )
         action = decide(View(self._record.spec, self._policy, self._settings, snapshot, self._memory), now)
         leading = following is None
+        self._tell_decision(action, following)
         reason = (
             action.reason if leading else f"following {following.leader.holder}: {action.reason}" if following else ""
         )
@@ -218,6 +223,17 @@ class InstanceLoop:
         if serving or (snapshot.epoch is not None and snapshot.epoch.verdict is not None):
             await self._barrier.trim(snapshot)  # prompts; while ranks are brought up there are none, and no time for it
         await self._carry_out(action, snapshot)
+
+    def _tell_decision(self, action: Action, following: Following | None) -> None:
+        """Once, until it is another one."""
+        leader = self._barrier.holder if following is None else following.leader.holder
+        if leader != self._led:
+            self._led = leader
+            logger.info("this planner leads ({})" if following is None else "stands by: {} leads", leader)
+        decided = type(action).__name__, action.step.name if isinstance(action, PassGate) else ""
+        if decided != self._decided:
+            self._decided = decided
+            logger.debug("decides {}", " ".join(decided).strip())  # the reason has a line of its own
 
     # --- leadership ---------------------------------------------------------------------------------------------------
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-from loguru import logger
 from redis.asyncio import Redis
 
 from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, Verdict, adopt, explain, supervise
 from barrier.errors import RankgateError
+from barrier.ids import new_nonce
 from barrier.keys import Keys
+from barrier.log import logger
 from barrier.store import Store
 from barrier.wakeups import Wakeups
 from planner.lifecycle import next_step, serving_requirement
@@ -182,7 +185,7 @@ class Planner:
         settings: the times; those of the store where a store is given.
         clock: time, for tests.
         rng: for jitter; seed it in tests.
-        holder: how this planner calls itself; unique per planner.
+        holder: how this planner calls itself; unique per planner. Host name, process id and random digits where not given.
     """
 
     def __init__(
@@ -204,7 +207,8 @@ class Planner:
         self._registry = Registry(self._store, namespace)
         self._wakeups = Wakeups(self._store, self.clock)
         self._rng = rng or random.Random()  # noqa: S311  jitter is no secret
-        self._holder = holder
+        self.holder = holder or f"{socket.gethostname()[:60]}-{os.getpid()}-{new_nonce()[:6]}"
+        """How this planner calls itself, whichever instance it looks after."""
         self._planned: dict[str, _Planned] = {}
         self._watching: asyncio.Task[None] | None = None
         self._adopting = False
@@ -382,7 +386,7 @@ class Planner:
             world_size=record.spec.world_size,
             namespace=self.namespace,
             clock=self.clock,
-            holder=self._holder,
+            holder=self.holder,
             wakeups=self._wakeups,
         )
         requests = RequestQueue(self._store, Keys(self.namespace, name), self.clock)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Literal
 
-from loguru import logger
 from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import WatchError
 
 from barrier.errors import RankgateError, StoreCorrupt
 from barrier.keys import Keys, NamespaceKeys
+from barrier.log import logger
 from barrier.store import Store, is_spoiled
 from planner.spec import InstanceSpec
 

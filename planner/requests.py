@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from loguru import logger
-
 from barrier import Barrier, Clock, EpochId, Snapshot, StoreError, supervise
 from barrier.errors import InvalidName, RankgateError
 from barrier.keys import Keys
+from barrier.log import logger
 from barrier.outcomes import Already, Dispatched
 from barrier.store import Store, is_spoiled, stream_entries
 from planner.lifecycle import SERVING, generation_task
@@ -217,6 +216,7 @@ class RequestQueue:
                     await self._drop(request)
                 case Dispatched():
                     self._in_hand[request.id] = request
+                    logger.info("request {} of at most {} tokens is handed out", request.id, request.max_tokens)
                 case Already(place) if place.number == epoch.id.number:
                     self._in_hand[request.id] = request  # a predecessor of this planner dispatched it
                 case Already():
@@ -246,6 +246,7 @@ class RequestQueue:
             request = self._in_hand.get(outcome.task_id)
             if request is not None and outcome.result != "running":
                 completed += outcome.result == "done"
+                logger.info("request {} is {}", request.id, outcome.result)
                 await self._drop(request)
         return completed
 
@@ -288,6 +289,7 @@ class RequestQueue:
         return pending
 
     async def _fail(self, request: Request, reason: str) -> None:
+        logger.info("request {} is answered with an error: {}", request.id, reason)
         if not request.cancels:
             chunk = encode(Chunk(task_id=request.id, index=0, finish="error", error=reason[:2_000]))
             key = self._keys.out(request.id)

@@ -1,10 +1,12 @@
 """The runner of one rank: reads the task log, accepts or refuses by a table, drives an engine, reports.
 
-A task out of state gets a structured refusal, and the process lives on.
+A task out of state gets a structured refusal, and the process lives on. It logs with loguru, and nothing until it is asked to:
+``logger.enable("runner")``.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,12 @@ __all__ = [
 _HOME = dict.fromkeys(("EngineHost", "EngineSpec", "InlineHost", "ProcessHost"), "runner.host") | {
     "Runner": "runner.runner"
 }
+
+
+if not "".join(sys.argv[-1:]).startswith("engine-of-rank-"):
+    import_module(
+        "barrier.log"
+    )  # which silences this package. An engine's own process never logs, and starts sooner without it
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it

@@ -16,7 +16,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from loguru import logger
 from pydantic import BaseModel
 
 from barrier import (
@@ -38,6 +37,7 @@ from barrier import (
     VerdictAnnounced,
     supervise,
 )
+from barrier.log import logger
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineHost
 from runner.machine import (
@@ -168,6 +168,10 @@ class Runner:
                 far as it could, and its engine is torn down.
             StoreError: the store could not be reached to begin with. Later outages are waited out.
         """
+        with self._member.about.applied():
+            await self._run()
+
+    async def _run(self) -> None:
         try:
             await self._until_leaving(self._start_engine())
         except BaseException:
@@ -309,6 +313,7 @@ class Runner:
         match outcome:
             case Promised(epoch, world_size):
                 self._promise = Promise(epoch, self._member.incarnation, world_size)
+                logger.info("takes part in the attempt, of {} ranks (epoch {})", world_size, epoch)
                 self._status = RunnerPreparing()
                 self._phase = self._part(self._prepare(world_size), "the preparation")
             case NotPromised(reason):
@@ -361,13 +366,15 @@ class Runner:
             and len(self._unfinished) > _QUEUED_GENERATIONS
         ):
             judgement = NotYet(f"{_QUEUED_GENERATIONS} generations wait at this rank already; ask again later")
-        match judgement:
-            case Accept():
-                await self._accept(_Work(task, entry.step, entry.id.n))
-            case AlreadyDone(outcome):
-                await self._repeat(task, outcome)
-            case _:
-                await self._reject(judgement, entry, task)
+        with logger.contextualize(task=task.task_id):
+            logger.debug("{} as {}: {}", task.kind, self._status.kind, type(judgement).__name__)
+            match judgement:
+                case Accept():
+                    await self._accept(_Work(task, entry.step, entry.id.n))
+                case AlreadyDone(outcome):
+                    await self._repeat(task, outcome)
+                case _:
+                    await self._reject(judgement, entry, task)
 
     def _standing(self) -> Standing:
         return Standing(
@@ -426,6 +433,8 @@ class Runner:
                 self._start(work, self._host.warm_up, RunnerReady())
             case TextGeneration():
                 self._unfinished[task.task_id] = None
+                waiting = len(self._unfinished) - 1
+                logger.info("a text of at most {} tokens is asked for; {} others before it", task.max_tokens, waiting)
                 await self._begin(work, RunnerRunning())
                 await self._generations.put(work)
                 if self._generating is None:
@@ -444,9 +453,10 @@ class Runner:
 
     def _part(self, doing: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Begin a part of this runner that nobody awaits."""
-        return supervise.background(
-            doing, f"{name} of rank {self._member.report_now.rank}", on_mistake=self._end_for(name)
-        )
+        with logger.contextualize(task=None):  # it may outlive the task at which it was begun
+            return supervise.background(
+                doing, f"{name} of rank {self._member.report_now.rank}", on_mistake=self._end_for(name)
+            )
 
     def _world_size(self) -> int:
         return self._promise.world_size if self._promise else 1
@@ -476,6 +486,9 @@ class Runner:
     def _become(self, status: RunnerStatus) -> None:
         """Take on a status, unless what came meanwhile outranks it: work under way cannot undo a failure or a departure."""
         if _FINALITY.get(status.kind, 0) >= _FINALITY.get(self._status.kind, 0):
+            if status.kind != self._status.kind:
+                between_texts = "Running" in (status.kind, self._status.kind)
+                logger.log("DEBUG" if between_texts else "INFO", "{}", status.kind)
             self._status = status
 
     async def _depart(self) -> None:
@@ -512,6 +525,10 @@ class Runner:
         self._phase = self._part(self._do(work, doing, then), f"step {work.step[:96]}")
 
     async def _do(self, work: _Work, doing: Callable[[], Awaitable[None]], then: RunnerStatus) -> None:
+        with logger.contextualize(task=work.task.task_id):
+            await self._do_it(work, doing, then)
+
+    async def _do_it(self, work: _Work, doing: Callable[[], Awaitable[None]], then: RunnerStatus) -> None:
         try:
             await self._check_engine()
             await doing()
@@ -616,7 +633,9 @@ class Runner:
             try:
                 if self._failure is not None:
                     raise self._failure
-                cancelled = await self._generate(work)
+                with logger.contextualize(task=task_id):
+                    cancelled = await self._generate(work)
+                    logger.info("the text is {}", "cancelled" if cancelled else "complete")
             except Exception as failure:  # noqa: BLE001  as in `_do`
                 self._current = ""
                 self._unfinished.pop(task_id, None)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loguru import logger
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -21,13 +20,15 @@ from rich.text import Text
 from barrier import Barrier, Settings, Snapshot, Store, StoreError, StoreRefused, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys, shown
+from barrier.log import logger
+from barrier.printable import printable, printable_text
 from barrier.report import Report
 from barrier.spares import Spare, read_spares, read_surplus
 from planner import InstanceFailed, InstanceSpec, Planner, Policy, explain_instance
 from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import agrees, can_ask, connect_store
 from planner.cli.screen import Picture, attempt, heading, render, rows, sentence, sentence_key, table
-from planner.cli.show import PlainShow, can_draw, tell
+from planner.cli.show import PlainShow, can_draw, people, tell
 from planner.cli.watchdog import Work, supervised
 from planner.decide import is_serving
 from planner.lifecycle import next_step
@@ -351,7 +352,9 @@ async def plan(
         state_file: where to say that this process lives; see `planner.cli.health`.
     """
     async with target.store() as store, Planner(store, namespace=target.namespace, policy=policy) as planner:
-        logger.info("planning the instances of namespace {} on {}", target.namespace, store.where)
+        logger.info(
+            "planning the instances of namespace {} on {}; this is {}", target.namespace, store.where, planner.holder
+        )
         if wanted is not None:
             await launch_unless_known(Registry(store, target.namespace), wanted)
         state = ProcessState(
@@ -445,7 +448,7 @@ async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) ->
         changes = before.changes_to(spec)
         width = max(len(changed) for changed, _, _ in changes)
         for changed, old, new in changes:
-            print(f"  {changed:<{width}}  {old} -> {new}", file=sys.stderr)
+            print(f"  {changed:<{width}}  {printable(f'{old} -> {new}')}", file=sys.stderr)
         if begun and not yes and not await agrees(f"End {ends} for all ranks, and load anew?"):
             raise ChangeRefused(f"{spec.name} stays as it is: nothing was changed")
         agreed.append(before)
@@ -511,7 +514,7 @@ async def _until(
             raise InstanceFailed(f"{name} {missed} within {seconds:g} s: {_waits_for(seen, then)}")
         key = sentence_key(seen.picture), seen.planned
         if key != told and waited >= TICK:  # what is over sooner is not worth a line
-            print(_waits_for(seen), file=sys.stderr, flush=True)
+            print(printable(_waits_for(seen)), file=sys.stderr, flush=True)
             told = key
         await observer.wait(seen, min(seconds - waited, TICK))
 
@@ -528,7 +531,7 @@ async def generate(target: Target, name: str, prompt: str, *, max_tokens: int, s
         if seen.record is None or seen.record.failure or seen.record.desired != "up":
             raise InstanceFailed(f"{name} does not serve ({seen.state}): {seen.explanation}")
         if not seen.serving and seen.planned:  # where nobody plans, that is what is told
-            print(f"{name} does not serve yet: {_waits_for(seen)}", file=sys.stderr, flush=True)
+            print(printable(f"{name} does not serve yet: {_waits_for(seen)}"), file=sys.stderr, flush=True)
         requests = RequestQueue(store, Keys(target.namespace, name), SystemClock())
         written = False
         try:
@@ -536,7 +539,7 @@ async def generate(target: Target, name: str, prompt: str, *, max_tokens: int, s
                 piece = await _unless_nobody_plans(anext(pieces, None), observer, name, store.settings)
                 while piece is not None:
                     written = True
-                    sys.stdout.write(piece)
+                    sys.stdout.write(printable_text(piece) if sys.stdout.isatty() else piece)
                     sys.stdout.flush()
                     piece = await anext(pieces, None)
         finally:
@@ -585,7 +588,7 @@ async def race() -> int:
     """``rankgate race``: three runs of one scenario; 0 if the barrier kept its promise in the last of them."""
     from planner.race import run_race  # noqa: PLC0415 - no other command needs it
 
-    console = Console(highlight=False)
+    console = people()
     figures = await run_race(lambda line: tell(console, [line]))
     kept = figures.with_barrier
     return 0 if kept.ready_after is not None and not (kept.deaths or kept.rejections or kept.breaches) else 1
@@ -597,26 +600,21 @@ async def race() -> int:
 async def explain(target: Target, name: str) -> int:
     """``rankgate explain``: one sentence."""
     async with target.store() as store, Observer(store, target.namespace) as observer:
-        print((await observer.look(name)).told)
+        print(printable((await observer.look(name)).told))
     return 0
 
 
 async def status(target: Target, name: str | None, *, as_json: bool, everything: bool = False) -> int:
     """``rankgate status``: every instance, with `everything` also those that were stopped lately, or the ranks of one."""
-    console = Console()
+    console = people()
     async with target.store() as store, Observer(store, target.namespace) as observer:
         if name is not None:
             seen = await observer.look_around(await observer.look(name))
             if as_json:
                 _print_json(seen.as_json())
             else:
-                console.print(
-                    heading(seen.picture),
-                    table(rows(seen.picture), width=console.size.width),
-                    *map(Text, seen.besides),
-                    Text(seen.told),
-                    sep="\n",
-                )
+                console.print(heading(seen.picture), table(rows(seen.picture), width=console.width), sep="\n")
+                tell(console, [*seen.besides, seen.told])
             return 0
         instances = await observer.look_at_all(gone=everything)
         if as_json:
@@ -628,7 +626,7 @@ async def status(target: Target, name: str | None, *, as_json: bool, everything:
 
 async def watch(target: Target, name: str | None, *, everything: bool = False) -> int:
     """``rankgate status --watch``: the same again whenever it changes, until Ctrl-C. Without a terminal, a line a change."""
-    console = Console()
+    console = people()
     async with target.store() as store, Observer(store, target.namespace) as observer:
         if name is not None:
             await observer.look(name)  # a wrong name is an error before anything is drawn
@@ -655,7 +653,7 @@ async def _watch_live(
                     seen = await observer.look_around(await observer.look(name))
                     shown = render(seen.picture, width=console.size.width, height=console.size.height)
             except (StoreError, UnknownInstance) as error:
-                shown = Text(str(error), style="red")
+                shown = Text(printable(str(error)), style="red")
             live.update(Group(shown, Text("Ctrl-C ends this", style="dim")), refresh=True)
             await (observer.wait(seen, TICK) if seen is not None else asyncio.sleep(TICK))
 
@@ -692,8 +690,8 @@ def overview(everything: list[Seen], namespace: str) -> RenderableType:
                 ]
             ),
             str(attempt(seen.snapshot) or "-"),
-            seen.record.spec.model.model_id if seen.record else "-",
-            leader.holder if leader and seen.planned else "none",
+            Text(printable(seen.record.spec.model.model_id) if seen.record else "-"),
+            Text(printable(leader.holder) if leader and seen.planned else "none"),
         )
     return result
 

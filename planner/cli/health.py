@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loguru import logger
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from barrier import Barrier, Settings, Store, StoreRefused, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys
+from barrier.log import logger
+from barrier.printable import printable
 from barrier.report import Report, UndecodableReport
 from barrier.spares import read_spares
 from planner.cli.process import connect_store
@@ -221,5 +222,5 @@ async def health(kind: Literal["runner", "planner"], path: Path, url: str, setti
         answer = await (runner_health(store, state) if kind == "runner" else planner_health(store, state))
     finally:
         await store.close()
-    print(answer.sentence)
+    print(printable(answer.sentence))
     return 0 if answer.good else 1

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from loguru import logger
@@ -20,7 +20,12 @@ from loguru import logger
 from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect, supervise
 from barrier.errors import RankgateError
 from barrier.fitness import Role
+from barrier.log import prepare
+from barrier.printable import printable
 from planner.cli.streams import output
+
+if TYPE_CHECKING:
+    from loguru import Record
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -174,7 +179,7 @@ class _LastResort:
 def complain(sentence: str) -> None:
     """Tell an error to the user."""
     sys.stdout.flush()
-    print(f"rankgate: {sentence}", file=sys.stderr, flush=True)
+    print(f"rankgate: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def can_ask() -> bool:
@@ -197,7 +202,7 @@ async def agrees(question: str) -> bool:
         if not answer.done():
             answer.set_result(line)
 
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     loop.add_reader(descriptor, read)
     try:
         return (await answer).strip().lower() in (b"y", b"yes")
@@ -208,16 +213,39 @@ async def agrees(question: str) -> bool:
 def configure_log(level: str, sink: LineSink | None = None) -> None:
     """Send the log to stderr, or to a sink that takes finished lines; the one place that configures it.
 
-    Values of variables stay out of it, whatever fails: they may hold a prompt or a password.
+    Values of variables stay out of it, whatever fails: they may hold a prompt or a password. Nothing foreign in it does anything.
     """
+    for package in ("barrier", "runner", "planner"):
+        logger.enable(package)
     logger.remove()
-    form = "{time:HH:mm:ss.SSS} {level:<8}{message}"
+    logger.configure(patcher=prepare)  # for the log of engines and of whatever else runs here; ours does so by itself
     if sink is not None:
-        logger.add(lambda line: sink(str(line).rstrip("\n")), level=level, format=form, diagnose=False, backtrace=False)
+        logger.add(
+            lambda line: sink(str(line).rstrip("\n")), level=level, format=_line, diagnose=False, backtrace=False
+        )
         return
-    if sys.stderr.isatty():
-        form = "<dim>{time:HH:mm:ss.SSS}</dim> <level>{level:<8}</level>{message}"
+    form = _coloured_line if sys.stderr.isatty() else _line
     logger.add(sys.stderr, level=level, format=form, diagnose=False, backtrace=False)
+
+
+def _line(record: Record) -> str:
+    return f"{{time:HH:mm:ss.SSS}} {{level:<8}}{_about(record)}{{message}}\n{{exception}}"
+
+
+def _coloured_line(record: Record) -> str:
+    return (
+        "<dim>{time:HH:mm:ss.SSS}</dim> <level>{level:<8}</level>"
+        f"<dim>{_about(record)}</dim>{{message}}\n{{exception}}"
+    )
+
+
+def _about(record: Record) -> str:
+    """What a line is about, as `barrier.log.LogContext` knows it: ``[demo rank 2 attempt 1 demo-load] ``. A template."""
+    extra = record["extra"]
+    words = ["{extra[instance]}"] if "instance" in extra else []
+    words += [f"{name} {{extra[{name}]}}" for name in ("rank", "attempt") if name in extra]
+    words += ["{extra[task]}"] if "task" in extra else []
+    return f"[{' '.join(words)}] " if words else ""
 
 
 def log_level(verbose: int, quiet: bool, usual: str) -> str:

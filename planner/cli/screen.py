@@ -12,6 +12,7 @@ from rich.text import Text
 
 from barrier import Snapshot, missing_ranks
 from barrier.model import RankView
+from barrier.printable import printable, printable_text
 from planner import explain_instance
 from planner.decide import is_serving
 from planner.launcher import ProcessState
@@ -165,13 +166,13 @@ def _row(view: RankView, process: ProcessState | None, picture: Picture, waited_
     return Row(
         first=view.rank,
         last=view.rank,
-        node=report.node if report else "",
+        node=printable(report.node) if report else "",
         pid=pid,
         status=status,
         present=report is not None,
         layers=layers,
         lease_ms=view.lease_left_ms if report else None,
-        note="; ".join(notes),
+        note=printable("; ".join(notes)),
         waited_for=waited_for,
     )
 
@@ -301,7 +302,7 @@ def heading(picture: Picture) -> Text:
         parts.append(f"attempt {number}")
     parts.append("1 rank" if picture.world_size == 1 else f"{picture.world_size} ranks")
     parts += picture.title
-    return Text(" · ".join(parts), style="bold", no_wrap=True, overflow="ellipsis")
+    return Text(printable(" · ".join(parts)), style="bold", no_wrap=True, overflow="ellipsis")
 
 
 def render(picture: Picture, *, width: int, height: int) -> RenderableType:
@@ -318,7 +319,7 @@ def render(picture: Picture, *, width: int, height: int) -> RenderableType:
         ),
     ]
     if picture.text:
-        parts.append(Text(picture.text[-width * (_TEXT_LINES - 1) :]))
+        parts.append(Text(printable_text(picture.text[-width * (_TEXT_LINES - 1) :])))
     return Group(*parts)
 
 

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from barrier.printable import printable, printable_text
 from planner.cli.screen import Picture, Row, attempt, changes, render, rows, sentence, sentence_key, serves, shortened
 
 _WORTH_A_LINE = 0.3
 """Seconds that a wait must last before it is told on a line of its own: shorter ones the changes tell."""
 
 _LINE_CHARS = 400
+_ENDLESS = 100_000  # characters
 
 
 class Show(Protocol):
@@ -49,6 +51,14 @@ def make_show(console: Console) -> Show:
     return LiveShow(console) if can_draw(console) else PlainShow(console, with_text=True)
 
 
+def people() -> Console:
+    """A console on stdout. Only a terminal has a width: what is piped is never wrapped, since nobody knows whose lines they become."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _ENDLESS
+    return console
+
+
 def can_draw(console: Console) -> bool:
     """Whether a table can stay in its place on the console."""
     return console.is_terminal and not console.is_dumb_terminal
@@ -57,7 +67,7 @@ def can_draw(console: Console) -> bool:
 def tell(console: Console, lines: Iterable[str]) -> None:
     """Print lines: wrapped between words on a terminal, as they are everywhere else."""
     for line in lines:
-        console.print(Text(line), soft_wrap=not console.is_terminal)
+        console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     console.file.flush()
 
 
@@ -86,7 +96,7 @@ class LiveShow:
 
     def say(self, line: str) -> None:
         """Print above the table."""
-        self._console.print(Text(line), highlight=False)
+        self._console.print(Text(printable(line)), highlight=False)
 
     def text(self, piece: str) -> None:
         """The picture has it."""
@@ -145,13 +155,13 @@ class PlainShow:
     def say(self, line: str) -> None:
         """Print one line, with the time since the beginning."""
         self._end_line()
-        self._console.out(f"{self._elapsed:8.2f} s  {line}", highlight=False)
+        self._console.out(f"{self._elapsed:8.2f} s  {printable(line)}", highlight=False)
         self._console.file.flush()
 
     def text(self, piece: str) -> None:
         """Print the piece as it is."""
         if self._with_text:
-            self._console.file.write(piece)
+            self._console.file.write(printable_text(piece) if self._console.is_terminal else piece)
             self._console.file.flush()
             self._open_line = not piece.endswith("\n")
 

@@ -11,19 +11,21 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loguru import logger
 from rich.console import Console
+from rich.text import Text
 
 from barrier import Barrier, Settings, Snapshot, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys
+from barrier.log import logger
+from barrier.printable import printable_text
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, Planner
 from planner.cli.commands import TICK, Observer, UnknownInstance, look_again
 from planner.cli.options import DEFAULT_NAMESPACE, rank_span
 from planner.cli.process import Interrupts, configure_log, connect_store, redacted
 from planner.cli.report import check_report, time_report
 from planner.cli.screen import Picture
-from planner.cli.show import Show, can_draw, make_show, tell
+from planner.cli.show import Show, can_draw, make_show, people, tell
 from planner.embedded import EmbeddedServer
 from planner.history import NoSuchAttempt, read_history, timeline
 from planner.launcher import Launcher, ProcessState, Program, own_command, own_environment
@@ -98,7 +100,7 @@ async def up(options: UpOptions, interrupts: Interrupts) -> int:
     Raises:
         RankgateError: a part could not be started, the instance was given up, or the text could not be generated.
     """
-    console = Console(highlight=False)
+    console = people()
     cluster = Cluster(options, console, interrupts)
     # While the table is on a terminal, lines that go to the same terminal must scroll by above it.
     shared = can_draw(console) and Console(stderr=True).is_terminal
@@ -181,7 +183,7 @@ class Cluster:
                 await look_now()  # that all serve is told before the text begins
                 await self._generate()
         if can_draw(self._console):
-            tell(self._console, ["", self._text])
+            self._console.print("", Text(printable_text(self._text)), sep="\n")
         self._text = ""
         history = await read_history(self._store, Keys(self._options.namespace, self._instance.name))
         try:
@@ -223,7 +225,7 @@ class Cluster:
         async with supervise.alongside(self._launcher.given_up()) as giving_up:
             while not giving_up.done():
                 if self._server is not None and not self._server.running:
-                    raise UpFailed(f"the embedded server ended; its last words:\n{self._server.log_tail()}")
+                    raise UpFailed(f"the embedded server ended; its last words: {self._server.last_words()}")
                 await asyncio.wait({giving_up}, timeout=TICK)
             state = giving_up.result()
         raise UpFailed(

@@ -17,9 +17,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from loguru import logger
-
 from barrier import Clock, SystemClock, supervise
+from barrier.log import logger
+from barrier.printable import printable
 
 _UNTIL_READY = 0.05  # seconds between two looks whether this process has begun its work
 _LONGEST_PAUSE = 1.0  # seconds before it is told again after a mistake of ours
@@ -70,7 +70,7 @@ class ServiceManager:
 
     def tell(self, **lines: str) -> None:
         """Send ``NAME=value`` lines. What cannot be sent is dropped, with one warning: the work matters more."""
-        message = "\n".join(f"{name}={' '.join(value.split())}" for name, value in lines.items())
+        message = "\n".join(f"{name}={printable(' '.join(value.split()))}" for name, value in lines.items())
         try:
             self._socket.sendto(message.encode(), self._address)
         except OSError as error:

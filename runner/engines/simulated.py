@@ -423,7 +423,7 @@ def _block() -> NoReturn:
 
 
 def _warn(sentence: str) -> None:
-    from loguru import logger  # noqa: PLC0415 - a child process that tells stderr instead starts sooner without it
+    from barrier.log import logger  # noqa: PLC0415 - a child process that tells stderr instead starts sooner without it
 
     logger.warning("{}", sentence)
 

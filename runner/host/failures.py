@@ -102,6 +102,6 @@ def without_prompt(text: str, prompt: str) -> str:
 
 def engine_log() -> Logger:
     """The log, imported when it is first needed."""
-    from loguru import logger  # noqa: PLC0415 - the child shares this module, never logs, and starts sooner without it
+    from barrier.log import logger  # noqa: PLC0415 - the child shares this module, never logs, and starts sooner without it
 
     return logger

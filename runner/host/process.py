@@ -253,6 +253,9 @@ class _StderrTail:
     """The last lines that the child wrote, in bounded memory."""
 
     def __init__(self, rank: int, *, keep_all: bool) -> None:
+        from barrier.printable import printable  # noqa: PLC0415 - the child imports this module, and needs nothing of the barrier
+
+        self._printable = printable
         self._rank = rank
         self._keep_all = keep_all
         self._lines: deque[str] = deque(maxlen=_STDERR_LINES)
@@ -293,8 +296,7 @@ class _StderrTail:
         return f"it {self._remark}; {said}" if self._remark else said
 
     def _add(self, raw: bytes) -> None:
-        text = raw[:_STDERR_LINE_CHARS].decode(errors="replace").strip()
-        line = "".join(character if character.isprintable() else " " for character in text)
+        line = self._printable(raw[:_STDERR_LINE_CHARS].decode(errors="replace").strip().expandtabs(4))
         if not line:
             return
         if self._withholding:

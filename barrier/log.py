@@ -1,0 +1,72 @@
+"""The log of these libraries: silent until it is asked for, one context on every line, and nothing foreign in it can forge a line.
+
+Who wants to see it says so, as loguru has it::
+
+    from loguru import logger
+
+    logger.enable("barrier")  # and "runner", "planner"
+
+Each record's ``extra`` names, as far as they are known, ``instance``, ``rank``, ``attempt`` and ``task``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loguru import logger as _loguru
+
+from barrier.printable import printable
+
+if TYPE_CHECKING:
+    from loguru import Record
+
+_LIVE = "rankgate"
+
+
+@dataclass(slots=True)
+class LogContext:
+    """What the lines of some tasks are about. It changes while they run, so it is read when a line is written.
+
+    Attributes:
+        instance: the group or instance.
+        rank: which rank; None for a planner.
+        attempt: the ordinal of the attempt; None outside of any.
+        task: the id of the task in hand.
+    """
+
+    instance: str
+    rank: int | None = None
+    attempt: int | None = None
+    task: str | None = None
+
+    @contextmanager
+    def applied(self) -> Generator[None]:
+        """Every line inside, and in the tasks that are started inside, has this context."""
+        with _loguru.contextualize(**{_LIVE: self}):
+            yield
+
+    def fields(self) -> dict[str, object]:
+        """What is known."""
+        found = {"instance": self.instance, "rank": self.rank, "attempt": self.attempt, "task": self.task}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def prepare(record: Record) -> None:
+    """Make a record of ours fit for any sink; a patcher for loguru."""
+    record["message"] = printable(record["message"])
+    context = record["extra"].pop(_LIVE, None)
+    if isinstance(context, LogContext):
+        for name, value in context.fields().items():
+            record["extra"].setdefault(name, value)
+    if record["extra"].get("task", "") is None:  # what is about no task any more
+        del record["extra"]["task"]
+
+
+for _package in ("barrier", "runner", "planner"):
+    _loguru.disable(_package)
+
+logger = _loguru.patch(prepare)
+"""What our modules log with."""
