@@ -5,67 +5,75 @@ Planner's side: `Barrier`. Rank's side: `Member`. Both take a ``redis.asyncio.Re
 It logs with loguru, and nothing until it is asked to: ``logger.enable("barrier")``.
 """
 
-from barrier.arrivals import Break, RankRule, Requirement, all_ranks, find_break, missing_ranks
-from barrier.barrier import Barrier, Wake
-from barrier.clock import Clock, SystemClock
-from barrier.connect import adopt, connect
-from barrier.errors import (
-    ClaimLost,
-    HeartbeatFailed,
-    InvalidName,
-    InvalidSettings,
-    PartFailed,
-    RankgateError,
-    RankTaken,
-    StoreCorrupt,
-    StoreError,
-    StoreFull,
-    StoreRefused,
-    StoreUnavailable,
-    StoreUnsuitable,
-)
-from barrier.explain import explain, explain_key
-from barrier.ids import EpochId, LogId
-from barrier.member import (
-    EpochAnnounced,
-    Garbage,
-    LogEntry,
-    Member,
-    NotPromised,
-    Promised,
-    TaskEntry,
-    VerdictAnnounced,
-)
-from barrier.model import EpochRecord, Leadership, RankView, Snapshot, Verdict
-from barrier.outcomes import (
-    Aborted,
-    Already,
-    CheckOutcome,
-    Concluded,
-    ConcludeOutcome,
-    Disagree,
-    Dispatched,
-    DispatchOutcome,
-    Fenced,
-    Following,
-    Leading,
-    LeadOutcome,
-    NotReady,
-    Opened,
-    OpenOutcome,
-    Released,
-    ReleaseOutcome,
-    Restored,
-    RestoreOutcome,
-    Superseded,
-    TimedOut,
-    Unconcluded,
-    Unknown,
-    WaitOutcome,
-)
-from barrier.report import Report, TaskOutcome
-from barrier.settings import Settings
-from barrier.store import Store
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from barrier.arrivals import Break, RankRule, Requirement, all_ranks, find_break, missing_ranks
+    from barrier.barrier import Barrier, Wake
+    from barrier.clock import Clock, SystemClock
+    from barrier.connect import adopt, connect
+    from barrier.errors import (
+        ClaimLost,
+        HeartbeatFailed,
+        InvalidName,
+        InvalidSettings,
+        PartFailed,
+        RankgateError,
+        RankTaken,
+        StoreCorrupt,
+        StoreError,
+        StoreFull,
+        StoreRefused,
+        StoreUnavailable,
+        StoreUnsuitable,
+    )
+    from barrier.explain import explain, explain_key
+    from barrier.ids import EpochId, LogId
+    from barrier.member import (
+        EpochAnnounced,
+        Garbage,
+        LogEntry,
+        Member,
+        NotPromised,
+        Promised,
+        TaskEntry,
+        VerdictAnnounced,
+    )
+    from barrier.model import EpochRecord, Leadership, RankView, Snapshot, Verdict
+    from barrier.outcomes import (
+        Aborted,
+        Already,
+        CheckOutcome,
+        Concluded,
+        ConcludeOutcome,
+        Disagree,
+        Dispatched,
+        DispatchOutcome,
+        Fenced,
+        Following,
+        Leading,
+        LeadOutcome,
+        NotReady,
+        Opened,
+        OpenOutcome,
+        Released,
+        ReleaseOutcome,
+        Restored,
+        RestoreOutcome,
+        Superseded,
+        TimedOut,
+        Unconcluded,
+        Unknown,
+        WaitOutcome,
+    )
+    from barrier.report import Report, TaskOutcome
+    from barrier.settings import Settings
+    from barrier.store import Store
 
 __all__ = [
     "Aborted",
@@ -139,3 +147,92 @@ __all__ = [
     "find_break",
     "missing_ranks",
 ]
+
+_HOME = {
+    name: module
+    for module, names in {
+        "barrier.arrivals": ("Break", "RankRule", "Requirement", "all_ranks", "find_break", "missing_ranks"),
+        "barrier.barrier": ("Barrier", "Wake"),
+        "barrier.clock": ("Clock", "SystemClock"),
+        "barrier.connect": ("adopt", "connect"),
+        "barrier.errors": (
+            "ClaimLost",
+            "HeartbeatFailed",
+            "InvalidName",
+            "InvalidSettings",
+            "PartFailed",
+            "RankgateError",
+            "RankTaken",
+            "StoreCorrupt",
+            "StoreError",
+            "StoreFull",
+            "StoreRefused",
+            "StoreUnavailable",
+            "StoreUnsuitable",
+        ),
+        "barrier.explain": ("explain", "explain_key"),
+        "barrier.ids": ("EpochId", "LogId"),
+        "barrier.member": (
+            "EpochAnnounced",
+            "Garbage",
+            "LogEntry",
+            "Member",
+            "NotPromised",
+            "Promised",
+            "TaskEntry",
+            "VerdictAnnounced",
+        ),
+        "barrier.model": ("EpochRecord", "Leadership", "RankView", "Snapshot", "Verdict"),
+        "barrier.outcomes": (
+            "Aborted",
+            "Already",
+            "CheckOutcome",
+            "Concluded",
+            "ConcludeOutcome",
+            "Disagree",
+            "Dispatched",
+            "DispatchOutcome",
+            "Fenced",
+            "Following",
+            "Leading",
+            "LeadOutcome",
+            "NotReady",
+            "Opened",
+            "OpenOutcome",
+            "Released",
+            "ReleaseOutcome",
+            "Restored",
+            "RestoreOutcome",
+            "Superseded",
+            "TimedOut",
+            "Unconcluded",
+            "Unknown",
+            "WaitOutcome",
+        ),
+        "barrier.report": ("Report", "TaskOutcome"),
+        "barrier.settings": ("Settings",),
+        "barrier.store": ("Store",),
+    }.items()
+    for name in names
+}
+
+import_module("barrier.log")  # which silences this package
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
+    """Import what is asked for, when it is asked for: who needs a name or a setting need not wait for Redis' client."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'barrier' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+class _Package(ModuleType):
+    """Two functions have the name of their module. The package's attribute is the function, whichever is imported first."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and _HOME.get(name) == f"barrier.{name}"):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -11,11 +11,18 @@ As a library::
 It logs with loguru, and nothing until it is asked to: ``logger.enable("planner")``.
 """
 
-from planner.gate import LoadGate
-from planner.planner import Instance, InstanceFailed, Planner, explain_instance
-from planner.requests import GenerationFailed
-from planner.spec import InstanceSpec, Policy
-from runner.messages import ModelSpec
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.gate import LoadGate
+    from planner.planner import Instance, InstanceFailed, Planner, explain_instance
+    from planner.requests import GenerationFailed
+    from planner.spec import InstanceSpec, Policy
+    from runner.messages import ModelSpec
 
 __all__ = [
     "GenerationFailed",
@@ -28,3 +35,29 @@ __all__ = [
     "Policy",
     "explain_instance",
 ]
+
+_HOME = {
+    name: module
+    for module, names in {
+        "planner.gate": ("LoadGate",),
+        "planner.planner": ("Instance", "InstanceFailed", "Planner", "explain_instance"),
+        "planner.requests": ("GenerationFailed",),
+        "planner.spec": ("InstanceSpec", "Policy"),
+        "runner.messages": ("ModelSpec",),
+    }.items()
+    for name in names
+}
+
+
+if "".join(sys.argv[:1]).rpartition("/")[2] != "rankgate":
+    import_module(
+        "barrier.log"
+    )  # silences this package. The program of that name asks for its log, and must be ready for Ctrl-C first
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
+    """Import what is asked for, when it is asked for: the command line begins with this package, and must begin soon."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'planner' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

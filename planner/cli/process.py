@@ -17,15 +17,18 @@ from urllib.parse import urlsplit
 
 from loguru import logger
 
-from barrier import InvalidSettings, Settings, Store, StoreUnavailable, SystemClock, connect, supervise
+import barrier
+from barrier import InvalidSettings, Settings, StoreUnavailable, SystemClock, supervise
 from barrier.errors import RankgateError
-from barrier.fitness import Role
 from barrier.log import prepare
 from barrier.printable import printable
 from planner.cli.streams import output
 
 if TYPE_CHECKING:
     from loguru import Record
+
+    from barrier import Store
+    from barrier.fitness import Role
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -287,7 +290,7 @@ async def connect_store(url: str, settings: Settings, *, wait: float = 0.0, role
     deadline, pause, told = clock.now() + wait, _FIRST_PAUSE, False
     while True:
         try:
-            return await connect(url, settings=settings, role=role)
+            return await barrier.connect(url, settings=settings, role=role)
         except StoreUnavailable as error:
             left = deadline - clock.now()
             if left <= 0:

@@ -12,6 +12,7 @@ import pytest
 import typer
 from loguru import logger
 
+import barrier
 from barrier import Barrier, Member, Settings, Store, StoreRefused, StoreUnavailable, adopt
 from barrier.fitness import Role
 from barrier.testing import FakeStore, wait_until
@@ -269,7 +270,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> Generator[None]:
 
 
 async def connect_through(door: Door, monkeypatch: pytest.MonkeyPatch, wait: float) -> Store:
-    monkeypatch.setattr(process, "connect", door.connect)
+    monkeypatch.setattr(barrier, "connect", door.connect)
     return await process.connect_store("redis://store", Settings(), wait=wait)
 
 
