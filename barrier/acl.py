@@ -189,8 +189,7 @@ def planner_user(namespace: str) -> AclUser:
                     names.changes,
                 ),
             ),
-            Grant(("xdel",), write=(f"{group}requests",)),
-            Grant(("xtrim",), write=(f"{group}tasks",)),
+            Grant(("xdel",), write=(f"{group}requests", f"{group}tasks")),
             Grant(("hset", "hsetnx", "hdel", "pexpire"), write=(names.instances,)),
         ),
     )

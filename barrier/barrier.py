@@ -49,6 +49,8 @@ from barrier.wakeups import Hint, Subscription, Wakeups, decode_hint
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 MAX_NOTES_BYTES = 64 * 1024
+_PAGE = 64
+"""Entries of the log read at once; each may have `MAX_PAYLOAD_BYTES`."""
 
 Statuses: TypeAlias = str | Iterable[str] | Requirement
 _T = TypeVar("_T")
@@ -114,8 +116,8 @@ class Barrier:
         self._current: EpochId | None = None
         self._seen_n = 0
         self._steps: dict[str, tuple[int, int]] = {}
-        self._trimmed_to = LogId(0, 0)
-        self._trim_refused = False
+        self._forgotten_to = LogId(0, 0)
+        self._forget_refused = False
 
     async def __aenter__(self) -> Barrier:
         """Make sure that the guarantees hold on this store."""
@@ -305,24 +307,33 @@ class Barrier:
             self.store, self.keys, leadership=leadership, epoch=epoch, verdict=verdict, seen_n=seen_n
         )
 
-    async def trim(self, snapshot: Snapshot) -> None:
-        """Take out of the task log what nobody needs there any more: payloads may hold what must not lie about, as prompts do.
+    async def forget(self, snapshot: Snapshot, steps: str) -> None:
+        """Delete from the task log what nobody needs there any more of the steps that begin with a word: prompts must not lie about.
 
-        That is what every rank of the roster has read by this picture, and, of an attempt that is over, all but its verdict. Places are
-        not given twice: the store remembers where the log ended. A store that refuses is asked again later; nothing depends on it.
+        That is what every rank of the roster has read by this picture, and all of an attempt that is over. Places are not given twice:
+        the record knows how far the log went. A store that refuses is asked again later; nothing depends on it.
+
+        Args:
+            snapshot: a picture of the group.
+            steps: how the names of the steps begin.
         """
         first = needed_from(snapshot)
-        if first is None or first <= self._trimmed_to:
+        if first is None or (last := LogId(first.number, first.n - 1)) <= self._forgotten_to:
             return
         try:
             with self.store.errors():
-                await self.store.commands.execute_command("XTRIM", self.keys.tasks, "MINID", "=", str(first))
+                start = f"({self._forgotten_to}" if self._forgotten_to.number else "-"
+                while page := await self.store.commands.xrange(self.keys.tasks, start, f"({first}", count=_PAGE):
+                    found = [entry for entry, fields in page if fields.get(b"step", b"").startswith(steps.encode())]
+                    if found:
+                        await self.store.commands.xdel(self.keys.tasks, *found)
+                    start = f"({page[-1][0].decode()}"
         except StoreError as error:
-            if not self._trim_refused:
+            if not self._forget_refused:
                 logger.warning("group {}: what all ranks have read stays in the task log: {}", self.keys.group, error)
-            self._trim_refused = True
+            self._forget_refused = True
         else:
-            self._trimmed_to, self._trim_refused = first, False
+            self._forgotten_to, self._forget_refused = last, False
 
     async def inspect(self) -> Snapshot:
         """One consistent picture of the group; writes nothing.

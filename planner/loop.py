@@ -49,7 +49,7 @@ from planner.decide import (
 from planner.lifecycle import serving_requirement, task_for
 from planner.recovery import Memory, encode_notes, forgive, hold, observe
 from planner.registry import InstanceRecord, Registry
-from planner.requests import RequestQueue
+from planner.requests import GENERATE, RequestQueue
 from planner.spec import Policy
 from runner.messages import encode
 
@@ -221,7 +221,8 @@ class InstanceLoop:
             # Before any decision: whoever must succeed this planner knows nothing else of the instance.
             await self._heal_desired()
         if serving or (snapshot.epoch is not None and snapshot.epoch.verdict is not None):
-            await self._barrier.trim(snapshot)  # prompts; while ranks are brought up there are none, and no time for it
+            # While ranks are brought up there are no prompts, and no time for it.
+            await self._barrier.forget(snapshot, GENERATE)
         await self._carry_out(action, snapshot)
 
     def _tell_decision(self, action: Action, following: Following | None) -> None:

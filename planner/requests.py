@@ -31,6 +31,9 @@ from runner.messages import (
 MAX_WAITING = 1_000
 """How many requests may wait for an instance; the oldest are dropped beyond that."""
 
+GENERATE = "generate "
+"""How the names of the steps begin whose tasks hold a prompt."""
+
 _BATCH = 64
 
 _ENVELOPE_BYTES = 1_024
@@ -342,4 +345,4 @@ def _task_of(request: Request, instance: str, epoch: EpochId, term: int) -> tupl
         )
         return f"cancel {request.id}", encode(cancel).decode()
     task = generation_task(request.id, request.prompt, request.max_tokens, instance=instance, epoch=epoch, term=term)
-    return f"generate {request.id}", encode(task).decode()
+    return f"{GENERATE}{request.id}", encode(task).decode()

@@ -1,10 +1,10 @@
-"""What every rank has read is taken out of the task log, and of an attempt that is over all but its verdict: prompts do not lie about."""
+"""Prompts do not lie about in the task log: what every rank has read goes, and all of an attempt that is over. Other steps stay."""
 
 from __future__ import annotations
 
 import pytest
 
-from barrier import LogId
+from barrier import Dispatched, LogId
 from barrier.arrivals import needed_from
 from barrier.testing import FaultPlan
 from tests.unit.barrier.group import Group
@@ -30,7 +30,7 @@ async def read_by(group: Group, *ranks: int) -> None:
 async def test_what_one_rank_has_not_read_stays(group: Group) -> None:
     place = await dispatched(group)
     await read_by(group, 0, 2)
-    await group.barrier.trim(await group.inspect())
+    await group.barrier.forget(await group.inspect(), "load")
     assert await group.tasks() == [str(place)]
     task = await group.clock.run(group.ranks[1].next_task())
     assert (task.id, task.missed) == (place, False)
@@ -39,13 +39,13 @@ async def test_what_one_rank_has_not_read_stays(group: Group) -> None:
 async def test_what_all_have_read_goes_and_the_next_task_comes_after_it(group: Group) -> None:
     place = await dispatched(group)
     await read_by(group, 0, 1, 2)
-    await group.barrier.trim(await group.inspect())
-    assert await group.log() == []
+    await group.barrier.forget(await group.inspect(), "load")
+    assert [fields["kind"] for _, fields in await group.log()] == ["opened"]
     snapshot = await group.inspect()
-    assert snapshot.log_end == place, "the store remembers where the log ended"
     assert snapshot.epoch is not None
+    assert snapshot.epoch.last_n == place.n
     outcome = await group.barrier.dispatch(snapshot.epoch.id, "warm-up", "{}", "Connected", after="load")
-    assert outcome is not None
+    assert outcome == Dispatched(LogId(place.number, place.n + 1))
     for rank in group.ranks:
         await rank.beat()  # with an empty log, or a new entry, no rank takes it for one that went back
         task = await group.clock.run(rank.next_task())
@@ -67,18 +67,26 @@ async def test_a_rank_that_is_not_there_keeps_everything(group: Group, why: str)
     group.store.delete(group.keys.rank(1))
     if why != "no report":
         await group.barrier.store.commands.set(group.keys.rank(1), report.encode(), px=60_000)
-    await group.barrier.trim(await group.inspect())
+    await group.barrier.forget(await group.inspect(), "load")
     assert await group.tasks() == [str(place)]
 
 
-async def test_of_an_attempt_that_is_over_the_verdict_stays(group: Group) -> None:
+async def test_other_steps_stay(group: Group) -> None:
+    place = await dispatched(group)
+    await read_by(group, 0, 1, 2)
+    await group.barrier.forget(await group.inspect(), "generate ")
+    assert await group.tasks() == [str(place)]
+
+
+async def test_of_an_attempt_that_is_over_all_goes_and_the_verdict_stays(group: Group) -> None:
     place = await dispatched(group)
     snapshot = await group.inspect()
     assert snapshot.epoch is not None
     await group.conclude(snapshot.epoch.id)
-    await group.barrier.trim(await group.inspect())
+    await group.barrier.forget(await group.inspect(), "load")
     assert [(entry, fields["kind"]) for entry, fields in await group.log()] == [
-        (f"{place.number}-{place.n + 1}", "verdict")
+        (f"{place.number}-1", "opened"),
+        (f"{place.number}-{place.n + 1}", "verdict"),
     ]
 
 
@@ -93,12 +101,12 @@ async def test_a_store_that_refuses_stops_nobody_and_is_asked_again(group: Group
     """An ACL file of an earlier version gives no such right."""
     await dispatched(group)
     await read_by(group, 0, 1, 2)
-    plan = FaultPlan().refuse("xtrim")
+    plan = FaultPlan().refuse("xdel")
     planner = group.planner("planner", faults=plan)
     snapshot = await group.inspect()
-    await planner.trim(snapshot)
+    await planner.forget(snapshot, "load")
     plan.assert_fired()
-    assert await group.log() != []
-    await planner.trim(snapshot)
-    assert await group.log() == []
+    assert await group.tasks() != []
+    await planner.forget(snapshot, "load")
+    assert await group.tasks() == []
     await planner.close()
