@@ -50,6 +50,8 @@ _ROSTER_CHUNK = 64  # as in lua/prelude.lua
 ENDPOINTS_CHUNK = 64
 """How many ranks' endpoints one field of the record holds; as in lua/prelude.lua."""
 _BATCH = 100
+_FOR_EVER = -1  # what PTTL says of a key without a lifetime
+_LONGEST_LEASE_MS = 600_000
 _UNSAID_EVENTS = 1_000
 
 
@@ -364,12 +366,14 @@ class Member:
                 _, holder, left = await pipe.execute()
             if holder == self.incarnation.encode():
                 return None, ""
-            if left > 2 * lease_ms:
-                # A clock that was set back would keep a dead process's claim for so long; one that lives renews it in time.
-                longest = max(lease_ms, _lease_of(await self.store.commands.get(self.keys.rank(rank)), rank))
-                left = min(left, longest)
+            if left > 2 * lease_ms or left == _FOR_EVER:
+                # A clock that was set back would keep a dead process's claim for so long; one that lives renews it in time. None of
+                # ours is without an end, and no lease of ours is as long as a report may say.
+                said = _lease_of(await self.store.commands.get(self.keys.rank(rank)), rank)
+                longest = max(lease_ms, min(said, _LONGEST_LEASE_MS))
+                left = longest if left == _FOR_EVER else min(left, longest)
                 await self.store.commands.pexpire(key, left)
-        return max(left, 1) / 1000, (holder or b"nobody").decode("utf-8", "replace")
+        return max(left, 1) / 1000, _name_of(holder)
 
     async def _begin(self, rank: int) -> None:
         """Refuse keys of the wrong type before anything of ours is written, and take the log's end as the place to read from."""
@@ -623,7 +627,7 @@ class Member:
     def _check_claim(self, holder: bytes | None) -> None:
         if holder == self.incarnation.encode():
             return
-        other = (holder or b"nobody").decode("utf-8", "replace")
+        other = _name_of(holder)
         self._dropped_claim = ClaimLost(
             f"group {self.keys.group}, rank {self.rank}: process {other} holds this rank now; this one ({self.incarnation}) "
             "was silent for longer than its lease. Stop one of the two"
@@ -927,6 +931,12 @@ def _holder(raw: bytes | None, rank: int, incarnation: str) -> str:
     except (ValueError, OverflowError):  # a clock that is thousands of years ahead
         since = "nobody knows when"
     return f"by node {shown(report.node)}, pid {report.pid}, {report.status}, since {since}"
+
+
+def _name_of(holder: bytes | None) -> str:
+    """Who holds a claim, for people; whoever may write the claim may write anything there."""
+    name = (holder or b"nobody")[:100].decode("utf-8", "replace")
+    return name if name.isalnum() else shown(name)
 
 
 def _lease_of(raw: bytes | None, rank: int) -> int:

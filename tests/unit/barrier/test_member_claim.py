@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from barrier import ClaimLost, InvalidName, Member, RankTaken, Settings, StoreUnavailable
+from barrier import ClaimLost, InvalidName, Member, RankTaken, Report, Settings, StoreUnavailable
+from barrier.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import Group, started_group
 
@@ -372,3 +374,25 @@ async def test_a_connection_that_breaks_in_the_middle_of_a_leave_leaves_no_claim
     faults.assert_fired()
     assert one.keys.claim(0) not in store.contents()
     await one.close()
+
+
+@pytest.mark.parametrize("lease_ms", [0, 10**15])
+async def test_a_claim_without_an_end_lapses_like_any_other(
+    store: FakeStore, clock: ManualClock, lease_ms: int
+) -> None:
+    """Whoever may write a claim may write one that nobody renews, and a report that says what it likes of its lease."""
+    raw: Any = store.client("raw")
+    keys = Keys("rankgate", "demo")
+    await raw.set(keys.claim(0), b"\x1b[2J" * 1_000)
+    said = Report(rank=0, incarnation="f" * 28, status="Idle", lease_ms=lease_ms)
+    await raw.set(keys.rank(0), said.encode())
+    late = Member(store.client(), "demo", rank=0, world_size=1, clock=clock)
+    with pytest.raises(RankTaken) as refusal:
+        await late.claim(timeout=0)
+    assert "\x1b" not in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+    await clock.advance(601 if lease_ms else late.settings.lease + 0.1)
+    assert await late.claim(timeout=0) == 0
+    await late.leave()
+    await late.close()
+    await raw.aclose()
