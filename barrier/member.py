@@ -516,7 +516,7 @@ class Member:
         appended = [self._append(self.keys.events, entry, self.settings.event_entries) for entry in entries]
         return [*appended, self._keep(self.keys.events)]
 
-    def _append(self, key: str, entry: tuple[str | int, ...], cap: int) -> tuple[str | int, ...]:
+    def _append(self, key: str, entry: tuple[str | int | bytes, ...], cap: int) -> tuple[Any, ...]:
         """Append names and values, in turn, to a capped stream. To be followed by `_keep`."""
         return ("XADD", key, "MAXLEN", "~", cap, "*", *entry)
 
@@ -905,12 +905,8 @@ class Member:
     async def write_output(self, task_id: str, chunks: Iterable[bytes]) -> None:
         """Append pieces of one task's answer to its stream, in one round trip."""
         key = self.keys.out(task_id)
-        with self.store.errors():
-            async with self.store.commands.pipeline(transaction=True) as pipe:
-                for chunk in chunks:
-                    pipe.xadd(key, {"chunk": chunk}, maxlen=self.settings.event_entries, approximate=True)
-                pipe.pexpire(key, round(self.settings.output_lifetime * 1000))
-                await pipe.execute()
+        appended = [self._append(key, ("chunk", chunk), self.settings.event_entries) for chunk in chunks]
+        await self.store.append_answer(key, [*appended, ("PEXPIRE", key, round(self.settings.output_lifetime * 1000))])
 
     async def close(self) -> None:
         """Close what this member opened. Does not give the rank back; see `leave`."""

@@ -276,6 +276,21 @@ class Store:
                 _raise_error(command, reply)
         return results
 
+    async def append_answer(self, key: str, entries: Sequence[Sequence[Any]]) -> None:
+        """Append an answer's pieces, in one MULTI. Where a rank has taken the stream's last id, it is begun anew: a text is lost, and nobody
+        waits for ever to write it.
+
+        Raises:
+            StoreError: it was not written.
+        """
+        with self.errors():
+            said = await self.transact(entries, may_fail=range(len(entries)))
+            if not any(isinstance(reply, driver.ResponseError) and "exhausted" in str(reply) for reply in said):
+                for command, reply in zip(entries, said, strict=True):
+                    _raise_error(command, reply)
+                return
+        await self.append_if_possible(key, entries)
+
     async def append_if_possible(self, key: str, entries: Sequence[Sequence[Any] | bytes]) -> None:
         """Append hints or history, by commands that are ready to be sent, to a stream that took none; never raises a store's error.
 

@@ -296,11 +296,8 @@ class RequestQueue:
         if not request.cancels:
             chunk = encode(Chunk(task_id=request.id, index=0, finish="error", error=reason[:2_000]))
             key = self._keys.out(request.id)
-            with self._store.errors():
-                async with self._store.commands.pipeline(transaction=True) as pipe:
-                    pipe.xadd(key, {"chunk": chunk})
-                    pipe.pexpire(key, round(self._store.settings.output_lifetime * 1000))
-                    await pipe.execute()
+            lifetime_ms = round(self._store.settings.output_lifetime * 1000)
+            await self._store.append_answer(key, [("XADD", key, "*", "chunk", chunk), ("PEXPIRE", key, lifetime_ms)])
         await self._drop(request)
 
     async def _drop(self, request: Request) -> None:

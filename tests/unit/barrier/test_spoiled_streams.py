@@ -139,3 +139,13 @@ async def test_a_store_that_does_not_answer_is_still_an_error(group: Group) -> N
     with pytest.raises(StoreUnavailable):
         await group.ranks[1].member.report("Loading")
     group.store.heal()
+
+
+async def test_an_answer_is_written_to_a_stream_whose_last_id_somebody_took(group: Group) -> None:
+    """Or rank 0 would wait for ever to write it, and a planner to end it."""
+    key = group.keys.out("gen.1")
+    await spoil(group, key, "the last id")
+    await group.ranks[0].member.write_output("gen.1", [b"a", b"b"])
+    commands: Any = group.barrier.store.commands
+    assert [fields[b"chunk"] for _, fields in await commands.xrange(key)] == [b"a", b"b"]
+    assert await is_healed(group, key)
