@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from tests.mutants.harness import (
     BOUNDS,
+    CLAIMS,
     DECISIONS,
     EXHAUSTIVE,
+    FORGOTTEN,
     JUDGE,
     MLX,
     PROPERTY,
@@ -562,6 +564,24 @@ SCRIPTS: tuple[Mutation, ...] = (
 
 RANKS: tuple[Mutation, ...] = (
     Mutation(
+        "forget-read",
+        "what one rank has not read stays in the task log",
+        "S3",
+        Edit(
+            _ARRIVALS,
+            "return LogId(epoch.id.number, min(read) + 1) if min(read) else None",
+            "return LogId(epoch.id.number, max(read) + 1) if max(read) else None",
+        ),
+        (FORGOTTEN,),
+    ),
+    Mutation(
+        "claim-end",
+        "a claim that nobody renews lapses, also one that was written without an end",
+        "S10",
+        Edit(_MEMBER, "if left > 2 * lease_ms or left == _FOR_EVER:", "if left > 2 * lease_ms:"),
+        (CLAIMS,),
+    ),
+    Mutation(
         "report-hint",
         "hints and history that cannot be written stop no report",
         "S10",
@@ -615,8 +635,8 @@ RANKS: tuple[Mutation, ...] = (
         "S3",
         Edit(
             _MEMBER,
-            "self._report = self._report._replace(epoch=None, applied=0)",
-            "self._report = self._report._replace(epoch=None, applied=0, floor=0)",
+            'self._report = self._report._replace(epoch=None, applied=0, endpoint="")',
+            'self._report = self._report._replace(epoch=None, applied=0, endpoint="", floor=0)',
         ),
         (RANK, exhaustive("floor"), SIMULATION),
     ),

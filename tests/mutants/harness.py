@@ -93,6 +93,10 @@ SPOILED = _property("property/test_spoiled_store.py")
 """Random calls of the verbs, on keys that somebody has spoiled."""
 SPOILED_STREAMS = _property("unit/barrier/test_spoiled_streams.py")
 """Every verb and report, with a spoiled stream of hints or history."""
+FORGOTTEN = _property("unit/barrier/test_forgotten_prompts.py")
+"""What leaves the task log, and what must stay for ranks that have yet to read it."""
+CLAIMS = _property("unit/barrier/test_member_claim.py")
+"""Who holds a rank, and for how long."""
 RANK = _property("property/test_rank.py")
 """One rank against a hostile store."""
 JUDGE = _property("property/test_judge.py")
