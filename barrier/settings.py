@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from barrier.errors import InvalidSettings
+from barrier.plain import plain, typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +48,25 @@ class Settings:
             if value is None and field.name == "command_timeout":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise InvalidSettings(f"{field.name} is {value!r}; it must be a finite number above 0")
+                raise InvalidSettings(f"{field.name} is {plain(value)}; it must be a finite number above 0")
             if field.name.endswith("_entries") and not isinstance(value, int):
-                raise InvalidSettings(f"{field.name} is {value!r}; it counts entries and must be a whole number")
+                raise InvalidSettings(f"{field.name} is {plain(value)}; it counts entries and must be a whole number")
         if self.lease < 0.05:
-            raise InvalidSettings(f"lease is {self.lease:g} s; below 0.05 s no network keeps it up")
+            raise InvalidSettings(f"lease is {typed(self.lease)} s; below 0.05 s no network keeps it up")
         if self.heartbeat * 3 > self.lease * 1.00001:  # 0.2 × 3 is above 0.6 in binary, and advice is rounded
             raise InvalidSettings(
-                f"heartbeat is {self.heartbeat:g} s and lease is {self.lease:g} s; the heartbeat must be at most a third of the "
-                f"lease, so that two may be lost: set heartbeat to {self.lease / 3:g} or less, or lease to "
-                f"{self.heartbeat * 3:g} or more"
+                f"heartbeat is {typed(self.heartbeat)} s and lease is {typed(self.lease)} s; the heartbeat must be at most a third of the "
+                f"lease, so that two may be lost: set heartbeat to {typed(self.lease / 3)} or less, or lease to "
+                f"{typed(self.heartbeat * 3)} or more"
             )
         if self.command_timeout is not None and self.command_timeout * 2 > self.lease:
             raise InvalidSettings(
-                f"command_timeout is {self.command_timeout:g} s and lease is {self.lease:g} s; it must be at most half the "
-                f"lease: set it to {self.lease / 2:g} or less"
+                f"command_timeout is {typed(self.command_timeout)} s and lease is {typed(self.lease)} s; it must be at most half the "
+                f"lease: set it to {typed(self.lease / 2)} or less"
             )
         if self.record_lifetime < self.lease:
             raise InvalidSettings(
-                f"record_lifetime is {self.record_lifetime:g} s and lease is {self.lease:g} s; a record must outlive a lease"
+                f"record_lifetime is {typed(self.record_lifetime)} s and lease is {typed(self.lease)} s; a record must outlive a lease"
             )
 
     @property

@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from barrier.errors import InvalidSettings
 from barrier.keys import shown, valid_name, valid_world_size
+from barrier.plain import plain, typed
 from runner.messages import ModelSpec
+from runner.worded import Worded
 
 
-class InstanceSpec(BaseModel):
+class InstanceSpec(BaseModel, metaclass=Worded):
     """One model instance: what to load, over how many ranks.
 
     Attributes:
@@ -120,8 +122,10 @@ class Policy:
                 continue
             least = 0 if field.name.startswith("max_") else 1e-9
             if not least <= value < float("inf"):
-                raise InvalidSettings(f"{field.name} is {value!r}; it must be a finite number, and at least {least:g}")
+                raise InvalidSettings(
+                    f"{field.name} is {plain(value)}; it must be a finite number, and at least {typed(least)}"
+                )
         if self.backoff_cap < self.backoff_base:
             raise InvalidSettings(
-                f"backoff_cap is {self.backoff_cap:g} s and backoff_base is {self.backoff_base:g} s; the cap must not be below"
+                f"backoff_cap is {typed(self.backoff_cap)} s and backoff_base is {typed(self.backoff_base)} s; the cap must not be below"
             )

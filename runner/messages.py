@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from runner.worded import Worded
+
 MAX_MESSAGE_BYTES = 256 * 1024
 """The longest message that is parsed at all, in bytes. A prompt of some 60,000 words fits; a 1 MB payload is refused unread."""
 
@@ -148,7 +150,7 @@ StatusName: TypeAlias = Literal[
 # --- tasks ----------------------------------------------------------------------------------------------------------------
 
 
-class ModelSpec(_Message):
+class ModelSpec(_Message, metaclass=Worded):
     """What to load.
 
     Attributes:

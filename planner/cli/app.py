@@ -14,6 +14,7 @@ import typer
 from barrier import InvalidSettings, Settings
 from barrier.errors import RankgateError
 from barrier.keys import MAX_WORLD_SIZE
+from planner.cli.once import OnceTyper
 from planner.cli.options import (
     DEFAULT_NAMESPACE,
     POSITIVE,
@@ -41,7 +42,10 @@ from planner.cli.options import (
     WaitForStore,
     WorldSize,
     between,
+    engine_name,
+    given,
     held_back,
+    host_and_port,
     needed_url,
     one_of,
     rank_range,
@@ -56,7 +60,7 @@ _PROMPT = "Why do all ranks have to wait for one another?"
 _MOST_PROCESSES = 128
 _UP_TIMES = Settings(lease=3.0, heartbeat=0.5)  # shorter than usual, so that one sees the layers move
 
-app = typer.Typer(
+app = OnceTyper(
     name="rankgate",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -114,6 +118,7 @@ def _top(
 
 @app.command(short_help="Bring everything up on this machine and generate a text.")
 def up(
+    context: typer.Context,
     world_size: WorldSize,
     redis: Redis = None,
     password_file: PasswordFile = None,
@@ -164,6 +169,10 @@ def up(
     from planner.cli import up as cluster  # noqa: PLC0415 - other commands start sooner without it
     from planner.cli.runner_process import EngineChoice  # noqa: PLC0415 - the same
 
+    if redis is None and given(context, "password_file"):
+        raise typer.BadParameter(
+            "--redis-password-file is for a server that --redis names, and none is named: leave it out"
+        )
     processes = -(-world_size // ranks_per_process)
     if processes > _MOST_PROCESSES:
         raise typer.BadParameter(
@@ -194,6 +203,7 @@ def up(
 
 @app.command(short_help="Run one rank of an instance, or several.")
 def runner(
+    context: typer.Context,
     instance: AnyNameOption = None,
     instance_file: InstanceFile = None,
     rank: Annotated[
@@ -217,7 +227,10 @@ def runner(
     engine: Annotated[
         str,
         typer.Option(
-            "--engine", metavar="NAME", help="simulated, or module:factory of a callable that returns a runner.Engine."
+            "--engine",
+            callback=engine_name,
+            metavar="NAME",
+            help="simulated, or module:factory of a callable that returns a runner.Engine.",
         ),
     ] = "simulated",
     engine_config: Annotated[
@@ -235,7 +248,13 @@ def runner(
         str | None, typer.Option("--node", metavar="NAME", help="This machine, for people; its host name by default.")
     ] = None,
     address: Annotated[
-        str, typer.Option("--address", metavar="HOST:PORT", help="Where this rank could coordinate the collective.")
+        str,
+        typer.Option(
+            "--address",
+            callback=host_and_port,
+            metavar="HOST:PORT",
+            help="Where this rank could coordinate the collective.",
+        ),
     ] = "",
     spare: Annotated[
         bool,
@@ -267,9 +286,13 @@ def runner(
     from planner.cli.runner_process import EngineChoice, RunnerOptions, serve_ranks  # noqa: PLC0415 - as in `up`
 
     configure_log(log or log_level(verbose, quiet, "INFO"))
-    if instance is None:
+    if instance_file is not None and (instance is None or given(context, "instance_file")):
         spec = _named_spec(instance_file, "--instance")
-        instance, world_size = spec.name, spec.world_size if world_size is None else world_size
+        _agree(instance_file, "--instance", instance, "name", spec.name)
+        _agree(instance_file, "--world-size", world_size, "world_size", spec.world_size)
+        instance, world_size = spec.name, spec.world_size
+    elif instance is None:
+        raise typer.BadParameter("Missing option '--instance'")
     chosen = _chosen_ranks(rank, ranks, world_size)
     late = held_back(hold_back, chosen or range(world_size or 0))
     options = RunnerOptions(
@@ -350,6 +373,7 @@ def planner(
 
 @app.command(short_help="Ask for an instance to be up.")
 def launch(
+    context: typer.Context,
     name: LaunchedName = None,
     world_size: AnyWorldSize = None,
     file: Annotated[
@@ -390,6 +414,8 @@ def launch(
         )
     if name is None:
         spec = _named_spec(file, "INSTANCE", "argument")
+        if beside := [option for option, place in _OF_A_SPEC.items() if given(context, place)]:
+            raise typer.BadParameter(f"--file {file} says all about the instance: leave {' and '.join(beside)} out")
         if absence_limit is not None:
             spec = spec.model_copy(update={"absence_limit": absence_limit})
     elif file is not None:
@@ -568,7 +594,7 @@ def acl(
     _finish(print_acl(options))
 
 
-health = typer.Typer(
+health = OnceTyper(
     help="Ask whether a process of this machine does its work, as the others see it. Exit code 0 if so, otherwise 1.",
     rich_markup_mode=None,
 )
@@ -655,11 +681,23 @@ def _named_spec(path: Path | None, instead_of: str, kind: str = "option") -> Ins
     return read_instance_file(path)
 
 
+_OF_A_SPEC = {"--world-size": "world_size", "--model": "model", "--layers": "layers"}
+"""What a file says instead."""
+
+
+def _agree(path: Path, option: str, value: object, key: str, in_file: object) -> None:
+    """Refuse an option that says something else than the file beside it."""
+    if value is not None and value != in_file:
+        raise typer.BadParameter(f"{option} is {value} and {path} has {key} = {in_file}: leave one of them out")
+
+
 def _spec(name: str, world_size: int, model: str, layers: int) -> InstanceSpec:
     try:
         return InstanceSpec(name=name, world_size=world_size, model=ModelSpec(model_id=model, total_layers=layers))
-    except ValueError as error:
-        raise typer.BadParameter(" ".join(str(error).split())) from None
+    except InvalidSettings as error:
+        raise typer.BadParameter(
+            str(error).replace("model_id", "--model").replace("total_layers", "--layers")
+        ) from None
 
 
 def _held_back_from_connecting(texts: list[str] | None, ranks: range) -> dict[int, float]:

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from barrier import InvalidSettings
+from barrier.plain import problems
 from planner.spec import InstanceSpec
 from runner.messages import ModelSpec
 
@@ -54,6 +55,7 @@ def _spec(path: Path, found: dict[str, Any]) -> InstanceSpec:
         raise InvalidSettings(f"{path} has the key {extra[0][:80]!r}; an instance has {', '.join(_KEYS)}")
     if missing := [key for key in ("name", "world_size") if key not in found]:
         raise InvalidSettings(f"{path} has no {missing[0]}; add a line such as {_EXAMPLES[missing[0]]}")
+    absence_limit = _seconds(path, found, "absence_limit")
     try:
         model = ModelSpec.model_validate(
             {"model_id": found.get("model_id", "simulated"), "total_layers": found.get("layers", 16)}, strict=True
@@ -62,12 +64,12 @@ def _spec(path: Path, found: dict[str, Any]) -> InstanceSpec:
             name=found["name"],
             world_size=found["world_size"],
             model=model,
-            absence_limit=_seconds(path, found, "absence_limit"),
+            absence_limit=absence_limit,
         )
+    except InvalidSettings as error:
+        raise InvalidSettings(f"{path}: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]).replace("total_layers", "layers") if first["loc"] else "a value"
-        raise InvalidSettings(f"{path}: {key} is wrong: {first['msg']}") from None
+        raise InvalidSettings(f"{path}: {problems(error, names={'total_layers': 'layers'})}") from None
 
 
 def _seconds(path: Path, found: dict[str, Any], key: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -11,6 +12,7 @@ import typer
 
 from barrier import InvalidName, InvalidSettings, Settings
 from barrier.keys import MAX_WORLD_SIZE, shown, valid_name
+from barrier.plain import number
 
 DEFAULT_NAMESPACE = "rankgate"
 
@@ -19,7 +21,7 @@ def _name(value: str) -> str:
     try:
         return valid_name("this", value)
     except InvalidName as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(str(error).removeprefix("this ")) from None
 
 
 def between(least: float, most: float = float("inf")) -> Callable[[float | None], float | None]:
@@ -28,8 +30,8 @@ def between(least: float, most: float = float("inf")) -> Callable[[float | None]
     def check(value: float | None) -> float | None:
         if value is None or (least <= value <= most and value < float("inf")):
             return value
-        limits = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:,.0f}"
-        raise typer.BadParameter(f"it is {value:g}; it must be {limits}")
+        limits = f"at least {number(least)}" if most == float("inf") else f"from {number(least)} to {number(most)}"
+        raise typer.BadParameter(f"it is {number(value)}; it must be {limits}")
 
     return check
 
@@ -43,6 +45,36 @@ def one_of(*choices: str) -> Callable[[str], str]:
         raise typer.BadParameter(f"it is {shown(value)}; it must be one of {', '.join(choices)}")
 
     return check
+
+
+def engine_name(value: str) -> str:
+    """A callback that refuses what cannot be an engine's name. Whether there is such an engine is known where it starts."""
+    if value == "simulated" or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
+        return value
+    raise typer.BadParameter(
+        f"it is {shown(value)}; it must be simulated, or module:factory, such as my.package:my_engine"
+    )
+
+
+def host_and_port(value: str) -> str:
+    """A callback that refuses what is no HOST:PORT; nothing passes, and means that the planner chooses."""
+    if not value:
+        return value
+    try:
+        parts = urlsplit(f"//{value}")
+        if parts.hostname and parts.port and parts.netloc == value and "@" not in value and not re.search(r"\s", value):
+            return value
+    except ValueError:
+        pass
+    raise typer.BadParameter(
+        f"it is {shown(value)}; it must be HOST:PORT, such as node-a:5000 or [fd00::1]:5000, with a port from 1 to 65,535"
+    )
+
+
+def given(context: typer.Context, parameter: str) -> bool:
+    """Whether this parameter stands on the command line; not if it comes from the environment, which an option beats."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 POSITIVE = 0.001

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from loguru import logger
+from pydantic import ValidationError
 
 from barrier import InvalidSettings, Member, Settings, Store, supervise
 from barrier.errors import RankgateError
+from barrier.plain import problems
 from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import Interrupts, connect_store
 from planner.cli.watchdog import Work, supervised
@@ -70,7 +72,10 @@ class EngineChoice:
 
         place = None if world_size is None else rank  # it takes both or neither
         try:
-            config = SimulatedConfig.model_validate_json(json.dumps(dict(self.config)))
+            try:
+                config = SimulatedConfig.model_validate_json(json.dumps(dict(self.config)))
+            except ValidationError as error:
+                raise InvalidSettings(problems(error, SimulatedConfig)) from None
             if extra := self.hold_back.get(rank, 0.0):
                 # No jitter, so that the rank is held back by just so much.
                 config = config.model_copy(update={"connect_seconds": config.connect_seconds + extra, "jitter": 0.0})

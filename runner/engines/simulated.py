@@ -28,6 +28,7 @@ from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequ
 from runner.engines.ring import Ring
 from runner.host import EngineSpec
 from runner.messages import ModelSpec
+from runner.worded import Worded
 
 MARK = "[simulated text]"
 """What every simulated text begins with."""
@@ -48,7 +49,7 @@ _SHORTEST_TEXT = 12
 _LONGEST_TEXT = 48
 
 
-class SimulatedFault(BaseModel):
+class SimulatedFault(BaseModel, metaclass=Worded):
     """One thing that goes wrong.
 
     Attributes:
@@ -78,7 +79,7 @@ class SimulatedFault(BaseModel):
         return self
 
 
-class SimulatedConfig(BaseModel):
+class SimulatedConfig(BaseModel, metaclass=Worded):
     """How a simulated engine behaves; the same for every rank. Reads JSON with ``model_validate_json``.
 
     Attributes:

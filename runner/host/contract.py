@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from runner.engine import EngineDied, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
+from runner.worded import Worded
 
 CHUNK_WINDOW = 16
 """How many pieces of text may be under way before the consumer has taken them; the engine waits at the next one."""
@@ -104,7 +105,7 @@ class EngineHost(Protocol):
         ...
 
 
-class EngineSpec(BaseModel):
+class EngineSpec(BaseModel, metaclass=Worded):
     """Which engine a `ProcessHost` starts.
 
     Attributes:

@@ -72,7 +72,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["bogus"], "No such command 'bogus'"),
         (["up"], "Missing option '--world-size'"),
         (["up", "--world-size", "0"], "'--world-size': it is 0; it must be from 1 to 16,384"),
-        (["up", "--world-size", "16385"], "'--world-size': it is 16385; it must be from 1 to 16,384"),
+        (["up", "--world-size", "16385"], "'--world-size': it is 16,385; it must be from 1 to 16,384"),
         (["up", "--world-size", "many"], "'--world-size'"),
         (["up", "--world-size", "2", "--layers", "0"], "'--layers': it is 0; it must be from 1 to 10,000"),
         (["up", "--world-size", "2", "--max-tokens", "0"], "'--max-tokens': it is 0"),
@@ -82,7 +82,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["up", "--world-size", "2", "--lease", "1", "--heartbeat", "2"], "heartbeat is 2 s and lease is 1 s"),
         (["up", "--world-size", "2", "--instance", "My Model"], "'My Model' is not a name"),
         (["up", "--world-size", "2", "--namespace", "a:b"], "'a:b' is not a name"),
-        (["up", "--world-size", "2", "--model", ""], "model_id"),
+        (["up", "--world-size", "2", "--model", ""], "--model has 0 characters; it must have at least 1"),
         (["up", "--world-size", "2", "--hold-back", "3:2"], "names rank 3; the ranks here are 0 to 1"),
         (["up", "--world-size", "2", "--hold-back", "1"], "'1' is not RANK:SECONDS, for example 3:2"),
         (["up", "--world-size", "2", "--hold-back", "1:-2"], "the seconds must be a finite number, 0 or more"),
@@ -162,7 +162,6 @@ def test_a_server_that_nobody_runs_is_one_sentence(arguments: list[str], capsys:
             ["--engine", "no.such.module:factory", "--inline-engine"],
             "engine 'no.such.module:factory' cannot be imported",
         ),
-        (["--engine", "nonsense"], "engine factory 'nonsense' is not of the form package.module:name"),
         (["--engine-config", '{"layer_seconds": -1}'], "the engine's configuration is wrong: "),
     ],
 )
@@ -439,6 +438,88 @@ def test_a_mistake_of_ours_is_not_hidden_and_its_text_is_told_nowhere(capsys: py
     said = capsys.readouterr().err
     assert "rankgate: a mistake of ours ended this command (Injected at " in said
     assert "murderer" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("runner --instance a --instance b", "--instance is given 2 times: leave one of them out"),
+        ("runner --instance a --rank 0 --rank 1", "--rank is given 2 times"),
+        ("status --redis redis://a --redis redis://b", "--redis is given 2 times"),
+        ("acl --instance a --instance b", "--instance is given 2 times"),
+        ("health runner --state-file a --state-file b", "--state-file is given 2 times"),
+        ("launch x --wait --no-wait", "--wait and --no-wait contradict each other"),
+        ("runner --instance other --instance-file FILE", "--instance is other and FILE has name = demo"),
+        ("runner --instance-file FILE --world-size 3", "--world-size is 3 and FILE has world_size = 2"),
+        ("launch --file FILE --layers 3 --model m", "FILE says all about the instance: leave --model and --layers out"),
+        ("runner --instance a --rank 0 --address foo", "'--address': it is 'foo'; it must be HOST:PORT"),
+        ("runner --instance a --rank 0 --address h:0", "with a port from 1 to 65,535"),
+        ("runner --instance a --rank 0 --address :5000", "it must be HOST:PORT"),
+        ("runner --instance a --rank 0 --address fd00::1:5000", "it must be HOST:PORT"),
+        ("runner --instance a --rank 0 --engine nomod", "it must be simulated, or module:factory"),
+        ("runner --instance a --rank 0 --engine nomod:", "it must be simulated, or module:factory"),
+        ("up --world-size 1 --redis-password-file FILE", "is for a server that --redis names, and none is named"),
+        ("stop x --timeout -1e11", "it is -100,000,000,000; it must be at least 0.001"),
+        ("stop x --timeout 1e-7", "it is 0.0000001; it must be at least 0.001"),
+        ("stop x --timeout inf", "it is inf; it must be at least 0.001"),
+        ("launch x --world-size 100000000000", "it is 100,000,000,000; it must be from 1 to 16,384"),
+        (
+            "up --world-size 1 --lease 1e11 --heartbeat 1e11",
+            "heartbeat is 100000000000 s and lease is 100000000000 s",
+        ),
+        ("launch x --world-size 2 --model= --redis redis://x", "--model has 0 characters; it must have at least 1"),
+        ("launch X --world-size 2", "'X' is not a name"),
+    ],
+)
+def test_what_would_be_taken_in_silence_is_refused_where_it_is_typed(
+    arguments: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "i.toml"
+    file.write_text('name = "demo"\nworld_size = 2\n')
+    said = complaint([word.replace("FILE", str(file)) for word in arguments.split()], capsys, 2)
+    assert sentence.replace("FILE", str(file)) in said
+    assert "errors.pydantic.dev" not in said
+
+
+def test_an_option_that_collects_or_counts_may_be_given_again(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--hold-back", "0:1", "--hold-back", "1:1", "-v", "-v", "-q", "-q"]
+    said = complaint(["runner", "--instance", "a", "--world-size", "2", *words], capsys, 2)
+    assert said.startswith("no server is given")
+
+
+def test_an_option_beats_a_file_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANKGATE_INSTANCE_FILE", str(tmp_path / "no.toml"))
+    said = complaint(["runner", "--instance", "other", "--world-size", "2"], capsys, 2)
+    assert said.startswith("no server is given"), "the file is not read"
+    assert "no.toml cannot be read" in complaint(["runner"], capsys, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ('{"seed": "x"}', 'seed is "x"; it must be a whole number'),
+        ('{"jitter": 7}', "jitter is 7; it must be at most 1"),
+        ('{"sed": 7}', "sed is not known; known are seed, connect_seconds"),
+        ('{"layer_seconds": null}', "layer_seconds is null; it must be a number"),
+        (
+            '{"faults": [{"phase": "laod", "action": "die"}]}',
+            'faults[0].phase is "laod"; it must be one of connect, load',
+        ),
+        ('{"faults": [{"phase": "load"}]}', "faults[0].action is missing"),
+        ('{"faults": {}}', "faults is {}; it must be a list"),
+        ('{"faults": [{"phase": "connect", "action": "die", "after_layers": 2}]}', "after_layers=2 has a meaning for"),
+    ],
+)
+def test_a_wrong_engine_configuration_is_told_in_our_words(
+    config: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["runner", "--instance", "a", "--rank", "0", "--redis", NOWHERE, "--engine-config", config]
+    said = complaint(words, capsys, 1)
+    assert sentence in said
+    for pydantics in ("pydantic", "validation error", "input_value", "type=", "https://"):
+        assert pydantics not in said
 
 
 def test_options_out_of_range_are_refused_by_the_shared_callback() -> None:

@@ -21,8 +21,8 @@ import anyio
 import psutil
 import pytest
 from loguru import logger
-from pydantic import ValidationError
 
+from barrier import InvalidSettings
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.engines.simulated import (
     FaultLedger,
@@ -1076,7 +1076,7 @@ async def test_a_factory_that_cannot_be_found_fails_for_good_and_is_named(proces
 
 @pytest.mark.parametrize("factory", ["", "module", "module:", ":name", "a b:c", "os;rm:x", "a:b:c"])
 def test_a_factory_of_the_wrong_form_is_refused(factory: str) -> None:
-    with pytest.raises(ValidationError, match=r"is not of the form package\.module:name"):
+    with pytest.raises(InvalidSettings, match=r"is not of the form package\.module:name"):
         EngineSpec(factory=factory)
 
 
