@@ -29,6 +29,7 @@ from barrier.prompt import PromptConnection
 from barrier.testing.fake_server import ServerSocket, WatchedDatabase
 from barrier.testing.faults import FaultPlan, FaultyConnection, unpack_commands
 from barrier.testing.manual_clock import ManualClock
+from barrier.testing.names import CountsByName, one_of
 
 _SERVER_STARTED = 1_700_000_000.0
 """What the store's own clock says when a manual clock begins, in seconds since 1970."""
@@ -61,12 +62,14 @@ class FakeStore:
 
     def __init__(self, clock: ManualClock | None = None, *, server_type: str = "redis") -> None:
         self.clock = clock
+        one_of("server_type", server_type, ("redis", "valkey"))
+        self._names: dict[str, None] = {}
         self.server = fakeredis.FakeServer(version=(7, 2), server_type=server_type)  # pyright: ignore[reportArgumentType]  a literal type that it keeps private
         self._databases: defaultdict[int, WatchedDatabase] = defaultdict(lambda: WatchedDatabase(self.server.lock))
         self.server.dbs = self._databases  # pyright: ignore[reportAttributeAccessIssue]  invariant, and never replaced
-        self.sent: Counter[str] = Counter()
+        self.sent: Counter[str] = CountsByName(self._names)
         """Round trips by client name: one call, or one MULTI, each; handshakes are not counted."""
-        self.refused: Counter[str] = Counter()
+        self.refused: Counter[str] = CountsByName(self._names)
         """Attempts to connect or to send by clients that are cut off, by name."""
         self._clock_began = clock.now() if clock else 0.0
         self._time_offset = 0.0
@@ -86,6 +89,7 @@ class FakeStore:
             name: for `partition` and `sent`.
             faults: what shall go wrong on its connections.
         """
+        self._names[name] = None
         pool = ConnectionPool(
             connection_class=_StoreConnection,
             server=self.server,
@@ -101,20 +105,28 @@ class FakeStore:
     # --- the network --------------------------------------------------------------------------------------------------
 
     def partition(self, name: str | None = None) -> None:
-        """Cut off all clients, or those of one name: their connections break, blocked reads included, and new ones fail."""
+        """Cut off all clients, or those of one name: their connections break, blocked reads included, and new ones fail.
+
+        Raises:
+            ValueError: no client has that name.
+        """
         if name is None:
             self._cut_off = True
         else:
-            self._cut_names.add(name)
+            self._cut_names.add(one_of("client called", name, self._names))
         self._break_connections(name)
 
     def heal(self, name: str | None = None) -> None:
-        """End the partition of one name; without a name, end all of them."""
+        """End the partition of one name; without a name, end all of them.
+
+        Raises:
+            ValueError: no client has that name.
+        """
         if name is None:
             self._cut_off = False
             self._cut_names.clear()
         else:
-            self._cut_names.discard(name)
+            self._cut_names.discard(one_of("client called", name, self._names))
 
     def is_cut(self, name: str) -> bool:
         """Whether clients of this name are cut off."""

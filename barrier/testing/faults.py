@@ -21,6 +21,7 @@ from barrier.clients import refuse_unusable
 from barrier.clock import Clock, SystemClock
 from barrier.prompt import PromptConnection
 from barrier.scripts import VERBS, script
+from barrier.testing.names import command_name
 
 Action: TypeAlias = Callable[[], Awaitable[object] | object]
 _Command: TypeAlias = list[bytes]
@@ -68,7 +69,7 @@ class FaultPlan:
 
     A command is a Redis command (``"exec"`` for any MULTI, ``"xadd"`` also for a MULTI with an XADD in it, ``"xread"``) or a verb of
     the barrier (``"dispatch"``), which means its script, however it is sent. `nth` counts the matching calls from the moment at which the fault was planned.
-    `touching` narrows it down to calls with a key or another argument that contains this text. Several faults may meet in one
+    A name that is neither is refused. `touching` narrows it down to calls with a key or another argument that contains this text. Several faults may meet in one
     call.
 
     Use `FakeStore.client(faults=plan)`, or `wrap` for a client of a real server.
@@ -173,7 +174,7 @@ class FaultPlan:
     ) -> FaultPlan:
         if nth < 1:
             raise ValueError(f"nth is {nth}; the first call is number 1")
-        self._faults.append(_Fault(kind, command.lower(), nth, touching.encode(), action, text))
+        self._faults.append(_Fault(kind, command_name(command), nth, touching.encode(), action, text))
         return self
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from barrier.testing.names import one_of
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
 
@@ -19,6 +20,13 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 TEXT = ("All ", "ranks ", "agree.")
 """What a scripted engine generates where the test says nothing else."""
+
+
+def _named(*phases: Phase) -> tuple[Phase, ...]:
+    """The same phases; raises ValueError for one that is mistyped, which would be waited for or held for ever."""
+    for phase in phases:
+        one_of("phase", phase, PHASES)
+    return phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +83,18 @@ class ScriptedEngine:
 
     def hold(self, *phases: Phase) -> ScriptedEngine:
         """From now on calls of these phases block until `finish` or `fail`, also where the engine is ``auto``."""
-        self._held.update(phases)
+        self._held.update(_named(*phases))
         return self
 
     def release(self, *phases: Phase) -> ScriptedEngine:
         """From now on calls of these phases succeed at once, and those that block go on. All phases where none is named."""
-        self._held.difference_update(phases or PHASES)
+        self._held.difference_update(_named(*phases) or PHASES)
         self._tell()
         return self
 
     def finish(self, phase: Phase) -> ScriptedEngine:
         """Let one call of this phase succeed: the one that blocks, or the next."""
+        _named(phase)
         self._orders[phase].append(None)
         self._tell()
         return self
@@ -104,6 +113,7 @@ class ScriptedEngine:
         Raises:
             ValueError: times is below 1.
         """
+        _named(phase)
         if times is not None and times < 1:
             raise ValueError(f"times is {times}; say how many calls shall fail, or None for all of them")
         failure = EngineFailure(error, permanent=permanent) if isinstance(error, str) else error
@@ -141,10 +151,12 @@ class ScriptedEngine:
 
     def active(self, phase: Phase) -> bool:
         """Whether a call of this phase is under way."""
+        _named(phase)
         return self._active[phase] > 0
 
     async def called(self, phase: Phase, times: int = 1) -> None:
         """Wait until this phase was called so many times altogether; bounded by the test's own deadline."""
+        _named(phase)
         while self.calls.count(phase) < times:
             self._news.clear()
             await self._news.wait()

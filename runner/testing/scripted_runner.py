@@ -7,7 +7,7 @@ import itertools
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from redis.asyncio import Redis
 
@@ -15,6 +15,7 @@ from barrier import Clock, EpochId, Member, Settings, StoreUnavailable, TaskEntr
 from barrier.member import Event, PromiseOutcome
 from barrier.store import Store
 from barrier.testing import FakeStore, wait_until
+from barrier.testing.names import one_of
 from runner.machine import Invalid, NotYet, Refusal, Stale
 from runner.messages import MalformedMessage, RejectionCode, RunnerStatus, StatusName, Task, TaskKind, decode_task
 from runner.runner import Runner
@@ -125,7 +126,9 @@ class ScriptedRunner:
         self, phase: RankPhase, *, code: RejectionCode = "NotYet", hint: str = "", times: int | None = 1
     ) -> ScriptedRunner:
         """Refuse tasks of this phase that it would have accepted; ``times=None`` refuses all of them."""
+        one_of("phase", phase, _KINDS)
         sentence = hint or f"the test says that rank {self.rank} refuses {_KINDS[phase]}"
+        one_of("code of a rejection", code, _REFUSALS)
         return self._deviate(phase, _REFUSALS[code](sentence), times)
 
     def ignore(self, phase: RankPhase, *, times: int | None = 1) -> ScriptedRunner:
@@ -153,6 +156,7 @@ class ScriptedRunner:
         return self
 
     def _deviate(self, phase: RankPhase, refusal: Refusal | None, times: int | None) -> ScriptedRunner:
+        one_of("phase", phase, _KINDS)
         if times is not None and times < 1:
             raise ValueError(f"times is {times}; give a number above 0, or None for always")
         self._deviations.append(_Deviation(_KINDS[phase], refusal, times))
@@ -258,7 +262,10 @@ class ScriptedRunner:
 
         Raises:
             AssertionError: it was not within 5 real seconds.
+            ValueError: there is no such status.
         """
+        for status in statuses:
+            one_of("status", status, get_args(StatusName))
         await wait_until(
             lambda: self.status.kind in statuses,
             f"rank {self.rank}, which is {self.status.kind}, to be {' or '.join(statuses)}",
