@@ -331,8 +331,9 @@ def _absence(view: View, epoch: EpochRecord, silent: list[RankView]) -> Verdict:
         said.append(f"{_names(left)} left: it was asked to end, or ended by itself{_where(gone, left)}")
     if quiet:
         seen = gone[quiet[0]]
-        lease = view.settings.lease if seen is None or not seen.lease_ms else seen.lease_ms / 1000
-        why = unreadable or f"no report for longer than the lease of {lease:g} s"
+        # The rank's own, which may be another than this planner's; and none where this planner has never seen it.
+        lease = f"its lease of {seen.lease_ms / 1000:g} s" if seen is not None and seen.lease_ms else "its lease"
+        why = unreadable or f"no report for longer than {lease}"
         said.append(f"{_names(quiet)} fell silent: {why}{_where(gone, quiet)}")
     code = "" if unreadable else LOST if quiet else ABSENT
     return Verdict.aborted("; ".join(said), culprit, code=code)

@@ -47,7 +47,7 @@ from planner.decide import (
     topic,
 )
 from planner.lifecycle import serving_requirement, task_for
-from planner.recovery import Memory, encode_notes, forgive, hold, observe
+from planner.recovery import Memory, encode_notes, forgive, hold, leases, observe
 from planner.registry import InstanceRecord, Registry
 from planner.requests import GENERATE, RequestQueue
 from planner.spec import Policy
@@ -122,6 +122,7 @@ class InstanceLoop:
         self._memory = Memory.fresh(self._clock.now(), record.launched_ms)
         self._lead_at = float("-inf")
         self._ordinal = 0
+        self._other_leases: dict[int, float] = {}
         self._told: object = None
         self._poked = asyncio.Event()
         self._changed = asyncio.Event()
@@ -192,6 +193,7 @@ class InstanceLoop:
         self._poked.clear()
         following = await self._lead_if_due()
         snapshot = await self._barrier.inspect()
+        self._tell_leases(snapshot)
         now = self._clock.now()
         if snapshot.epoch is not None:
             self._ordinal = max(self._ordinal, snapshot.epoch.ordinal)
@@ -247,6 +249,23 @@ class InstanceLoop:
                 return None
             case Following() as following:
                 return following
+
+    def _tell_leases(self, snapshot: Snapshot) -> None:
+        """A rank that has another lease than this planner is told, once until it changes: both work, and each side waits by its own."""
+        other = {
+            rank: lease
+            for rank, lease in leases(snapshot).items()
+            if lease != self._settings.lease and self._other_leases.get(rank) != lease
+        }
+        if other:
+            told = ", ".join(f"rank {rank} has a lease of {lease:g} s" for rank, lease in list(other.items())[:8])
+            logger.warning(
+                "{}: {}, and this planner one of {:g} s; start all with the same --lease",
+                self._record.spec.name,
+                told + (f" and {len(other) - 8} more have another" if len(other) > 8 else ""),
+                self._settings.lease,
+            )
+        self._other_leases |= other
 
     async def _follow(self, following: Following, snapshot: Snapshot) -> None:
         """Stand by: the leader's lease may lapse at any time, or it may finish the work."""

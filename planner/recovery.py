@@ -39,6 +39,15 @@ class Sighting:
     left: bool
 
 
+def leases(snapshot: Snapshot) -> dict[int, float]:
+    """The lease that each rank's report was written with, in seconds, where it says one."""
+    return {
+        view.rank: view.report.lease_ms / 1000
+        for view in snapshot.ranks
+        if view.report is not None and view.report.lease_ms
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What one planner knows of one instance beyond the current picture. All times by the planner's own clock, in seconds.
