@@ -171,6 +171,7 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "eval_ro": ("return 1", "1", _PROBE),
     "evalsha": ("0" * 40, "1", _PROBE),
     "evalsha_ro": ("0" * 40, "1", _PROBE),
+    "getrange": (_PROBE, "0", "1"),
     "hdel": (_PROBE, "f"),
     "hexists": (_PROBE, "f"),
     "hget": (_PROBE, "f"),

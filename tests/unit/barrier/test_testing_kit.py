@@ -571,6 +571,7 @@ async def test_a_plan_can_be_put_around_a_client_that_exists(store: FakeStore) -
 async def test_faults_come_along_into_the_clients_that_a_barrier_derives(group: Group) -> None:
     plan = FaultPlan().refuse("inspect")
     async with group.planner("faulty", faults=plan) as planner:
+        await planner.lead()  # whoever only looks sends no script
         with pytest.raises(StoreUnavailable):
             await planner.inspect()
         assert (await planner.inspect()).world_size == 3
