@@ -10,7 +10,8 @@ import sys
 import threading
 from contextlib import aclosing
 from dataclasses import asdict
-from typing import Any
+from traceback import walk_tb
+from typing import Any, NoReturn
 
 from runner.engine import Engine, EngineFailure
 from runner.host.contract import CHUNK_WINDOW
@@ -64,6 +65,20 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def _end_by(mistake: BaseException) -> NoReturn:
+    """End this process after a mistake of ours, which is told by its type and its frames: its text may quote a prompt."""
+    frames = [
+        f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in walk_tb(mistake.__traceback__)
+    ]
+    print(f"a mistake of ours: {type(mistake).__name__} [{' < '.join(reversed(frames))}]", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _end_if_mistaken(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (mistake := task.exception()) is not None:
+        _end_by(mistake)
+
+
 class _EngineServer:
     """The child's side of the pipes: one engine, one call at a time."""
 
@@ -95,10 +110,19 @@ class _EngineServer:
         try:
             while data := os.read(self._commands, 1 << 20):
                 for frame in buffer.feed(data):
-                    loop.call_soon_threadsafe(self._receive, frame)
+                    loop.call_soon_threadsafe(self._receive_or_end, frame)
+        except Exception as mistake:  # noqa: BLE001 - whatever it is
+            _end_by(mistake)
         finally:
             # The runner is gone, or talks nonsense: nobody is left to close for.
             os._exit(1)
+
+    def _receive_or_end(self, frame: dict[str, Any]) -> None:
+        # A call that is never taken up would be waited for until somebody gives up; an engine that has died is noticed at once.
+        try:
+            self._receive(frame)
+        except Exception as mistake:  # noqa: BLE001 - whatever it is
+            _end_by(mistake)
 
     def _receive(self, frame: dict[str, Any]) -> None:
         match frame["kind"]:
@@ -112,6 +136,7 @@ class _EngineServer:
                 self._room = asyncio.Semaphore(CHUNK_WINDOW)
                 work = Work(frame["name"], decode_request(frame["name"], frame["request"]))
                 self._task = asyncio.create_task(self._work(self._call, work))
+                self._task.add_done_callback(_end_if_mistaken)
             case "more":
                 if frame["call"] == self._call:
                     self._room.release()

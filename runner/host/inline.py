@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 
-from runner.engine import Engine, EngineDied
+from runner.engine import Engine, EngineDied, EngineFailure
 from runner.host.failures import Failure, engine_log, was_cancelled
 from runner.host.lives import BaseHost, Call, Life
 from runner.host.work import perform
@@ -49,14 +49,25 @@ class _InlineLife(Life):
         """There is nothing to wait for: the factory has made the engine."""
 
     def begin(self, call: Call) -> None:
-        self._task = asyncio.create_task(self._drive(call))
+        from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
+        failed = EngineFailure(
+            f"engine of rank {self._rank}: a mistake of ours ended its {call.work.doing}; the log has its frames"
+        )
+        self._task = supervise.background(
+            self._drive(call), f"the call of the engine of rank {self._rank}", on_mistake=lambda _: call.finish(failed)
+        )
 
     def cancel(self, call: Call) -> None:
         if self._task is not None:
             self._task.cancel()
 
     def close(self) -> None:
-        self._closing = asyncio.create_task(self._close())
+        from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
+        self._closing = supervise.background(
+            self._close(), f"the closing of the engine of rank {self._rank}", on_mistake=lambda _: self._is_gone()
+        )
 
     def kill(self) -> None:
         if self._closing is not None:

@@ -339,7 +339,13 @@ class BaseHost(ABC):
         if call.work.name != "generate":
             self._end("was killed because its caller gave up")
         # A task of its own, so that a second cancellation (anyio's scopes repeat theirs) ends the waiting, not the tidying.
-        self._tidying = asyncio.create_task(self._tidy(call))
+        from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
+        self._tidying = supervise.background(
+            self._tidy(call),
+            f"the tidying after the engine of rank {self._rank}",
+            on_mistake=lambda _: self._end("was killed because tidying after it failed by a mistake of ours"),
+        )
         await asyncio.shield(self._tidying)
 
     async def _tidy(self, call: Call) -> None:

@@ -101,12 +101,17 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
         return self._transport.get_pid() if self._transport is not None else None
 
     async def start(self) -> None:
+        from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
         loop = asyncio.get_running_loop()
         self._mark = leftovers.begin()
-        self._spawning = loop.create_task(
+        self._spawning = supervise.background(
             loop.subprocess_exec(
                 lambda: self, *child_command(self._rank), env=child_environment(self._mark), start_new_session=True
-            )
+            ),
+            f"the start of the engine of rank {self._rank}",
+            on_mistake=lambda _: None,  # `start` raises it
+            expected=(OSError,),
         )
         self._spawning.add_done_callback(self._spawned)
         # Shielded, so that a cancelled start still learns what it started, kills it, and knows when it is gone.
@@ -177,6 +182,12 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
                 self._receive(frame)
         except ValueError as error:
             self._stderr.remark(f"sent a reply that is none: {error}")
+            self.kill()
+        except Exception as mistake:  # noqa: BLE001 - the event loop would tell its text, and close the pipe
+            from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
+            supervise.tell_mistake(f"reading what the engine of rank {self._rank} says", mistake)
+            self._stderr.remark("was killed because a mistake of ours kept its replies from being read")
             self.kill()
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
