@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
-from barrier import Settings
+from barrier import Settings, supervise
 from barrier.errors import RankgateError
 from planner.launcher import Launcher, ProcessState, Program, Restarts, exit_sentence
 from planner.planner import InstanceFailed
@@ -108,9 +108,7 @@ class Run:
             self.tell(f"{state.program.name} is not started again: its supervisor mends {RESTARTS} death in a row")
 
     async def _until(self, ready: Coroutine[Any, Any, None]) -> float | None:
-        waiting = asyncio.create_task(ready)
-        hopeless = asyncio.create_task(self.launcher.given_up())
-        try:
+        async with supervise.alongside(ready) as waiting, supervise.alongside(self.launcher.given_up()) as hopeless:
             await asyncio.wait({waiting, hopeless}, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 self.tell("not Ready, and never will be" if hopeless.done() else f"not Ready within {LIMIT:g} s")
@@ -122,10 +120,6 @@ class Run:
                 return None
             self.tell("all ranks are Ready")
             return self.seconds
-        finally:
-            for task in (waiting, hopeless):
-                task.cancel()
-            await asyncio.gather(waiting, hopeless, return_exceptions=True)
 
 
 def engine_config(rank: int) -> SimulatedConfig:

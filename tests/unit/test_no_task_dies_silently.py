@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import re
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +30,16 @@ from planner.cli.screen import Picture
 from planner.cli.watchdog import ServiceManager, Work, supervised
 from planner.launcher import Launcher, Program
 from planner.loop import InstanceLoop
+from planner.race.scenario import Run
 from planner.registry import InstanceRecord
 from planner.requests import RequestQueue
-from runner.messages import StatusName, TaskKind
-from runner.testing import scripted_runners
+from runner import EngineDied, EngineFailure, EngineHost, InlineHost, ProcessHost
+from runner.engine import GenerationRequest
+from runner.engines.simulated import SimulatedConfig, simulated_spec
+from runner.messages import ModelSpec, StatusName, TaskKind
+from runner.testing import ScriptedEngine, scripted_runners
 from tests.unit.barrier.group import Group, started_group
-from tests.unit.mistakes import Heard, Injected, hearing, mistaken, mistaken_later
+from tests.unit.mistakes import SECRET, Heard, Injected, hearing, mistaken, mistaken_later
 from tests.unit.planner.cluster import cluster, text_of
 from tests.unit.runner.rig import Rig, make_task, runner_rig
 
@@ -627,6 +634,13 @@ async def test_a_mistake_in_what_up_does_ends_it(work: Any, trouble: Any) -> Non
         await up._first_of(work(), trouble())  # pyright: ignore[reportPrivateUsage]
 
 
+async def test_a_mistake_in_what_the_race_waits_for_ends_it() -> None:
+    run: Any = object.__new__(Run)
+    run.launcher = SimpleNamespace(given_up=asyncio.Event().wait)
+    with pytest.raises(Injected):
+        await run._until(mistaken_later())
+
+
 async def test_the_picture_of_up_goes_on_after_a_mistake(
     store: FakeStore, clock: ManualClock, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,3 +676,230 @@ async def test_a_mistake_in_the_watch_for_a_planner_ends_the_request(monkeypatch
         await commands._unless_nobody_plans(  # pyright: ignore[reportPrivateUsage]
             asyncio.Event().wait(), observer, "demo", Settings()
         )
+
+
+# --- hosts of engines -----------------------------------------------------------------------------------------------------
+
+MODEL = ModelSpec(model_id="toy", total_layers=2)
+
+
+async def load_on(host: EngineHost) -> list[int]:
+    return [layers async for layers in host.load(MODEL)]
+
+
+async def test_a_mistake_in_a_call_of_an_engine_fails_the_call(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = InlineHost(ScriptedEngine(auto=True).fresh)
+    monkeypatch.setattr("runner.host.inline._InlineLife._drive", mistaken_later)
+    with pytest.raises(EngineFailure, match="a mistake of ours ended its loading"):
+        await asyncio.wait_for(load_on(host), 10)
+    heard.check("the call of the engine of rank 0: ")
+    await host.kill()
+
+
+async def test_a_mistake_in_closing_an_engine_does_not_keep_it(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = InlineHost(ScriptedEngine(auto=True).fresh, grace_seconds=600)
+    await load_on(host)
+    monkeypatch.setattr("runner.host.inline._InlineLife._close", mistaken_later)
+    await asyncio.wait_for(host.close(), 30)
+    heard.check("the closing of the engine of rank 0: ")
+
+
+async def test_a_mistake_in_tidying_after_a_call_kills_the_engine(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine()
+    host = InlineHost(engine.fresh, grace_seconds=600)
+    engine.release("load")
+    await load_on(host)
+    with monkeypatch.context() as broken:
+        broken.setattr("runner.host.lives.BaseHost._tidy", mistaken_later)
+        pieces = host.generate(GenerationRequest("a", SECRET, 3))
+        engine.say("a piece")
+        await anext(pieces)
+        with pytest.raises(Injected):
+            await pieces.aclose()
+    heard.check("the tidying after the engine of rank 0: ")
+    with pytest.raises(EngineFailure, match="no engine of rank 0 is running"):
+        await host.warm_up()
+    await load_on(host)
+    assert engine.lives == 2
+    await host.close()
+
+
+async def test_a_mistake_in_starting_an_engines_process_is_heard_and_raised(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ProcessHost(simulated_spec(SimulatedConfig(), rank=0, world_size=1))
+    monkeypatch.setattr(asyncio.get_running_loop(), "subprocess_exec", mistaken_later)
+    with pytest.raises(EngineFailure, match="cannot be started: Injected"):
+        await load_on(host)
+    heard.check("the start of the engine of rank 0: ")
+
+
+async def test_a_mistake_in_reading_an_engines_replies_ends_it(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ProcessHost(simulated_spec(SimulatedConfig(), rank=0, world_size=1))
+    monkeypatch.setattr("runner.host.process._ProcessLife._receive", mistaken)
+    with pytest.raises(EngineDied, match="a mistake of ours kept its replies from being read"):
+        await asyncio.wait_for(load_on(host), 60)
+    heard.check("reading what the engine of rank 0 says: ")
+    await host.close()
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "server._receive_or_end({'kind': 'the murderer'})",
+        "server._send = mistaken; server._receive_or_end({'kind': 'call', 'call': 1, 'name': 'warm_up', 'request': None})",
+        "server._commands = mistaken; server._read_commands(asyncio.get_running_loop())",
+    ],
+    ids=["a command", "the work", "the reading thread"],
+)
+def test_an_engines_process_that_makes_a_mistake_ends_and_says_which(where: str) -> None:
+    code = (
+        "import asyncio\n"
+        "from runner.host.child import _EngineServer\n"
+        "def mistaken(*_): raise LookupError('the murderer')\n"
+        "async def main():\n"
+        "    server = _EngineServer(0, 1)\n"
+        f"    {where}\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert re.search(
+        r"^a mistake of ours: \w+Error \[\S+runner/host/child\.py:\d+ in \w+|^a mistake of ours: LookupError",
+        ended.stderr,
+    )
+    assert "murderer" not in ended.stderr
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------------
+
+STARTERS = (
+    *(
+        "create_task",
+        "ensure_future",
+        "gather",
+        "shield",
+        "run_in_executor",
+        "to_thread",
+        "start_soon",
+        "run_coroutine_threadsafe",
+    ),
+    *(
+        "call_soon",
+        "call_soon_threadsafe",
+        "call_later",
+        "call_at",
+        "add_done_callback",
+        "add_signal_handler",
+        "add_reader",
+    ),
+    *("Thread", "Timer", "Process"),
+)
+"""What begins something that runs by itself, or swallows how it ended."""
+
+OWNED: dict[str, str] = {
+    "barrier/supervise.py": "the supervisor itself",
+    "planner/cli/process.py shell.add_signal_handler": "`Interrupts`; what fails in there is told by `hear_loop`",
+    "planner/cli/process.py receive.call_later": "as above",
+    "planner/cli/process.py lost.call_soon_threadsafe": "as above",
+    "planner/cli/process.py agrees.add_reader": "as above; the answer is awaited, and a signal ends that",
+    "planner/cli/process.py within.Timer": "the last resort, which does nothing but end this process",
+    "planner/cli/process.py _end.Thread": "the last resort; the process ends whatever becomes of it",
+    "planner/cli/streams.py watch.Thread": "imports nothing of ours; whoever writes notices a loss without it",
+    "planner/launcher.py given_up.shield": "of a future, which `_give_up` settles",
+    "planner/launcher.py leave_with_parent.Thread": "ends this process however it ends",
+    "planner/requests.py _to_the_end.shield": "of a task that is under the supervisor",
+    "planner/race/process.py _run_process.create_task": "the first of them to end ends the process, with its error",
+    "planner/race/gated.py with_barrier.create_task": "`cancelled` raises what ended it",
+    "planner/race/scenario.py bring_up.create_task": "`cancelled` raises what ended it",
+    "runner/engines/mlx.py run.Thread": "a job catches all and hands it to its caller",
+    "runner/engines/mlx.py work.call_soon_threadsafe": "settles what the caller awaits",
+    "runner/host/inline.py kill.add_done_callback": "says that the engine is gone; what fails in there is told by `hear_loop`",
+    "runner/host/lives.py _abandon.shield": "of a task that is under the supervisor",
+    "runner/host/process.py start.add_done_callback": "says that the engine is gone; what fails in there is told by `hear_loop`",
+    "runner/host/process.py start.shield": "of a task that is under the supervisor",
+    "runner/host/process.py process_exited.call_later": "the engine is gone already; what fails in there is told by `hear_loop`",
+    "runner/host/child.py serve.Thread": "ends the engine's process however it ends, and says why",
+    "runner/host/child.py _read_commands.call_soon_threadsafe": "what is called ends the engine's process where it fails, and says why",
+    "runner/host/child.py _receive.create_task": "its end is looked at by `_end_if_mistaken`",
+    "runner/host/child.py _receive.add_done_callback": "the same",
+    "runner/runner.py run.shield": "`_clean_up` tells of every step that fails",
+}
+"""Those outside the supervisor, by file and function, with who hears their ends. Test kits are left out: a test hears them."""
+
+TESTED = {
+    "barrier/member.py heartbeat": "test_a_rank_whose_heartbeat_died_says_so_and_accepts_nothing",
+    "barrier/member.py tasks": "test_a_task_log_that_cannot_be_read_by_our_own_fault_ends_the_reading_by_name",
+    "barrier/wakeups.py _restart": "test_wakeups_begin_anew_and_whoever_waits_looks_for_itself",
+    "planner/planner.py __aenter__": "test_the_watch_over_the_desired_state_goes_on_after_a_mistake",
+    "planner/planner.py run": "test_a_planner_that_takes_up_all_instances_goes_on_after_a_mistake",
+    "planner/planner.py _plan": "test_a_mistake_in_planning_ends_every_wait_and_the_log_has_its_frames",
+    "planner/planner.py _follow_desired": "test_an_instance_whose_taking_up_fails_does_not_keep_the_others_waiting",
+    "planner/loop.py _until_poked": "test_a_mistake_in_what_a_planner_waits_with_is_heard",
+    "planner/requests.py _to_the_end": "test_a_mistake_in_taking_back_a_request_is_heard",
+    "planner/gate.py open": "test_a_gate_goes_on_renewing_its_leadership_after_a_mistake",
+    "planner/launcher.py __init__": "test_whoever_is_told_of_processes_may_make_a_mistake",
+    "planner/launcher.py __aenter__": "test_a_process_whose_keeper_failed_is_given_up_by_name",
+    "planner/cli/commands.py _unless_nobody_plans": "test_a_mistake_in_the_watch_for_a_planner_ends_the_request",
+    "planner/cli/health.py keeping_state": "test_a_state_file_goes_on_beating_after_a_mistake",
+    "planner/cli/runner_process.py run_all": "test_a_mistake_in_one_of_a_processs_ranks_ends_the_others_and_is_raised",
+    "planner/cli/up.py trouble": "test_a_mistake_in_what_up_does_ends_it",
+    "planner/cli/up.py _looking": "test_the_picture_of_up_goes_on_after_a_mistake",
+    "planner/cli/up.py _first_of": "test_a_mistake_in_what_up_does_ends_it",
+    "planner/race/scenario.py _until": "test_a_mistake_in_what_the_race_waits_for_ends_it",
+    "planner/cli/watchdog.py supervised": "test_the_service_manager_is_told_again_after_a_mistake",
+    "runner/runner.py _until_leaving": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
+    "runner/runner.py _part": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
+    "runner/runner.py _check_engine": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
+    "runner/runner.py _generate": "test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives",
+    "runner/host/inline.py begin": "test_a_mistake_in_a_call_of_an_engine_fails_the_call",
+    "runner/host/inline.py close": "test_a_mistake_in_closing_an_engine_does_not_keep_it",
+    "runner/host/lives.py _abandon": "test_a_mistake_in_tidying_after_a_call_kills_the_engine",
+    "runner/host/process.py start": "test_a_mistake_in_starting_an_engines_process_is_heard_and_raised",
+}
+"""Those under the supervisor, with the test that puts a mistake into them."""
+
+SUPERVISED = ("background", "restarted", "keep_going", "alongside", "guarded", "passed_over")
+
+
+def calls_of(names: Iterable[str]) -> dict[str, str]:
+    """Every call of these names in the product, as ``file function.name`` and as ``file function``; the test kits left out."""
+    root = Path(__file__).parents[2]
+    found: dict[str, str] = {}
+    for package in ("barrier", "runner", "planner"):
+        for file in sorted((root / package).rglob("*.py")):
+            place = file.relative_to(root).as_posix()
+            if "/testing/" not in place:
+                visit(ast.parse(file.read_text(encoding="utf-8")), place, "module", frozenset(names), found)
+    return found
+
+
+def visit(node: ast.AST, place: str, function: str, names: frozenset[str], found: dict[str, str]) -> None:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        function = node.name
+    if isinstance(node, ast.Call):
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+        if name in names:
+            found[f"{place} {function}.{name}"] = f"{place} {function}"
+    for child in ast.iter_child_nodes(node):
+        visit(child, place, function, names, found)
+
+
+def test_whatever_runs_by_itself_has_an_owner_that_hears_its_end() -> None:
+    found = {one: file for one in calls_of(STARTERS) if (file := one.split(" ")[0]) != "barrier/supervise.py"}
+    unowned = sorted(set(found) - set(OWNED))
+    assert not unowned, f"begin these with barrier.supervise, or say in OWNED who hears how they end: {unowned}"
+    stale = sorted(set(OWNED) - set(found) - {"barrier/supervise.py"})
+    assert not stale, f"there are no such calls any more: {stale}"
+
+
+def test_a_test_puts_a_mistake_into_everything_that_the_supervisor_owns() -> None:
+    found = {place for place in calls_of(SUPERVISED).values() if not place.startswith("barrier/supervise.py")}
+    untested = sorted(found - set(TESTED))
+    assert not untested, f"write a test that puts a mistake into these, and name it in TESTED: {untested}"
+    assert sorted(set(TESTED) - found) == []
+    assert sorted(set(TESTED.values()) - set(globals())) == [], "there are no such tests"
