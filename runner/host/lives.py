@@ -188,7 +188,13 @@ class BaseHost(ABC):
         """See `EngineHost`. An engine that was slow to prepare gets a spare now, when its own work is done."""
         await self._run(Work("warm_up"))
         if self._costly is not None and self._spare is None:
-            self._starting_spare = asyncio.create_task(self._start_spare(self._costly), name="rankgate spare engine")
+            from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
+            self._starting_spare = supervise.background(
+                self._start_spare(self._costly),
+                f"the start of a spare engine of rank {self._rank}",
+                on_mistake=lambda _: self._give_up_spare(),
+            )
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
         """See `EngineHost`."""

@@ -367,6 +367,18 @@ async def test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives
         await rig.reach("Ready")
 
 
+async def test_a_mistake_in_preparing_an_engine_fails_the_attempt(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with runner_rig() as rig:
+        monkeypatch.setattr(rig.host, "prepare", mistaken_later)
+        await rig.open()
+        await settle()
+        assert rig.status == "Failed"
+        assert (await rig.report()).error.startswith("a mistake of ours, Injected at ")
+    heard.check("rank 0: ")
+
+
 async def test_tidying_up_goes_on_after_a_mistake_in_it(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     async with runner_rig() as rig:
         await rig.reach("Ready")
@@ -726,6 +738,17 @@ async def test_a_mistake_in_tidying_after_a_call_kills_the_engine(
     await host.close()
 
 
+async def test_a_mistake_in_starting_a_spare_engine_gives_it_up(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = InlineHost(ScriptedEngine(auto=True).fresh)
+    await load_on(host)
+    monkeypatch.setattr(host, "_costly", object())
+    monkeypatch.setattr(host, "_start_spare", mistaken_later)
+    await host.warm_up()
+    await settle()
+    heard.check("the start of a spare engine of rank 0: ")
+    await asyncio.wait_for(host.shut_down(), 10)
+
+
 async def test_a_mistake_in_starting_an_engines_process_is_heard_and_raised(
     heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -817,15 +840,22 @@ OWNED: dict[str, str] = {
     "planner/race/scenario.py bring_up.create_task": "`cancelled` raises what ended it",
     "runner/engines/mlx.py run.Thread": "a job catches all and hands it to its caller",
     "runner/engines/mlx.py work.call_soon_threadsafe": "settles what the caller awaits",
+    "runner/engines/mlx.py load.create_task": "awaited there: its failure is the load's",
+    "runner/engines/mlx.py load.to_thread": "awaited there: its failure is the load's",
+    "runner/engines/ring.py join.gather": "awaited there, and raises",
     "runner/host/inline.py kill.add_done_callback": "says that the engine is gone; what fails in there is told by `hear_loop`",
     "runner/host/lives.py _abandon.shield": "of a task that is under the supervisor",
     "runner/host/process.py start.add_done_callback": "says that the engine is gone; what fails in there is told by `hear_loop`",
     "runner/host/process.py start.shield": "of a task that is under the supervisor",
+    "runner/host/process.py _spawned.run_in_executor": "the engine never was; what fails in there is told by `hear_loop`",
+    "runner/host/process.py process_exited.run_in_executor": "the engine is gone; what fails in there is told by `hear_loop`",
+    "runner/host/process.py process_exited.add_done_callback": "as `process_exited.call_later`, which comes where this does not",
     "runner/host/process.py process_exited.call_later": "the engine is gone already; what fails in there is told by `hear_loop`",
     "runner/host/child.py serve.Thread": "ends the engine's process however it ends, and says why",
     "runner/host/child.py _read_commands.call_soon_threadsafe": "what is called ends the engine's process where it fails, and says why",
     "runner/host/child.py _receive.create_task": "its end is looked at by `_end_if_mistaken`",
     "runner/host/child.py _receive.add_done_callback": "the same",
+    "runner/runner.py _prepare.shield": "of a task that is under the supervisor",
     "runner/runner.py run.shield": "`_clean_up` tells of every step that fails",
 }
 """Those outside the supervisor, by file and function, with who hears their ends. Test kits are left out: a test hears them."""
@@ -853,11 +883,13 @@ TESTED = {
     "planner/cli/watchdog.py supervised": "test_the_service_manager_is_told_again_after_a_mistake",
     "runner/runner.py _until_leaving": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
     "runner/runner.py _part": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
+    "runner/runner.py _prepare": "test_a_mistake_in_preparing_an_engine_fails_the_attempt",
     "runner/runner.py _check_engine": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
     "runner/runner.py _generate": "test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives",
     "runner/host/inline.py begin": "test_a_mistake_in_a_call_of_an_engine_fails_the_call",
     "runner/host/inline.py close": "test_a_mistake_in_closing_an_engine_does_not_keep_it",
     "runner/host/lives.py _abandon": "test_a_mistake_in_tidying_after_a_call_kills_the_engine",
+    "runner/host/lives.py warm_up": "test_a_mistake_in_starting_a_spare_engine_gives_it_up",
     "runner/host/process.py start": "test_a_mistake_in_starting_an_engines_process_is_heard_and_raised",
 }
 """Those under the supervisor, with the test that puts a mistake into them."""
