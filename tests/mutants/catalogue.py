@@ -9,6 +9,7 @@ from tests.mutants.harness import (
     EXHAUSTIVE,
     FORGOTTEN,
     JUDGE,
+    LIVES,
     MLX,
     PROPERTY,
     RANK,
@@ -1146,7 +1147,82 @@ ENGINES: tuple[Mutation, ...] = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES)
+LIFE: tuple[Mutation, ...] = (
+    Mutation(
+        "failure-told-first",
+        "a failure is told before the engine is killed",
+        "L3",
+        Edit(
+            _RUNNER,
+            "        await self._say(outcome=outcome, events=[*events, RunnerStatusUpdated(status=self._status)])\n        await self._host.kill()",
+            "        await self._host.kill()\n        await self._say(outcome=outcome, events=[*events, RunnerStatusUpdated(status=self._status)])",
+        ),
+        (LIVES,),
+    ),
+    Mutation(
+        "failure-first-kept",
+        "the first failure of an attempt is its cause",
+        "L4",
+        Edit(
+            _RUNNER,
+            "        if self._failure is None:\n            self._failure = EngineFailure",
+            "        if True:\n            self._failure = EngineFailure",
+        ),
+        (LIVES,),
+    ),
+    Mutation(
+        "cancelled-forgotten",
+        "what was cancelled in one attempt is generated in the next",
+        "S7",
+        Edit(_RUNNER, "        self._cancelled.clear()\n", ""),
+        (LIVES,),
+    ),
+    Mutation(
+        "generation-progress",
+        "a text that takes long says how far it is",
+        "L2",
+        Edit(
+            _RUNNER,
+            "                    self._member.note_progress(tokens, task.max_tokens)",
+            "                    pass",
+        ),
+        (LIVES,),
+    ),
+    Mutation(
+        "announcement-repeated",
+        "an announcement that found no room is repeated",
+        "L6",
+        Edit(
+            _MEMBER,
+            "        except asyncio.QueueFull:\n            self._announced = None",
+            "        except asyncio.QueueFull:\n            pass",
+        ),
+        (LIVES,),
+    ),
+    Mutation(
+        "requests-capped",
+        "requests are capped, and the oldest give way",
+        "S10",
+        Edit("planner/requests.py", '"MAXLEN", MAX_WAITING, ', ""),
+        (LIVES,),
+    ),
+    Mutation(
+        "heartbeat-heard",
+        "a rank whose heartbeat died accepts nothing",
+        "S3",
+        Edit(_MEMBER, "return self._failed is None and self.clock", "return self.clock"),
+        (LIVES,),
+    ),
+    Mutation(
+        "part-heard",
+        "a mistake in a part of a runner ends the runner by name",
+        "L4",
+        Edit(_RUNNER, "            self._leaving.set()\n\n        return end", "\n        return end"),
+        (LIVES,),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES, *LIFE)
 
 QUICK: tuple[str, ...] = ("gate-epoch", "once", "verdict-first", "floor-record")
 """A share that its first searches find in a few seconds each."""

@@ -109,6 +109,8 @@ SECOND_LINE = _property("fuzz/test_second_line.py")
 """One runner against a planner that checks nothing."""
 MLX = _property("mlx/test_mlx_configuration.py")
 """What the MLX engine decides, with a stand-in for MLX."""
+LIVES = _property("unit/runner/test_runner_guards.py", "unit/test_no_task_dies_silently.py")
+"""A mistake in every part that runs by itself, and what a rank says when it fails."""
 SIMULATION = Search("simulation")
 EXHAUSTIVE = Search("exhaustive")
 
