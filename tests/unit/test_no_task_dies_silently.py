@@ -856,7 +856,7 @@ OWNED: dict[str, str] = {
     "runner/host/child.py _receive.create_task": "its end is looked at by `_end_if_mistaken`",
     "runner/host/child.py _receive.add_done_callback": "the same",
     "runner/runner.py _prepare.shield": "of a task that is under the supervisor",
-    "runner/runner.py run.shield": "`_clean_up` tells of every step that fails",
+    "runner/runner.py _run.shield": "`_clean_up` tells of every step that fails; `shut_down` raises to the caller",
 }
 """Those outside the supervisor, by file and function, with who hears their ends. Test kits are left out: a test hears them."""
 
