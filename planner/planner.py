@@ -147,6 +147,13 @@ class Instance:
         return state.failure or explain_instance(snapshot, wanted=not state.over)
 
 
+def _renew(planned: _Planned, record: InstanceRecord) -> None:
+    """Heed what may change of a launch; see `Registry.launch`."""
+    if record.desired == "up" and record.spec != planned.record.spec:
+        planned.record = record
+        planned.loop.renew(record)
+
+
 def explain_instance(snapshot: Snapshot, *, wanted: bool = False) -> str:
     """Say what an instance waits for, by the lifecycle's next step.
 
@@ -349,9 +356,8 @@ class Planner:
         elif record.launched_ms == planned.record.launched_ms:
             if record.desired != "up":
                 planned.loop.stop()
-            elif record.spec != planned.record.spec:  # what may change of a launch, see `Registry.launch`
-                planned.record = record
-                planned.loop.renew(record)
+            else:
+                _renew(planned, record)
         if self._adopting and planned.loop.state.over:
             await self._part_with(planned)
 
@@ -376,6 +382,7 @@ class Planner:
         name = record.spec.name
         while (known := self._planned.get(name)) is not None:  # another call may plan it while this one waits
             if known.record.launched_ms == record.launched_ms and not known.loop.state.over:
+                _renew(known, record)
                 return known
             if known.record.launched_ms > record.launched_ms:
                 raise InstanceFailed(f"{name} was launched anew while this launch began")

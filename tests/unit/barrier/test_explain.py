@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from barrier import RankRule, Verdict, all_ranks, explain
+from barrier import RankRule, Verdict, all_ranks, explain, explain_key
 from tests.unit.barrier.pictures import EARLIER, LATER, life, picture, record, silent, view
 
 CONNECTED = all_ranks(3, "Connected")
@@ -101,3 +101,15 @@ def test_the_same_snapshot_gives_the_same_sentence() -> None:
 def test_512_missing_ranks_are_all_named() -> None:
     said = explain(picture(*(silent(rank) for rank in range(512))), all_ranks(512, "Connected"))
     assert all(f"rank {rank} (" in said for rank in range(512))
+
+
+def test_a_sentence_is_told_from_the_next_by_what_it_says_and_not_by_ages_leases_and_progress() -> None:
+    def key(**changed: Any) -> object:
+        late: dict[str, Any] = {"status": "Loading", "progress": (3, 16), "left_ms": 4_500, **changed}
+        return explain_key(picture(view(0), view(1, **late), silent(2)), all_ranks(3, "Loaded"))
+
+    assert key() == key(progress=(4, 16)) == key(left_ms=900) == key(status_ms=9_000)
+    different = [key(), key(status="Connected"), key(error="no route"), key(incarnation=life(1, 9)), key(epoch=None)]
+    assert len(set(map(repr, different))) == len(different)
+    assert key() != explain_key(picture(view(0), view(1), silent(2)), all_ranks(3, "Loaded"))
+    assert key() != explain_key(picture(view(0), silent(1), silent(2), opened=False), all_ranks(3, "Loaded"))

@@ -523,6 +523,16 @@ def test_a_refusal_for_good_ends_the_attempt(code: str, failure: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("code", "failure"), [("Stale", "transient"), ("Invalid", "permanent"), ("", "transient")])
+@pytest.mark.parametrize("detail", ["Invalid: permanent", "Stale: transient", ""])
+def test_whether_a_refusal_is_for_good_hangs_on_its_code_and_not_on_its_text(
+    code: str, failure: str, detail: str
+) -> None:
+    told = refused("load", 3, code=code, detail=detail)
+    verdict = concluded(picture("Connected", "Connected", dispatched=2, ranks={0: told}))
+    assert verdict.failure == failure
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_garbage_in_the_log_is_not_taken_for_a_step_that_the_rank_has_carried_out(rank: int) -> None:
     """A record that was restored gives all steps the last place in the log, whatever stood there."""

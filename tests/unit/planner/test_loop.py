@@ -412,6 +412,17 @@ async def test_an_absence_neither_costs_nor_gives_back_what_failures_cost(store:
         assert len(made.verdicts()) == 3
 
 
+async def test_a_limit_for_absence_may_be_set_while_the_instance_serves(store: FakeStore, clock: ManualClock) -> None:
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        instance = await made.run(planner.launch(made.spec))
+        patient = made.spec.model_copy(update={"absence_limit": 90.0})
+        assert (await made.run(planner.launch(patient))).spec == patient
+        assert (made.verdicts(), len(made.epochs())) == ([], 1)
+        await made.kill(1)
+        await made.until(lambda: instance.state.over, "the verdict of the planner")
+        assert "rank 1 did not come within 90 s" in instance.state.failure
+
+
 async def test_a_rank_that_stays_away_for_longer_than_the_limit_ends_the_instance(
     store: FakeStore, clock: ManualClock
 ) -> None:

@@ -59,6 +59,23 @@ async def test_to_launch_the_same_again_changes_nothing(
     assert store.contents() == before
 
 
+async def test_to_launch_with_another_limit_for_absence_is_the_same_launch(
+    registry: Registry, clock: ManualClock
+) -> None:
+    first = await registry.launch(spec(2))
+    await clock.advance(5)
+    patient = spec(2).model_copy(update={"absence_limit": 90.0})
+    second = await registry.launch(patient)
+    assert second == first.model_copy(update={"spec": patient})
+    assert (await registry.get("demo")) == second
+    assert patient.digest == spec(2).digest, "ranks do not care, and a serving instance is not taken down"
+
+
+def test_a_limit_that_was_not_set_is_not_written() -> None:
+    """Planners of earlier versions refuse what they do not know."""
+    assert "absence_limit" not in InstanceRecord(spec=spec(2)).model_dump_json()
+
+
 async def test_to_launch_another_spec_is_another_launch(registry: Registry, clock: ManualClock) -> None:
     first = await registry.launch(spec(2))
     await clock.advance(5)
