@@ -140,9 +140,9 @@ async def test_the_healthy_rank_does_not_pay_for_its_neighbours_restarts(store: 
             made.scripts[0].fail("load", "a bad sector", after=1)  # its second and its fourth load
         made.scripts[1].hold("load")
         instance = await made.run(planner.launch(made.spec, wait=False))
-        for attempt in (1, 3):  # in the first and the third attempt it is rank 1 that restarts
+        for attempt in (1, 3):  # in the first and the third attempt it is rank 1 whose process dies
             await made.until(lambda n=attempt: len(made.epochs()) == n and made.statuses[1] == "Loading", "the load")
-            await made.stop(1)
+            await made.kill(1)
             made.scripts[1].let("load")
             made.start(1)
             await made.until(lambda n=attempt: len(made.verdicts()) == n + 1, "rank 0 to fail, too")
@@ -153,6 +153,8 @@ async def test_the_healthy_rank_does_not_pay_for_its_neighbours_restarts(store: 
         assert culprits == [1, 0, 1, 0], "four failures in a row, and nobody has spent the two that each may have"
         assert made.ranks[0] is healthy, "nobody has restarted it"
 
-        await come_back(made, 1, "stopped")  # once too often
+        await come_back(made, 1, "stopped")  # who was asked to end has not failed
+        await made.until(lambda: len(made.verdicts()) == 5 and instance.state.serving, "the instance to serve again")
+        await come_back(made, 1, "killed")  # once too often
         await made.until(lambda: instance.state.over, "the planner to give up")
         assert "given up after 3 failed attempts in a row (each time by rank 1" in instance.state.failure
