@@ -953,7 +953,9 @@ PLANNERS: tuple[Mutation, ...] = (
         "ranks that are away are waited for without an end, unless a limit is set",
         "L7",
         Edit(
-            _DECIDE, "    ends = FOREVER if limit is None else began + limit", "    ends = began + (limit or patience)"
+            _DECIDE,
+            "limit = view.policy.absence_limit if view.spec.absence_limit is None else view.spec.absence_limit",
+            "limit = view.spec.absence_limit or view.policy.absence_limit or patience",
         ),
         (DECISIONS,),
     ),

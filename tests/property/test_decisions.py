@@ -561,6 +561,7 @@ PRELUDES = (
         "part, fail for good, launch",
         "up, vanish, stay, restart, up, vanish, stay, walk",
     ),
+    "up, fail, up, fail, up, vanish, stay, restart, stay",
 )
 """Most random histories would never get far: most are given a start. Its parts, where they are not what happens: "part" of the way
 or all the way "up", an attempt just "open" whose first gate is waited at, and some time."""
