@@ -114,7 +114,7 @@ class InstanceLoop:
         self._barrier = barrier
         self._record = record
         self._registry = registry
-        self._policy = policy
+        self._planner_policy = policy
         self._requests = requests
         self._rng = rng
         self._clock: Clock = barrier.clock
@@ -132,6 +132,11 @@ class InstanceLoop:
         self._led: object = None
         self.looks = 0
         """How often it has set about looking at its instance, whether or not the store answered."""
+
+    @property
+    def _policy(self) -> Policy:
+        """How patiently to plan this instance, whose spec may have times of its own."""
+        return self._planner_policy.for_instance(self._record.spec, self._settings)
 
     def stop(self) -> None:
         """Ask for a stop; `run` ends once the attempt is concluded."""

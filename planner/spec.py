@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
+from barrier import Settings
 from barrier.errors import InvalidSettings
 from barrier.keys import shown, valid_name, valid_world_size
 from barrier.plain import plain, typed
 from runner.messages import ModelSpec
 from runner.worded import Worded
+
+PATIENCE = (
+    "prepare_stall",
+    "connect_stall",
+    "load_stall",
+    "warmup_stall",
+    "generate_stall",
+    "backoff_base",
+    "backoff_cap",
+)
+"""The times of `Policy` that an instance may have of its own."""
+
+_OPTIONAL = ("absence_limit", "patience")
 
 
 class InstanceSpec(BaseModel, metaclass=Worded):
@@ -25,6 +39,7 @@ class InstanceSpec(BaseModel, metaclass=Worded):
         model: what to load.
         absence_limit: for how many seconds ranks may be away before the instance is given up; ``None`` leaves that to the planner's
             policy. It is no part of the digest: ranks do not care, and it may be changed while the instance serves.
+        patience: times of `Policy` that are this instance's own, by their names (`PATIENCE`), in seconds. No part of the digest either.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,16 +48,33 @@ class InstanceSpec(BaseModel, metaclass=Worded):
     world_size: int
     model: ModelSpec = ModelSpec(model_id="simulated")
     absence_limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    patience: Mapping[str, float] = Field(default_factory=dict[str, float])
 
     @model_serializer(mode="wrap")
     def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a limit that was not set: planners of earlier versions do not know the field."""
-        return {name: value for name, value in handler(self).items() if name != "absence_limit" or value is not None}
+        """Without what was not set: planners of earlier versions do not know these fields."""
+        return {
+            name: value for name, value in handler(self).items() if name not in _OPTIONAL or value not in (None, {})
+        }
 
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
         return valid_name("instance", value)
+
+    @field_validator("patience")
+    @classmethod
+    def _patience(cls, value: Mapping[str, float]) -> Mapping[str, float]:
+        for name, seconds in value.items():
+            if name not in PATIENCE:
+                raise InvalidSettings(f"{shown(name)} is no time of an instance; there are {', '.join(PATIENCE)}")
+            if not 0 < seconds < float("inf"):
+                raise InvalidSettings(f"{name} is {seconds:g} s; it must be a finite number of seconds above 0")
+        if value.get("backoff_cap", float("inf")) < value.get("backoff_base", 0):
+            raise InvalidSettings(
+                f"backoff_cap is {value['backoff_cap']:g} s and backoff_base is {value['backoff_base']:g} s; the cap must not be below"
+            )
+        return dict(value)
 
     @field_validator("world_size", mode="before")
     @classmethod
@@ -129,3 +161,30 @@ class Policy:
             raise InvalidSettings(
                 f"backoff_cap is {typed(self.backoff_cap)} s and backoff_base is {typed(self.backoff_base)} s; the cap must not be below"
             )
+
+    def check(self, settings: Settings) -> None:
+        """Refuse a stall that a rank which is well could not meet: it says its progress once a heartbeat.
+
+        Raises:
+            InvalidSettings: a stall is shorter than two heartbeats; with both values.
+        """
+        for name in PATIENCE:
+            seconds: float = getattr(self, name)
+            if name.endswith("_stall") and seconds < 2 * settings.heartbeat:
+                raise InvalidSettings(
+                    f"{name} is {seconds:g} s and the heartbeat is {settings.heartbeat:g} s; ranks say their progress once a heartbeat, so "
+                    "a stall must last for two of them at least"
+                )
+
+    def for_instance(self, spec: InstanceSpec, settings: Settings) -> Policy:
+        """This policy with the times that are the instance's own; a stall that no rank could meet (see `check`) is two heartbeats."""
+        if not spec.patience:
+            return self
+        own = {
+            name: max(seconds, 2 * settings.heartbeat) if name.endswith("_stall") else seconds
+            for name, seconds in spec.patience.items()
+        }
+        base, cap = own.get("backoff_base", self.backoff_base), own.get("backoff_cap", self.backoff_cap)
+        if base > cap:  # one of them is the planner's; it gives way
+            own |= {"backoff_cap": base} if "backoff_base" in own else {"backoff_base": cap}
+        return replace(self, **own)

@@ -305,8 +305,8 @@ in
       address = mkOption {
         type = types.str;
         default = "";
-        example = "node-a.example:5000";
-        description = "Where a rank of this machine could coordinate the collective.";
+        example = "node-a.example";
+        description = "Under which name the other ranks reach this machine; by default the address from which it reaches the server.";
       };
       engine = mkOption {
         type = types.str;

@@ -19,38 +19,47 @@ from planner.cli.options import (
     DEFAULT_NAMESPACE,
     POSITIVE,
     AbsenceLimit,
+    Address,
     AnyName,
     AnyNameOption,
     AnyWorldSize,
+    BackoffBase,
+    BackoffCap,
     CommandTimeout,
+    ConnectStall,
+    GenerateStall,
     Heartbeat,
     HoldBack,
     InstanceFile,
     LaunchedName,
     Layers,
     Lease,
+    LoadStall,
     MaxTokens,
     Model,
     Name,
     NameOption,
     Namespace,
     PasswordFile,
+    Ports,
+    PrepareStall,
     Quiet,
     Redis,
     StateFile,
     Verbose,
     WaitForStore,
+    WarmupStall,
     WorldSize,
     between,
     engine_name,
     given,
     held_back,
-    host_and_port,
     needed_url,
     one_of,
     rank_range,
     text_or_file,
     times,
+    with_ports,
 )
 from planner.cli.process import complain, configure_log, log_level, run
 from planner.spec import InstanceSpec, Policy
@@ -58,6 +67,7 @@ from runner.messages import ModelSpec
 
 _PROMPT = "Why do all ranks have to wait for one another?"
 _MOST_PROCESSES = 128
+_USUAL = Policy()
 _UP_TIMES = Settings(lease=3.0, heartbeat=0.5)  # shorter than usual, so that one sees the layers move
 
 app = OnceTyper(
@@ -247,15 +257,8 @@ def runner(
     node: Annotated[
         str | None, typer.Option("--node", metavar="NAME", help="This machine, for people; its host name by default.")
     ] = None,
-    address: Annotated[
-        str,
-        typer.Option(
-            "--address",
-            callback=host_and_port,
-            metavar="HOST:PORT",
-            help="Where this rank could coordinate the collective.",
-        ),
-    ] = "",
+    address: Address = "",
+    ports: Ports = "",
     spare: Annotated[
         bool,
         typer.Option(
@@ -304,7 +307,7 @@ def runner(
         settings=times(lease, heartbeat, command_timeout, usual=Settings()),
         engine=EngineChoice(
             name=engine,
-            config=_json_object("--engine-config", text_or_file(engine_config)),
+            config=with_ports(_json_object("--engine-config", text_or_file(engine_config)), ports),
             inline=inline_engine,
             hold_back=late,
         ),
@@ -332,7 +335,7 @@ def planner(
             metavar="SECONDS",
             help="After how long the log warns that ranks are away. They are waited for all the same.",
         ),
-    ] = Policy().assemble_timeout,
+    ] = _USUAL.assemble_timeout,
     absence_limit: AbsenceLimit = None,
     max_failures: Annotated[
         int,
@@ -341,7 +344,14 @@ def planner(
             metavar="N",
             help="How often it is tried again after one rank failed; the failure after that gives the instance up.",
         ),
-    ] = Policy().max_failures,
+    ] = _USUAL.max_failures,
+    prepare_stall: PrepareStall = _USUAL.prepare_stall,
+    connect_stall: ConnectStall = _USUAL.connect_stall,
+    load_stall: LoadStall = _USUAL.load_stall,
+    warmup_stall: WarmupStall = _USUAL.warmup_stall,
+    generate_stall: GenerateStall = _USUAL.generate_stall,
+    backoff_base: BackoffBase = _USUAL.backoff_base,
+    backoff_cap: BackoffCap = _USUAL.backoff_cap,
     instance_file: InstanceFile = None,
     wait_for_store: WaitForStore = 0.0,
     state_file: StateFile = None,
@@ -364,7 +374,19 @@ def planner(
         redis, namespace, password_file, times(lease, heartbeat, command_timeout, usual=Settings()), wait=wait_for_store
     )
     try:
-        policy = Policy(assemble_timeout=assemble_timeout, absence_limit=absence_limit, max_failures=max_failures)
+        policy = Policy(
+            assemble_timeout=assemble_timeout,
+            absence_limit=absence_limit,
+            max_failures=max_failures,
+            prepare_stall=prepare_stall,
+            connect_stall=connect_stall,
+            load_stall=load_stall,
+            warmup_stall=warmup_stall,
+            generate_stall=generate_stall,
+            backoff_base=backoff_base,
+            backoff_cap=backoff_cap,
+        )
+        policy.check(target.settings)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error)) from None
     wanted = read_instance_file(instance_file) if instance_file is not None else None

@@ -7,6 +7,8 @@
     model_id = "simulated"   # the name that the engine knows the model by; "simulated" where it is left out
     layers = 16              # how many layers the model has; 16 where it is left out
     absence_limit = 3600     # seconds that ranks may be away before it is given up; where it is left out, they are waited for
+    load_stall = 600         # seconds without any progress after which a load is given up; as the planner's option where it is left out,
+                             # and so are prepare_stall, connect_stall, warmup_stall, generate_stall, backoff_base, backoff_cap
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from pydantic import ValidationError
 
 from barrier import InvalidSettings
 from barrier.plain import problems
-from planner.spec import InstanceSpec
+from planner.spec import PATIENCE, InstanceSpec
 from runner.messages import ModelSpec
 
 MOST_BYTES = 64 * 1024
 """A file that is larger is not an instance's."""
 
-_KEYS = ("name", "world_size", "model_id", "layers", "absence_limit")
+_KEYS = ("name", "world_size", "model_id", "layers", "absence_limit", *PATIENCE)
 
 
 def read_instance_file(path: Path) -> InstanceSpec:
@@ -56,6 +58,7 @@ def _spec(path: Path, found: dict[str, Any]) -> InstanceSpec:
     if missing := [key for key in ("name", "world_size") if key not in found]:
         raise InvalidSettings(f"{path} has no {missing[0]}; add a line such as {_EXAMPLES[missing[0]]}")
     absence_limit = _seconds(path, found, "absence_limit")
+    patience = {key: seconds for key in PATIENCE if (seconds := _seconds(path, found, key)) is not None}
     try:
         model = ModelSpec.model_validate(
             {"model_id": found.get("model_id", "simulated"), "total_layers": found.get("layers", 16)}, strict=True
@@ -65,6 +68,7 @@ def _spec(path: Path, found: dict[str, Any]) -> InstanceSpec:
             world_size=found["world_size"],
             model=model,
             absence_limit=absence_limit,
+            patience=patience,
         )
     except InvalidSettings as error:
         raise InvalidSettings(f"{path}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import typer
@@ -208,6 +208,127 @@ AbsenceLimit: TypeAlias = Annotated[
         metavar="SECONDS",
         help="Give an instance up when ranks were away for so long; without it they are waited for, however long that takes.",
     ),
+]
+
+
+def _address(value: str) -> str:
+    """A host that the other ranks can connect to; empty where none is given."""
+    if not value:
+        return value
+    if value.count(":") == 1 or value.endswith("]"):
+        raise typer.BadParameter(
+            f"it is {shown(value)}; give a host name or an IP address alone, for each attempt binds a port of its own (--ports limits which)"
+        )
+    import socket  # noqa: PLC0415 - the other commands start sooner without it
+
+    try:
+        socket.getaddrinfo(value, None)
+    except (OSError, UnicodeError):
+        raise typer.BadParameter(
+            f"it is {shown(value)}, which this machine cannot resolve; give a host name that the other ranks' machines know, or an IP address"
+        ) from None
+    return value
+
+
+def _ports(value: str) -> str:
+    first, dash, last = value.partition("-")
+    numbers = [int(part) if part.isdecimal() else 0 for part in (first, last if dash else first)]
+    if value and not 1 <= numbers[0] <= numbers[1] <= 65_535:
+        raise typer.BadParameter(
+            f"it is {shown(value)}; it must be FIRST-LAST, from 1 to 65535, for example 42000-42099"
+        )
+    return value
+
+
+def with_ports(config: dict[str, Any], ports: str) -> dict[str, Any]:
+    """An engine's configuration with the range of ports that ``--ports`` names.
+
+    Raises:
+        typer.BadParameter: the configuration has a range of its own.
+    """
+    if not ports:
+        return config
+    if "ports" in config:
+        raise typer.BadParameter("--ports is given and --engine-config has ports, too: leave one of them out")
+    first, _, last = ports.partition("-")
+    return {**config, "ports": [int(first), int(last or first)]}
+
+
+Address: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--address",
+        callback=_address,
+        metavar="HOST",
+        help="Under which name or IP address the other ranks reach this machine; by default the one from which it reaches the server.",
+    ),
+]
+Ports: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--ports",
+        callback=_ports,
+        metavar="FIRST-LAST",
+        help="Where the engine may wait for the other ranks, for machines behind a firewall; any free port by default.",
+    ),
+]
+PrepareStall: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--prepare-stall",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="How long a rank may prepare its engine (imports, a download) before it is at fault.",
+    ),
+]
+ConnectStall: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--connect-stall",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="How long the ranks may take to connect; the engines end by themselves after four fifths of it.",
+    ),
+]
+LoadStall: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--load-stall",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="How long a load may go without any progress. A slow one that moves goes on.",
+    ),
+]
+WarmupStall: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--warmup-stall",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="How long the warm-up may take at the most.",
+    ),
+]
+GenerateStall: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--generate-stall",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="How long a text may go without another token.",
+    ),
+]
+BackoffBase: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        "--backoff-base",
+        callback=between(POSITIVE),
+        metavar="SECONDS",
+        help="The longest pause before the second try; doubled for each further failure of a rank.",
+    ),
+]
+BackoffCap: TypeAlias = Annotated[
+    float,
+    typer.Option("--backoff-cap", callback=between(POSITIVE), metavar="SECONDS", help="The longest pause of all."),
 ]
 Layers: TypeAlias = Annotated[
     int, typer.Option("--layers", callback=between(1, 10_000), metavar="N", help="How many layers the model has.")

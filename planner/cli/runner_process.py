@@ -20,7 +20,7 @@ from barrier.plain import problems
 from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import Interrupts, connect_store
 from planner.cli.watchdog import Work, supervised
-from runner import Engine, EngineHost, EngineSpec, InlineHost, ProcessHost, Runner
+from runner import Engine, EngineFailure, EngineHost, EngineSpec, InlineHost, ProcessHost, Runner
 
 SIMULATED = "simulated"
 
@@ -109,6 +109,10 @@ def _wrong(error: ValueError) -> InvalidSettings:
     return InvalidSettings(f"the engine's configuration is wrong: {text[:500]}")
 
 
+class EngineUnfit(RankgateError):
+    """There is no such engine, or it refuses its configuration; said before any rank was claimed."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """What ``rankgate runner`` was told. `ranks` is ``None`` for any free rank below `world_size`.
@@ -166,6 +170,8 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
                 for rank, member in zip(ranks, members, strict=True)
             ]
             await run_all(runners, interrupts)
+    except EngineFailure as failure:
+        raise EngineUnfit(str(failure)) from failure
     finally:
         await store.close()
     return 0

@@ -143,7 +143,9 @@ class Ring:
     def _why_not(self, group: EngineGroup) -> str:
         before, after = (group.rank - 1) % group.world_size, (group.rank + 1) % group.world_size
         own = group.endpoints[group.rank]
-        if self._before is not None and not self._before.done():
+        if self._before is not None and (
+            self._before.cancelled() or not self._before.done()
+        ):  # the wait for it was cancelled
             why = f"rank {before} did not come to the endpoint of rank {group.rank}, {own}"
             if self._strangers:
                 why += (
