@@ -147,6 +147,7 @@ class BaseHost(ABC):
         self._spare: Life | None = None
         self._preparing_spare = Call(Work("prepare"))
         self._starting_spare: asyncio.Task[None] | None = None
+        self._handing_over: asyncio.Task[None] | None = None
 
     @abstractmethod
     def _new_life(self) -> Life: ...
@@ -213,7 +214,7 @@ class BaseHost(ABC):
 
     async def kill(self) -> None:
         """See `EngineHost`."""
-        if self._life is None:  # whoever waits for an engine waits for the spare
+        if self._life is None and self._active_call() is not None:  # who waits for an engine waits for the spare
             self._give_up_spare()
         self._end("was killed on request")
         await self._until_gone()
@@ -257,7 +258,11 @@ class BaseHost(ABC):
             )
         call = self._call = Call(work)
         try:
-            await self._hand_over(call)
+            if call.work.prepares:  # a task of its own: whoever waits for it may leave, and it goes on
+                self._handing_over = asyncio.create_task(self._hand_over(call), name="rankgate engine start")
+                await asyncio.shield(self._handing_over)
+            else:
+                await self._hand_over(call)
             while (value := await call.take()) is not None:
                 yield value
         finally:
@@ -276,9 +281,10 @@ class BaseHost(ABC):
     async def _hand_over(self, call: Call) -> None:
         life = self._life
         if life is None and call.work.starts_engine:
-            life = self._life = await self._take_spare()
+            await self._spare_settled()
             if call.over:  # killed while it waited for the spare
                 return
+            life = self._life = self._take_spare()
         if life is None:
             if not call.work.starts_engine:
                 call.finish(self._no_engine(call.work))
@@ -314,11 +320,15 @@ class BaseHost(ABC):
             call.finish(EngineFailure(f"no spare engine could be started: {type(error).__name__}"))
             self._give_up_spare()
 
-    async def _take_spare(self) -> Life | None:
-        """The spare, once it is prepared; ``None`` where there is none, or it failed."""
+    async def _spare_settled(self) -> None:
+        """Wait until the spare, if there is one, is prepared or has failed."""
         if self._starting_spare is not None:
             await asyncio.wait({self._starting_spare})
-        await self._preparing_spare.wait_over() if self._spare is not None else None
+        if self._spare is not None:
+            await self._preparing_spare.wait_over()
+
+    def _take_spare(self) -> Life | None:
+        """The spare, which is prepared; ``None`` where there is none, or it failed."""
         if self._spare is not None and self._preparing_spare.failed:
             self._give_up_spare()
         life, self._spare = self._spare, None
