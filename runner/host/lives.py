@@ -221,6 +221,9 @@ class BaseHost(ABC):
 
     async def shut_down(self) -> None:
         """See `EngineHost`."""
+        if self._starting_spare is not None:
+            self._starting_spare.cancel()  # one that has not begun yet must not begin after this
+            await asyncio.wait({self._starting_spare})
         self._give_up_spare()
         self._end("was killed on request")
         await self._until_gone()
@@ -316,9 +319,11 @@ class BaseHost(ABC):
         try:
             await life.start()
             life.begin(call)
-        except Exception as error:  # noqa: BLE001 - as in `_hand_over`
+        except BaseException as error:  # as in `_hand_over`; and cancelled by `shut_down`
             call.finish(EngineFailure(f"no spare engine could be started: {type(error).__name__}"))
             self._give_up_spare()
+            if not isinstance(error, Exception):
+                raise
 
     async def _spare_settled(self) -> None:
         """Wait until the spare, if there is one, is prepared or has failed."""
