@@ -56,21 +56,6 @@ def engine_name(value: str) -> str:
     )
 
 
-def host_and_port(value: str) -> str:
-    """A callback that refuses what is no HOST:PORT; nothing passes, and means that the planner chooses."""
-    if not value:
-        return value
-    try:
-        parts = urlsplit(f"//{value}")
-        if parts.hostname and parts.port and parts.netloc == value and "@" not in value and not re.search(r"\s", value):
-            return value
-    except ValueError:
-        pass
-    raise typer.BadParameter(
-        f"it is {shown(value)}; it must be HOST:PORT, such as node-a:5000 or [fd00::1]:5000, with a port from 1 to 65,535"
-    )
-
-
 def given(context: typer.Context, parameter: str) -> bool:
     """Whether this parameter stands on the command line; not if it comes from the environment, which an option beats."""
     source = context.get_parameter_source(parameter)
