@@ -19,7 +19,9 @@ from redis.asyncio import Connection, ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 
+from barrier.errors import StoreError
 from barrier.prompt import PromptConnection
+from barrier.standing import is_about_the_server
 from barrier.wording import said
 
 Address: TypeAlias = tuple[str, int]
@@ -141,10 +143,17 @@ class ClusterConnection(PromptConnection):
     A call without a key (EXEC after WATCH, UNWATCH, INFO) goes where the last one went.
     """
 
-    def __init__(self, *, cluster: ClusterMap, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
+    def __init__(
+        self,
+        *,
+        cluster: ClusterMap,
+        node_class: type[Connection] | None = None,
+        **kwargs: Any,  # noqa: ANN401  as redis-py
+    ) -> None:
         own = {name: value for name, value in kwargs.items() if name in _OWN}
         super().__init__(**own)  # pyright: ignore[reportUnknownMemberType]  redis-py leaves some of it untyped
         self._cluster = cluster
+        self._node_class = node_class or cluster.node_class
         self._node_kwargs = kwargs
         self._nodes: dict[Address, Connection] = {}
         self._at: Connection | None = None
@@ -189,7 +198,8 @@ class ClusterConnection(PromptConnection):
         """Whether something is left over, or a node hung up. Such a node's connection is closed, and made anew when needed."""
         for address, node in list(self._nodes.items()):
             try:
-                clean = node.is_connected and not await node.can_read()
+                overdue = isinstance(node, PromptConnection) and node.overdue
+                clean = node.is_connected and not overdue and not await node.can_read()
             except (driver.ConnectionError, OSError):
                 clean = False
             if not clean:
@@ -214,15 +224,13 @@ class ClusterConnection(PromptConnection):
             address = await self._cluster.node_of(key)
             node = self._nodes.get(address)
             if node is None:
-                node = self._nodes[address] = self._cluster.node_class(
-                    host=address[0], port=address[1], **self._node_kwargs
-                )
+                node = self._nodes[address] = self._node_class(host=address[0], port=address[1], **self._node_kwargs)
         self._at = node
         try:
             if not node.is_connected:
                 await node.connect()
             await node.send_packed_command(whole, check_health)
-        except (driver.ConnectionError, driver.TimeoutError):
+        except (driver.ConnectionError, driver.TimeoutError, StoreError):
             self._cluster.stale = True
             raise
 
@@ -235,6 +243,9 @@ class ClusterConnection(PromptConnection):
             return await untyped.read_response(*args, **kwargs)
         except (driver.AskError, driver.ConnectionError, driver.TimeoutError):  # MOVED is an ASK in redis-py's tree
             self._cluster.stale = True
+            raise
+        except driver.ResponseError as error:
+            self._cluster.stale = self._cluster.stale or is_about_the_server(error)
             raise
 
     async def _forget(self, address: Address) -> None:

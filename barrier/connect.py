@@ -12,7 +12,8 @@ URL forms:
 ``rediss://``, ``rediss+sentinel://`` and ``rediss+cluster://`` are the same over TLS.
 
 What follows a ``?`` is for redis-py (``ssl_ca_certs=/path``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_check_hostname=false`` …), but for these:
-``password_file=/path`` reads the password from a file's first line, so that it stands in no URL and in no environment;
+``password_file=/path`` reads the password from a file's first line, so that it stands in no URL and in no environment. It is read again
+for each new connection, as certificates, keys and CAs are: what is renewed in place is used from the next connection on;
 ``sentinel_username``, ``sentinel_password``, ``sentinel_password_file`` and ``sentinel_tls=true`` are for the sentinels themselves.
 """
 
@@ -36,12 +37,13 @@ from barrier.clients import refuse_unusable
 from barrier.cluster import Address, ClusterMap, ClusterPool
 from barrier.diagnosis import diagnosed
 from barrier.errors import InvalidSettings, StoreError
-from barrier.fitness import Role, check_rights
+from barrier.fitness import Role, check_kind, check_rights
 from barrier.keys import shown
 from barrier.prompt import prompt
 from barrier.sentinel import MasterConnection
 from barrier.settings import Settings
-from barrier.store import Store, translated
+from barrier.standing import IDLE_SECONDS, PasswordFile, Standing, user_of
+from barrier.store import Store, check_info, translated
 from barrier.urls import OURS, YES, check_tls_files, options
 
 _INTERNAL = ("himport_registry", "maint_", "orig_", "maintenance_")
@@ -86,7 +88,7 @@ async def connect(url: str, *, settings: Settings | None = None, role: Role | No
         if isinstance(pool, ClusterPool):
             await _verify_nodes(pool, store)
         await store.verify()
-        await check_rights(store, pool.connection_kwargs.get("username"), role)
+        await check_rights(store, user_of(pool.connection_kwargs), role)
     except StoreError as error:
         try:
             better = await diagnosed(error, pool, store.settings.command_seconds)
@@ -125,16 +127,25 @@ def adopt(redis: Redis | Store, *, settings: Settings | None = None) -> Store:
     refuse_unusable(redis)
     chosen = settings or Settings()
 
+    def judge(info: dict[str, Any], where: str) -> None:
+        if "sentinel" in (info.get("redis_mode"), info.get("server_mode")):
+            return  # no store at all: `Store.verify` says so, with what it knows
+        check_kind(info, where, in_cluster=store.spread)
+        check_info(info, where)
+
+    standing = Standing(judge)
+
     def reader() -> Redis:
         # A blocking read answers after `reader_block` at the latest; its socket must wait longer than that, and no more.
-        return _derive(redis, chosen, read_seconds=chosen.reader_block + chosen.reader_margin)
+        return _derive(redis, chosen, standing, read_seconds=chosen.reader_block + chosen.reader_margin)
 
-    commands = _derive(redis, chosen, read_seconds=chosen.command_seconds)
+    commands = _derive(redis, chosen, standing, read_seconds=chosen.command_seconds)
     spread = isinstance(redis.connection_pool, ClusterPool)
-    return Store(commands, reader, chosen, where=_where(redis), spread=spread)
+    store = Store(commands, reader, chosen, where=_where(redis), spread=spread)
+    return store
 
 
-def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
+def _derive(redis: Redis, settings: Settings, standing: Standing, *, read_seconds: float) -> Redis:
     """A client with a pool of its own: the given client's connection arguments, with ours on top."""
     pool: Any = redis.connection_pool
     kwargs = {key: value for key, value in pool.connection_kwargs.items() if not key.startswith(_INTERNAL)}
@@ -155,25 +166,34 @@ def _derive(redis: Redis, settings: Settings, *, read_seconds: float) -> Redis:
         **_NO_SETINFO,
     }
     if isinstance(pool, ClusterPool):
-        return Redis.from_pool(ClusterPool(kwargs.pop("cluster"), **kwargs, **_careful(settings)))
+        cluster: ClusterMap = kwargs.pop("cluster")
+        kwargs |= {"node_class": prompt(cluster.node_class, standing), **_careful(settings)}
+        return Redis.from_pool(ClusterPool(cluster, **kwargs))
     if _is_sentinel(pool):
         # Told, or TLS to the servers would be forgotten.
         made: type[AbstractConnection] = pool.connection_class
-        kwargs |= {"connection_class": type(f"Checked{made.__name__}", (MasterConnection, made), {})}
+        checked = type(f"Checked{made.__name__}", (MasterConnection, made), {})
+        kwargs |= {"connection_class": prompt(checked, standing)}
         kwargs |= {"ask_every": settings.lease, **_careful(settings)}
         kwargs.pop("connection_pool", None)
         return Redis.from_pool(SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **kwargs))
     if pool.connection_class in (Connection, SSLConnection):
         kwargs |= _careful(settings)
-    return Redis.from_pool(ConnectionPool(connection_class=prompt(pool.connection_class), **kwargs))
+    return Redis.from_pool(ConnectionPool(connection_class=prompt(pool.connection_class, standing), **kwargs))
 
 
 def _careful(settings: Settings) -> dict[str, Any]:
-    """What makes the kernel drop a connection whose data nobody acknowledges: keepalive alone does not while data is in flight."""
-    options: dict[int, int] = {}
-    user_timeout = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux only
-    if user_timeout is not None:
-        options[user_timeout] = round(settings.lease * 1000)
+    """What makes the kernel drop a connection whose data nobody acknowledges, and keep an idle one in the memory of what lies between.
+
+    Keepalive alone does not notice while data is in flight.
+    """
+    wanted = {
+        "TCP_USER_TIMEOUT": round(settings.lease * 1000),
+        "TCP_KEEPIDLE": round(IDLE_SECONDS),
+        "TCP_KEEPINTVL": round(IDLE_SECONDS),
+        "TCP_KEEPCNT": 3,
+    }
+    options = {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
     return {"socket_keepalive": True, "socket_keepalive_options": options}
 
 
@@ -210,7 +230,7 @@ def _client(url: str, settings: Settings) -> Redis:
     query = {name: value for name, value in own.items() if name not in OURS}
     if not kind:
         kwargs = _arguments(parts, parts.netloc, parts.path, query)
-        kwargs |= _secret(own, "password", given="password" in kwargs)
+        _use_secret(kwargs, own, "password", given="password" in kwargs)
         return _checked(ConnectionPool(**kwargs), parts.scheme)
     credentials, _, hosts = parts.netloc.rpartition("@")
     plain = parts._replace(scheme=scheme)
@@ -227,7 +247,7 @@ def _client(url: str, settings: Settings) -> Redis:
                 "a cluster URL is redis+cluster://host:port,host:port; a cluster has only the database 0"
             )
     kwargs = _arguments(plain, f"{credentials}@h" if credentials else "h", f"/{database}", query)
-    kwargs |= _secret(own, "password", given="password" in kwargs)
+    _use_secret(kwargs, own, "password", given="password" in kwargs)
     node_class: type[Connection] = kwargs.pop("connection_class", Connection)
     del kwargs["host"]
     if kind == "sentinel":
@@ -275,13 +295,19 @@ def _addresses(hosts: str, port: int) -> list[Address]:
     return found
 
 
-def _secret(own: Mapping[str, str], name: str, *, given: bool) -> dict[str, str]:
-    """The password, if it is in a file that the URL names."""
+def _use_secret(kwargs: dict[str, Any], own: Mapping[str, str], name: str, *, given: bool) -> None:
+    """Let the connections read their password from the file that the URL names, if it names one."""
     path = own.get(f"{name}_file")
     if path is None:
-        return {}
+        return
     if given:
         raise InvalidSettings(f"the URL has a password and {name}_file: leave one of them out")
+    _secret(name, path)  # what is wrong with it now is said now
+    kwargs["credential_provider"] = PasswordFile(lambda: _secret(name, path), kwargs.pop("username", None))
+
+
+def _secret(name: str, path: str) -> str:
+    """The password that is in a file now."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             secret = file.readline(_LONGEST_SECRET + 2).rstrip("\r\n")
@@ -292,7 +318,7 @@ def _secret(own: Mapping[str, str], name: str, *, given: bool) -> dict[str, str]
         raise InvalidSettings(
             f"{name}_file {path} has {len(secret):,} characters on its first line; a password has 1 to {_LONGEST_SECRET:,}"
         )
-    return {name: secret}
+    return secret
 
 
 def _sentinel_client(
@@ -306,14 +332,13 @@ def _sentinel_client(
         **_NO_SETINFO,
         **{name: own[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in own},
     }
-    if secret := _secret(own, "sentinel_password", given="sentinel_password" in own):
-        asking["password"] = secret["sentinel_password"]
+    _use_secret(asking, own, "sentinel_password", given="sentinel_password" in own)
     if own.get("sentinel_tls", "false").lower() in YES:
         asking |= {"ssl": True, **{name: value for name, value in kwargs.items() if name.startswith("ssl_")}}
     sentinel = Sentinel(addresses, sentinel_kwargs=asking)
     # Else a reader that is told to end while it looks for the master reads on for ever.
     for asked in sentinel.sentinels:
-        asked.connection_pool.connection_class = prompt(asked.connection_pool.connection_class)
+        asked.connection_pool.connection_class = prompt(asked.connection_pool.connection_class, Standing())
     untyped: Any = sentinel
     client: Redis = untyped.master_for(service, **kwargs, **({"ssl": True} if over_tls else {}))
     pool: Any = client.connection_pool

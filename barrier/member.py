@@ -34,7 +34,6 @@ from barrier.errors import (
     RankTaken,
     StoreCorrupt,
     StoreError,
-    StoreUnavailable,
 )
 from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, shown, valid_digest, valid_endpoint, valid_status, valid_world_size
@@ -245,7 +244,13 @@ class Member:
 
     # --- claiming -----------------------------------------------------------------------------------------------------
 
-    async def claim(self, *, timeout: float | None = None, spare: bool = False) -> int:  # noqa: ASYNC109  by the injected clock
+    async def claim(
+        self,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109  by the injected clock
+        spare: bool = False,
+        wait_for_store: float = 0.0,
+    ) -> int:
         """Become the one incarnation that holds the rank, or any free one; then say hello with a first report.
 
         Who holds it is logged at once.
@@ -255,11 +260,27 @@ class Member:
                 lease); ``None`` waits for two leases.
             spare: wait for as long as it takes, through outages of the store too, and be seen meanwhile (`barrier.spares`);
                 `timeout` does not count then.
+            wait_for_store: seconds for which a store that fails in a way that may pass (`StoreError.passes`) is asked again.
 
         Raises:
             RankTaken: another incarnation keeps holding it.
             StoreError: could not find out.
         """
+        deadline, told = self.clock.now() + wait_for_store, False
+        while True:
+            try:
+                return await self._claim(timeout, spare=spare)
+            except StoreError as error:
+                left = deadline - self.clock.now()
+                if not error.passes or left <= 0:
+                    raise
+                if not told:
+                    logger.warning("group {}: waiting up to {:.3g} s for the store: {}", self.keys.group, left, error)
+                told = True
+                pause = min(left, self.settings.command_seconds)
+            await self.clock.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  no secret
+
+    async def _claim(self, timeout: float | None, *, spare: bool) -> int:  # noqa: ASYNC109  as `claim`
         await self.store.verify()
         began = self.clock.now()
         deadline = inf if spare else began + (2 * self.settings.lease if timeout is None else timeout)
@@ -292,8 +313,8 @@ class Member:
                     if not told:
                         await self._tell_who_holds(holders, deadline - now)
                         told = True
-                except StoreUnavailable as error:
-                    if not self.waits:
+                except StoreError as error:
+                    if not self.waits or isinstance(error, StoreCorrupt):
                         raise
                     logger.debug("group {}: waiting as a spare; {}", self.keys.group, error)
                 if now >= deadline:

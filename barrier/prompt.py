@@ -16,6 +16,9 @@ import hiredis
 from redis import exceptions as driver
 from redis.asyncio.connection import AbstractConnection
 
+from barrier.errors import StoreError
+from barrier.standing import IDLE_SECONDS, Standing, facts_of, is_about_the_server, signature_of
+
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
@@ -96,13 +99,100 @@ def _packed(words: Sequence[Any]) -> bytes:
 class PromptConnection(AbstractConnection):
     """Mixed in before a connection class of redis-py; see `prompt`."""
 
+    standing: Standing | None = None
+    """What the connections of one store share."""
+    takes_standing = True
+    """Whether there is a server behind it that may turn out to be the wrong one."""
+
     _reader: Any  # a StreamReader, or a fake one
     _writer: Any  # a StreamWriter, or a fake one
+    _turn: int | None = None
+    _used_at = 0.0
+    _signature: object = None
 
     @property
     def at_rest(self) -> bool:
         """Whether it is connected and, for all that the event loop has seen, the server has not hung up."""
-        return self.is_connected and not self._reader.at_eof()
+        return self.is_connected and not self._reader.at_eof() and not self.overdue
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it has to be made anew before its next use: it led to the wrong server, or lay idle for so long that it may be forgotten."""
+        if self.standing is None or self._turn is None:
+            return False
+        idle = asyncio.get_running_loop().time() - self._used_at
+        return self._turn != self.standing.turn or idle > IDLE_SECONDS
+
+    async def connect(self) -> None:
+        """Connect, with the files as they are now; what is overdue is closed first."""
+        if self.is_connected and self.overdue:
+            await self.disconnect(nowait=True)
+        tls: Any = getattr(self, "ssl_context", None)
+        if tls is not None and not self.is_connected:
+            signature = signature_of(tls.certfile, tls.keyfile, tls.ca_certs, tls.ca_path)
+            if signature != self._signature:
+                tls.context, self._signature = None, signature
+        try:
+            await super().connect()
+        except driver.ConnectionError as error:
+            if isinstance(
+                error.__cause__, StoreError
+            ):  # redis-py wraps what comes up while it connects to a Unix socket
+                raise error.__cause__ from None
+            raise
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        """Greet the server and, where connections have a standing, judge it: behind an address there may be another one each time.
+
+        Raises:
+            StoreUnsuitable: the guarantees would not hold on it.
+        """
+        self._turn, standing = None, self.standing
+        turn = standing.turn if standing else 0
+        try:
+            await super().on_connect_check_health(check_health)
+            if standing is None:
+                return
+            if standing.judge is not None and (info := await self._info()) is not None:
+                standing.judge(facts_of(info), self._host_error())
+        except BaseException:  # redis-py would hand a connection out again that has not been greeted
+            await self.disconnect(nowait=True)
+            raise
+        self._turn, self._used_at = turn, asyncio.get_running_loop().time()
+        standing.connected(self)
+
+    async def _info(self) -> bytes | None:
+        """What INFO answers; ``None`` where the server hides it, which was said at the beginning."""
+        await self.send_command("INFO", check_health=False)
+        untyped: Any = self
+        try:
+            return await untyped.read_response()
+        except driver.NoPermissionError:
+            return None
+        except driver.ResponseError as error:
+            if "unknown command" in str(error):
+                return None
+            raise
+
+    async def read_response(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever the server answers
+        """Read one reply; one that says that the server is the wrong one now ends all connections of this standing."""
+        untyped: Any = super()
+        try:
+            reply = await untyped.read_response(*args, **kwargs)
+        except (driver.ResponseError, driver.ConnectionError) as error:
+            standing = self.standing
+            if standing is not None and self._turn == standing.turn and is_about_the_server(error):
+                standing.doubt(self)
+            raise
+        if self.standing is not None:
+            self._used_at = asyncio.get_running_loop().time()
+        return reply
+
+    def hang_up(self) -> None:
+        """Close at once; whoever waits for a reply is told that the connection broke."""
+        transport = getattr(self._writer, "transport", None)  # a fake one has none
+        if transport is not None:
+            transport.abort()
 
     def pack_command(self, *args: Any) -> list[bytes]:  # noqa: ANN401  as redis-py
         """Pack one command, as redis-py's own synchronous client does: a name of two words is two arguments."""
@@ -147,8 +237,14 @@ def at_rest(connection: AbstractConnection) -> bool:
     return isinstance(connection, PromptConnection) and connection.at_rest
 
 
-def prompt(made: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The same kind of connection, sending promptly; one that has its own way of sending is left as it is."""
-    if made.send_packed_command is not AbstractConnection.send_packed_command:
+def prompt(made: type[AbstractConnection], standing: Standing | None = None) -> type[AbstractConnection]:
+    """The same kind of connection, sending promptly; one that has its own way of sending is left as it is.
+
+    With a `standing`, unless it is of a kind that takes none.
+    """
+    if made.send_packed_command is AbstractConnection.send_packed_command:
+        made = type(f"Prompt{made.__name__}", (PromptConnection, made), {})
+    if standing is None or not issubclass(made, PromptConnection) or not made.takes_standing:
         return made
-    return type(f"Prompt{made.__name__}", (PromptConnection, made), {})
+    bound: Any = type(made.__name__, (made,), {"standing": standing})
+    return bound

@@ -8,6 +8,7 @@ from typing import Any
 from redis import exceptions as driver
 
 from barrier.cluster import Address
+from barrier.errors import StoreUnsuitable
 from barrier.log import logger
 from barrier.prompt import PromptConnection
 from barrier.wording import said
@@ -38,7 +39,12 @@ class MasterConnection(PromptConnection):
         """
         self._asked_at = float("inf")
         untyped: Any = super()
-        await untyped.connect_to(address)
+        try:
+            await untyped.connect_to(address)
+        except StoreUnsuitable as error:
+            if not error.passes:
+                raise
+            raise driver.ConnectionError(f"{address[0]}:{address[1]} is a replica: a failover is under way") from error
         await self.send_command("ROLE")
         role: Any = await untyped.read_response()
         if role[0] != b"master":

@@ -18,7 +18,8 @@ class Settings:
         heartbeat: how often a rank rewrites its whole report. At most a third of `lease`, so that two may be lost.
         command_timeout: the longest that one command may take; ``None`` means a fifth of `lease`. Kept well below the lease,
             or a slow store would cost leases before anybody could say so. Must exceed a round trip.
-        reader_block: how long one blocking read lasts before it is asked anew; its socket waits `reader_margin` longer.
+        reader_block: how long one blocking read lasts before it is asked anew; its socket waits `reader_margin` longer. Below 5 s by
+            default: some balancers forget a connection on which nothing was said for so long.
         reader_margin: see `reader_block`.
         backstop: the slowest tick of a waiter, in case that a wake-up was lost.
         record_lifetime: lifetime of the epoch record, the leadership and the log, renewed by every write to them. It must
@@ -32,7 +33,7 @@ class Settings:
     lease: float = 6.0
     heartbeat: float = 2.0
     command_timeout: float | None = None
-    reader_block: float = 5.0
+    reader_block: float = 4.0
     reader_margin: float = 2.0
     backstop: float = 5.0
     record_lifetime: float = 86_400.0

@@ -155,10 +155,13 @@ class Runner:
         """Ask `run` to tear down and return; safe from a signal handler of the event loop."""
         self._leaving.set()
 
-    async def run(self) -> None:
+    async def run(self, *, wait_for_store: float = 0.0) -> None:
         """Claim the rank and serve until a Shutdown task or `stop`; then tear down and give the rank back.
 
         The engine is made first, and its factory and configuration with it are checked: what could never serve claims no rank.
+
+        Args:
+            wait_for_store: seconds to wait for a store that fails to begin with, in a way that may pass.
 
         Raises:
             EngineFailure: permanent: there is no such engine, or it refuses its configuration.
@@ -177,7 +180,7 @@ class Runner:
         except BaseException:
             await asyncio.shield(self._host.shut_down())
             raise
-        await self._until_leaving(self._member.claim(spare=True) if self._spare else self._member.claim())
+        await self._until_leaving(self._member.claim(spare=self._spare, wait_for_store=wait_for_store))
         if self._leaving.is_set():
             await self._clean_up()
             return

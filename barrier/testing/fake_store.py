@@ -270,6 +270,8 @@ class FakeStore:
 class _Delivery(PromptConnection):
     """The last part of the way to the server: hands commands over unpacked, where fakeredis would parse them in Python."""
 
+    takes_standing = False
+
     @property
     def at_rest(self) -> bool:
         """Whether it is connected, and was not cut meanwhile."""

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from barrier.report import Report
 from barrier.spares import Spare, read_spares, read_surplus
 from planner import InstanceFailed, InstanceSpec, Planner, Policy, explain_instance
 from planner.cli.health import ProcessState, keeping_state
-from planner.cli.process import agrees, can_ask, connect_store
+from planner.cli.process import agrees, can_ask, connect_store, outlasting
 from planner.cli.screen import Picture, attempt, heading, render, rows, sentence, sentence_key, table
 from planner.cli.show import PlainShow, can_draw, people, tell
 from planner.cli.watchdog import Work, supervised
@@ -351,12 +351,14 @@ async def plan(
         wanted: an instance to launch first, unless it is on record as it is: what was stopped or given up stays so.
         state_file: where to say that this process lives; see `planner.cli.health`.
     """
-    async with target.store() as store, Planner(store, namespace=target.namespace, policy=policy) as planner:
+    async with target.store() as store, AsyncExitStack() as stack:
+        planner = Planner(store, namespace=target.namespace, policy=policy)
+        await outlasting(lambda: stack.enter_async_context(planner), target.wait)
         logger.info(
             "planning the instances of namespace {} on {}; this is {}", target.namespace, store.where, planner.holder
         )
         if wanted is not None:
-            await launch_unless_known(Registry(store, target.namespace), wanted)
+            await outlasting(lambda: launch_unless_known(Registry(store, target.namespace), wanted), target.wait)
         state = ProcessState(
             kind="planner", namespace=target.namespace, pid=os.getpid(), heartbeat=target.settings.heartbeat
         )

@@ -349,13 +349,14 @@ def times(lease: float | None, heartbeat: float | None, command_timeout: float |
 
 
 def needed_url(url: str | None, password_file: Path | None = None) -> str:
-    """The server's URL, with the password of the file; raises typer.BadParameter where none was given, or it has two passwords."""
+    """The server's URL, which names the password's file; raises typer.BadParameter where none was given, or it has two passwords."""
     if not url:
         raise typer.BadParameter("no server is given: pass --redis URL, or set RANKGATE_REDIS")
-    return url if password_file is None else _with_password(url, password_file)
+    return url if password_file is None else _with_password_file(url, password_file)
 
 
-def _with_password(url: str, path: Path) -> str:
+def _with_password_file(url: str, path: Path) -> str:
+    """The file and not what is in it: the password may be renewed while this process runs."""
     try:
         password = path.read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r")
     except (OSError, UnicodeDecodeError) as error:
@@ -366,13 +367,13 @@ def _with_password(url: str, path: Path) -> str:
         parts = urlsplit(url)
     except ValueError:
         return url  # told when it is connected to, without quoting it
-    user, at, place = parts.netloc.rpartition("@")
-    if ":" in user:
+    user = parts.netloc.rpartition("@")[0]
+    if ":" in user or "password_file=" in parts.query:
         raise typer.BadParameter(
             "the URL has a password and --redis-password-file names another one: leave one of them out"
         )
-    secret = quote(password, safe="")
-    return urlunsplit(parts._replace(netloc=f"{user if at else ''}:{secret}@{place}"))
+    named = f"password_file={quote(str(path.absolute()), safe='')}"
+    return urlunsplit(parts._replace(query=f"{parts.query}&{named}" if parts.query else named))
 
 
 def held_back(texts: list[str] | None, ranks: range) -> dict[int, float]:

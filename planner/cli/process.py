@@ -9,16 +9,16 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from loguru import logger
 
 import barrier
-from barrier import InvalidSettings, Settings, StoreUnavailable, SystemClock, supervise
+from barrier import InvalidSettings, Settings, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.log import prepare
 from barrier.printable import printable
@@ -43,6 +43,7 @@ _END_AFTER = 4.0
 
 # What runs at an orderly exit; there is no public name for it.
 _run_exit_functions: Callable[[], None] = getattr(atexit, "_run_exitfuncs")  # noqa: B009 - as the comment above says
+T = TypeVar("T")
 
 LineSink: TypeAlias = Callable[[str], None]
 
@@ -273,8 +274,7 @@ async def connect_store(url: str, settings: Settings, *, wait: float = 0.0, role
     Args:
         url: see `barrier.connect`.
         settings: the times.
-        wait: seconds for which a store that does not answer, or is still loading, is asked again, with backoff and jitter.
-            One that answers and refuses is an error at once: time does not mend a wrong password.
+        wait: see `outlasting`.
         role: see `barrier.connect`.
     """
     try:
@@ -286,19 +286,27 @@ async def connect_store(url: str, settings: Settings, *, wait: float = 0.0, role
             "the store URL is not readable: it must be redis://[user:password@]host:port/0, rediss://…, unix:///path or "
             "redis+sentinel://host:port,…/service/0, with special characters in the password percent-encoded"
         ) from None
+    return await outlasting(lambda: barrier.connect(url, settings=settings, role=role), wait)
+
+
+async def outlasting(ask: Callable[[], Awaitable[T]], wait: float) -> T:
+    """Ask a store, and again where it fails in a way that may pass by itself, with backoff and jitter, for so many seconds.
+
+    What fails in another way (an evicting policy, a key of the wrong type) is an error at once.
+    """
     clock = SystemClock()
-    deadline, pause, told = clock.now() + wait, _FIRST_PAUSE, False
+    deadline, pause, told = clock.now() + wait, _FIRST_PAUSE, ""
     while True:
         try:
-            return await barrier.connect(url, settings=settings, role=role)
-        except StoreUnavailable as error:
+            return await ask()
+        except StoreError as error:
             left = deadline - clock.now()
-            if left <= 0:
-                if told:
-                    raise StoreUnavailable(f"{error} (asked again and again for {wait:g} s)") from error
+            if left <= 0 or not error.passes:
+                if told and error.passes:
+                    error.args = (f"{error} (asked again and again for {wait:g} s)",)
                 raise
-            if not told:
-                logger.info("waiting up to {:g} s for the store: {}", wait, error)
-                told = True
+            if str(error) != told:
+                logger.info("waiting up to {:.3g} s for the store: {}", left, error)
+                told = str(error)
         await clock.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311 - jitter is no secret
         pause = min(2 * pause, _LONGEST_PAUSE)

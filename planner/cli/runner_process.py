@@ -162,14 +162,14 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
         async with keeping_state(options.state_file, state), supervised(_work(options, members, runners)):
             if not ranks:
                 anyone = members[0]
-                ranks.append(await anyone.claim(spare=True) if options.spare else await anyone.claim())
+                ranks.append(await anyone.claim(spare=options.spare, wait_for_store=options.wait_for_store))
                 # Under the same name it is claimed once more, by a member that has this rank and no other.
                 members[0] = _member(options, store, ranks[0], anyone.incarnation)
             runners += [
                 Runner(member, options.engine.host(rank, options.world_size), spare=options.spare)
                 for rank, member in zip(ranks, members, strict=True)
             ]
-            await run_all(runners, interrupts)
+            await run_all(runners, interrupts, wait_for_store=options.wait_for_store)
     except EngineFailure as failure:
         raise EngineUnfit(str(failure)) from failure
     finally:
@@ -207,7 +207,7 @@ def _member(options: RunnerOptions, store: Store, rank: int | None, incarnation:
     )
 
 
-async def run_all(runners: list[Runner], interrupts: Interrupts) -> None:
+async def run_all(runners: list[Runner], interrupts: Interrupts, *, wait_for_store: float = 0.0) -> None:
     """Run several ranks until all have ended. The first one that fails ends the others, and its error is raised."""
 
     def stop() -> None:
@@ -215,7 +215,12 @@ async def run_all(runners: list[Runner], interrupts: Interrupts) -> None:
             runner.stop()
 
     tasks = [
-        supervise.background(runner.run(), f"runner {place}", on_mistake=lambda _: stop(), expected=(RankgateError,))
+        supervise.background(
+            runner.run(wait_for_store=wait_for_store),
+            f"runner {place}",
+            on_mistake=lambda _: stop(),
+            expected=(RankgateError,),
+        )
         for place, runner in enumerate(runners)
     ]
 

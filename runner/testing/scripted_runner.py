@@ -305,8 +305,14 @@ class _MortalMember(Member):
         """From here on nothing leaves this process."""
         self._dead = True
 
-    async def claim(self, *, timeout: float | None = None, spare: bool = False) -> int:  # noqa: ASYNC109  as Member
-        rank = await super().claim(timeout=timeout, spare=spare)
+    async def claim(
+        self,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109  as Member
+        spare: bool = False,
+        wait_for_store: float = 0.0,
+    ) -> int:
+        rank = await super().claim(timeout=timeout, spare=spare, wait_for_store=wait_for_store)
         self.said_hello.set()
         return rank
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from barrier import ClaimLost, InvalidName, Member, RankTaken, Report, Settings, StoreUnavailable
+from barrier import ClaimLost, InvalidName, Member, RankTaken, Report, Settings, StoreCorrupt, StoreUnavailable
 from barrier.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import Group, started_group
@@ -396,3 +396,47 @@ async def test_a_claim_without_an_end_lapses_like_any_other(
     await late.leave()
     await late.close()
     await raw.aclose()
+
+
+async def test_a_claim_waits_out_what_time_mends_where_it_is_told_to(store: FakeStore, clock: ManualClock) -> None:
+    """Regression: a server that paused just after a fresh runner had connected ended that runner."""
+    plan = FaultPlan().answer("info", "LOADING Redis is loading the dataset in memory")
+    for nth, said in enumerate(("NOREPLICAS Not enough good replicas to write.", "NOAUTH Authentication required."), 1):
+        plan.answer("exec", said, nth=nth)
+    plan.refuse("xrevrange").refuse("exec", nth=3, touching="rank:0")
+    fresh = Member(store.client(faults=plan), "demo", rank=0, world_size=1, clock=clock)
+    assert await clock.run(fresh.claim(wait_for_store=30)) == 0
+    plan.assert_fired()
+    assert fresh.trusted
+    await fresh.leave()
+    await fresh.close()
+
+
+async def test_a_claim_that_waits_for_its_store_has_an_end(store: FakeStore, clock: ManualClock) -> None:
+    store.partition()
+    fresh = member(store)
+    began = clock.now()
+    with pytest.raises(StoreUnavailable):
+        await clock.run(fresh.claim(wait_for_store=30))
+    assert 29 < clock.now() - began <= 31
+    store.heal()
+    await fresh.close()
+
+
+async def test_without_being_told_a_claim_fails_at_once_and_a_wrong_type_always_does(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    began = clock.now()
+    store.partition()
+    fresh = member(store)
+    with pytest.raises(StoreUnavailable):
+        await fresh.claim()
+    store.heal()
+    other = store.client("somebody else")
+    await other.rpush("{rankgate:demo}:tasks", "not ours")
+    with pytest.raises(StoreCorrupt):
+        await fresh.claim(wait_for_store=30)
+    assert clock.now() == began
+    await other.delete("{rankgate:demo}:tasks")
+    await other.aclose()
+    await fresh.close()

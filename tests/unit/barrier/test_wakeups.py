@@ -177,7 +177,7 @@ async def test_an_idle_waiter_asks_less_than_once_a_second(
     await clock.advance(0.0)
     sent = store.sent["planner"]
     await clock.advance(60.0)
-    assert store.sent["planner"] - sent <= 60 / 5 + 1
+    assert store.sent["planner"] - sent <= 60 / 4 + 1
 
 
 async def test_a_stream_that_went_back_is_read_again_from_there(

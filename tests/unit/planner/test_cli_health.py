@@ -7,13 +7,27 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import typer
 from loguru import logger
 
 import barrier
-from barrier import Barrier, Member, Settings, Store, StoreRefused, StoreUnavailable, adopt
+from barrier import (
+    Barrier,
+    Member,
+    Settings,
+    Store,
+    StoreCorrupt,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreUnavailable,
+    StoreUnsuitable,
+    adopt,
+)
+from barrier.connect import _client  # pyright: ignore[reportPrivateUsage]  nothing is sent
 from barrier.fitness import Role
 from barrier.testing import FakeStore, wait_until
 from planner.cli import main, process
@@ -299,9 +313,24 @@ async def test_without_waiting_the_first_answer_counts(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("waiting")
-async def test_a_wrong_password_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    door = Door(1, StoreRefused("wrong password"))
-    with pytest.raises(StoreRefused):
+@pytest.mark.parametrize(
+    "error", [StoreRefused("wrong password"), StoreFull("full"), StoreUnsuitable("a replica", passes=True)]
+)
+async def test_whatever_may_pass_by_itself_is_waited_for_and_said(
+    monkeypatch: pytest.MonkeyPatch, log: list[str], error: StoreError
+) -> None:
+    """A secret is renewed on both sides, one after the other; a failover ends."""
+    door = Door(3, error)
+    assert await connect_through(door, monkeypatch, 60) is door.store
+    assert door.calls == 4
+    assert log == [f"waiting up to 60 s for the store: {error}\n"]
+
+
+@pytest.mark.usefixtures("waiting")
+@pytest.mark.parametrize("error", [StoreUnsuitable("it evicts"), StoreCorrupt("wrong type")])
+async def test_what_only_a_person_mends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, error: StoreError) -> None:
+    door = Door(1, error)
+    with pytest.raises(type(error)):
         await connect_through(door, monkeypatch, 60)
     assert door.calls == 1
 
@@ -312,22 +341,33 @@ async def test_a_wrong_password_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("url", "whole"),
     [
-        ("redis://store:6379/0", "redis://:p%40ss%2Fw%3Ard@store:6379/0"),
-        ("redis://rankgate.planner@store:6379/0", "redis://rankgate.planner:p%40ss%2Fw%3Ard@store:6379/0"),
-        ("rediss://u@store/1?ssl_ca_certs=/ca", "rediss://u:p%40ss%2Fw%3Ard@store/1?ssl_ca_certs=/ca"),
-        ("unix://u@/run/store.sock", "unix://u:p%40ss%2Fw%3Ard@/run/store.sock"),
-        ("redis+sentinel://u@a:1,b:2/main/0", "redis+sentinel://u:p%40ss%2Fw%3Ard@a:1,b:2/main/0"),
+        ("redis://store:6379/0", "redis://store:6379/0?"),
+        ("redis://rankgate.planner@store:6379/0", "redis://rankgate.planner@store:6379/0?"),
+        ("rediss://u@store/1?ssl_ca_certs=/ca", "rediss://u@store/1?ssl_ca_certs=/ca&"),
+        ("unix://u@/run/store.sock", "unix://u@/run/store.sock?"),
+        ("redis+sentinel://u@a:1,b:2/main/0", "redis+sentinel://u@a:1,b:2/main/0?"),
     ],
 )
-def test_the_password_of_a_file_goes_into_the_url(tmp_path: Path, url: str, whole: str) -> None:
-    path = tmp_path / "password"
+async def test_the_url_names_the_passwords_file_which_is_read_for_each_connection(
+    tmp_path: Path, url: str, whole: str
+) -> None:
+    path = tmp_path / "pass word&more"
     path.write_text("p@ss/w:rd\nanother line\n")
-    assert needed_url(url, path) == whole
+    named = needed_url(url, path)
+    assert named == f"{whole}password_file={quote(str(path), safe='')}"
+    client = _client(named, Settings())
+    (*_, password) = client.connection_pool.connection_kwargs["credential_provider"].get_credentials()
+    assert password == "p@ss/w:rd"
 
 
 @pytest.mark.parametrize(
     ("url", "content", "sentence"),
     [
+        (
+            "redis://u@store?password_file=/x",
+            "secret",
+            "the URL has a password and --redis-password-file names another one",
+        ),
         ("redis://u:other@store", "secret", "the URL has a password and --redis-password-file names another one"),
         ("redis://u@store", "", "has an empty first line"),
         ("redis://u@store", None, "cannot be read"),
