@@ -112,6 +112,7 @@ class Cluster:
         inline: bool = False,
         warm: bool = False,
         hold_back: Mapping[int, float] | None = None,
+        wait_for_store: float = 0.0,
     ) -> Process:
         """Start one process that runs one rank, or several.
 
@@ -124,6 +125,7 @@ class Cluster:
             inline: whether the engine lives in the runner's process; several ranks of one process always share it.
             warm: whether it is forked from a process that has imported everything already.
             hold_back: extra seconds that a rank takes to connect.
+            wait_for_store: seconds for which it waits for its store to begin with.
         """
         span = range(ranks, ranks + 1) if isinstance(ranks, int) else ranks
         arguments = [
@@ -136,6 +138,8 @@ class Cluster:
             arguments.append("--inline-engine")
         for rank, seconds in (hold_back or {}).items():
             arguments += ["--hold-back", f"{rank}:{seconds}"]
+        if wait_for_store:
+            arguments += ["--wait-for-store", str(wait_for_store)]
         name = f"{instance}-ranks-{span[0]}-{span[-1]}"
         return await self._start(name, "runner", "--instance", instance, *arguments, warm=warm)
 

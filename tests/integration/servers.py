@@ -360,6 +360,13 @@ class RealCluster:
         return "cluster_state:ok" in said and f"cluster_known_nodes:{len(self.servers)}" in said
 
 
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        return int(free.getsockname()[1])
+
+
 async def _tell(endpoint: Endpoint, command: str, *, bulk: bool = False) -> str:
     """Send one command; its simple or bulk answer."""
     reader, writer = await endpoint.connect()
