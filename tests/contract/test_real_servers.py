@@ -110,7 +110,7 @@ async def test_a_replica_is_refused(kind: Kind) -> None:
         RealServer(kind=kind, transport="tcp") as master,
         RealServer(kind=kind, transport="tcp", config=[f"replicaof 127.0.0.1 {master.port}"]) as replica,
     ):
-        with pytest.raises(StoreUnsuitable, match=r"is a replica of 127\.0\.0\.1; connect to its master"):
+        with pytest.raises(StoreUnsuitable, match=r"is a replica of 127\.0\.0\.1:\d+; connect to its master"):
             await connect(replica.url)
 
 
@@ -142,7 +142,7 @@ async def test_a_wrong_or_missing_password_is_one_clear_error(kind: Kind, given:
         assert f"the store at 127.0.0.1:{server.port} refused" in str(refusal.value)
         assert "Check user, password and rights" in str(refusal.value)
         assert "right." not in str(refusal.value).replace("rights.", "")
-        assert "wrong" not in str(refusal.value).lower().replace("wrongpass", "")
+        assert "wrong" not in str(refusal.value).lower().replace("wrong user", "")
 
 
 async def test_a_database_that_does_not_exist_is_an_error(kind: Kind) -> None:
