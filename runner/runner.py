@@ -172,9 +172,9 @@ class Runner:
             StoreError: the store could not be reached to begin with. Later outages are waited out.
         """
         with self._member.about.applied():
-            await self._run()
+            await self._run(wait_for_store)
 
-    async def _run(self) -> None:
+    async def _run(self, wait_for_store: float) -> None:
         try:
             await self._until_leaving(self._start_engine())
         except BaseException:

@@ -69,6 +69,8 @@ class Address:
                     self.forgotten += 1
                     if self.resets:
                         return
+                elif self.says and data[:1] == b"\x16":
+                    return
                 elif self.says:
                     writer.write(b"".join(f"-{self.says}\r\n".encode() for _ in range(_commands_in(data))))
                 else:
@@ -98,7 +100,9 @@ class Address:
 
 
 def _commands_in(data: bytes) -> int:
-    """How many commands these bytes hold; clients send them whole."""
+    """How many commands these bytes hold; clients send them whole. None where it is a handshake of TLS, and one a line where it is plain text."""
+    if not data.startswith(b"*"):
+        return 0 if data[:1] == b"\x16" else data.count(b"\n")
     parser = hiredis.Reader()
     parser.feed(data)
     count = 0

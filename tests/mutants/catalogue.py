@@ -17,6 +17,7 @@ from tests.mutants.harness import (
     SIMULATION,
     SPOILED,
     SPOILED_STREAMS,
+    WRONG_SERVER,
     Edit,
     Mutation,
     Search,
@@ -30,6 +31,8 @@ _DISPATCH = "barrier/lua/dispatch.lua"
 _CONCLUDE = "barrier/lua/conclude.lua"
 _LEAD = "barrier/lua/lead.lua"
 _MEMBER = "barrier/member.py"
+_PROMPT = "barrier/prompt.py"
+_STANDING = "barrier/standing.py"
 _ARRIVALS = "barrier/arrivals.py"
 _BARRIER = "barrier/barrier.py"
 _SCRIPTS = "barrier/scripts.py"
@@ -1224,7 +1227,56 @@ LIFE: tuple[Mutation, ...] = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES, *LIFE)
+CONNECTIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "wrong-server",
+        "a reply about the server ends the connections to it",
+        "L7",
+        Edit(_PROMPT, "                standing.doubt(self)", "                pass"),
+        (WRONG_SERVER,),
+    ),
+    Mutation(
+        "blocked-reader",
+        "who waits at the wrong server is told",
+        "L7",
+        Edit(_STANDING, "            one.hang_up()", "            pass"),
+        (WRONG_SERVER,),
+    ),
+    Mutation(
+        "judged-anew",
+        "each new connection's server is judged",
+        "L7",
+        Edit(_PROMPT, "                standing.judge(facts_of(info), self._host_error())", "                pass"),
+        (WRONG_SERVER,),
+    ),
+    Mutation(
+        "idle-connection",
+        "a connection that lay idle is not used again",
+        "L7",
+        Edit(_PROMPT, " or idle > IDLE_SECONDS", ""),
+        (WRONG_SERVER,),
+    ),
+    Mutation(
+        "password-renewed",
+        "a password's file is read for each connection",
+        "L7",
+        Edit(
+            _STANDING,
+            "            password = self._read()",
+            '            password = self.__dict__.setdefault("kept", self._read())',
+        ),
+        (WRONG_SERVER,),
+    ),
+    Mutation(
+        "certificate-renewed",
+        "certificates are read again where their files have changed",
+        "L7",
+        Edit(_PROMPT, "            if signature != self._signature:", "            if self._signature is None:"),
+        (WRONG_SERVER,),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES, *LIFE, *CONNECTIONS)
 
 QUICK: tuple[str, ...] = ("gate-epoch", "once", "verdict-first", "floor-record")
 """A share that its first searches find in a few seconds each."""
