@@ -42,6 +42,12 @@ from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, scr
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """anyio's plugin for pytest runs the tests; on asyncio, whatever else is installed."""
+    return "asyncio"
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()

@@ -21,6 +21,13 @@ from runner.testing import ScriptedRunner, scripted_runners
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """anyio's plugin for pytest runs the tests; on asyncio, whatever else is installed."""
+    return "asyncio"
+
+
 SPEC = InstanceSpec(name="demo", world_size=4)
 
 

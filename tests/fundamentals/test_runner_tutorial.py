@@ -54,6 +54,13 @@ from runner.testing import ScriptedEngine, ScriptedRunner, scripted_runners
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """anyio's plugin for pytest runs the tests; on asyncio, whatever else is installed."""
+    return "asyncio"
+
+
 MODEL = ModelSpec(model_id="toy", total_layers=4)
 
 

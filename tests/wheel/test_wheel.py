@@ -78,6 +78,11 @@ def cluster(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environmen
     return install(wheel, "cluster", tmp_path_factory.mktemp("cluster"))
 
 
+@pytest.fixture(scope="session")
+def testing(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return install(wheel, "testing", tmp_path_factory.mktemp("testing"))
+
+
 def install(wheel: Path, extra: str, room: Path) -> Environment:
     venv.create(room / "venv", symlinks=True)
     python = room / "venv" / "bin" / "python"
@@ -235,3 +240,28 @@ def test_the_embedded_server_starts_from_an_installation(cluster: Environment) -
         """
     )
     assert answer is True
+
+
+@pytest.mark.parametrize("name", ["barrier", "planner", "runner"])
+def test_a_copied_tutorial_passes_with_the_kit_alone(testing: Environment, name: str) -> None:
+    """Without this project's conftest and configuration: what brings the plugin that runs `async def` tests is the extra."""
+    copy = testing.elsewhere / f"test_{name}.py"
+    copy.write_text((ROOT / "tests" / "fundamentals" / f"test_{name}_tutorial.py").read_text("utf-8"), "utf-8")
+    done = testing.run(str(testing.python), "-I", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(copy))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(("name", "extra"), [("library", "cluster"), ("barrier", "testing")])
+def test_an_example_of_the_readme_runs_with_the_extra_that_it_names(
+    name: str, extra: str, request: pytest.FixtureRequest
+) -> None:
+    before, _, after = (ROOT / "README.md").read_text("utf-8").partition(f"<!-- test: {name} -->\n```python\n")
+    assert f"pip install 'rankgate[{extra}]'" in before[before.rindex("\n**") :]
+    environment: Environment = request.getfixturevalue(extra)
+    program = environment.elsewhere / f"example_{name}.py"
+    program.write_text(after.partition("```")[0], "utf-8")
+    done = environment.run(str(environment.python), "-I", str(program))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
