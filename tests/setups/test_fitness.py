@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -118,7 +119,11 @@ async def test_users_with_the_least_rights_connect_and_leave_no_line_in_the_acl_
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_node_of_a_cluster_is_refused_with_the_form_for_clusters(kind: Any) -> None:
-    async with RealServer(kind=kind, transport="tcp", config=["cluster-enabled yes"]) as server:
+    with socket.socket() as free:  # the bus; by default it is 10,000 above the port, which may be taken
+        free.bind((LOOPBACK, 0))
+        bus = free.getsockname()[1]
+    config = ["cluster-enabled yes", f"cluster-port {bus}"]
+    async with RealServer(kind=kind, transport="tcp", config=config) as server:
         right = rf"one node of a cluster; use the URL redis\+cluster://{LOOPBACK}:{server.port}"
         with pytest.raises(StoreUnsuitable, match=right):
             await connect(server.url)
