@@ -94,11 +94,13 @@ async def test_recovery_from_a_killed_engine(tmp_path: Path, watch: Watch, spare
         for trial in range(TRIALS):
             if spares:
                 await wait_until(lambda: spares_ready(ranks), "the spares to be prepared", SECONDS)
+            # A generation has just ended; its ranks are Running until they have said so.
+            await wait_until(lambda: ranks.statuses == ["Ready"] * 2, "all ranks to be ready", SECONDS)
             pid = ranks.hosts[trial % 2].pid
             assert pid is not None
             killed = time.monotonic()
             psutil.Process(pid).kill()
-            await wait_until(lambda: ranks.statuses != ["Ready"] * 2, "the death to be noticed", SECONDS)
+            await wait_until(lambda killed=killed: watch.seen[-1][0] > killed, "the death to be noticed", SECONDS)
             await wait_until(lambda: ranks.statuses == ["Ready"] * 2, "the next attempt to be ready", SECONDS)
             trials.append(phases_of(watch, killed))
             assert "".join([piece async for piece in instance.generate(PROMPT, max_tokens=TOKENS)]) == expected
