@@ -164,7 +164,7 @@ ON_A_SERVER = [
     pytest.param(("status", "demo", "--watch"), "no live report", id="watch"),
     pytest.param(("status", "--watch"), "demo", id="watch-all"),
     pytest.param(("launch", "demo", "--world-size", "2"), "not here", id="launch"),
-    pytest.param(("generate", "demo", "hello"), "does not serve", id="generate"),
+    pytest.param(("generate", "demo", "hello"), "no planner looks after it", id="generate"),
 ]
 
 
@@ -300,7 +300,7 @@ async def test_the_disk_is_full(
         pytest.param(("planner",), "planning the instances", id="planner"),
         pytest.param(("runner", "--instance", "demo", "--rank", "0", "--world-size", "2"), "rank 0", id="runner"),
         pytest.param(("status", "demo", "--watch"), "no live report", id="watch"),
-        pytest.param(("generate", "demo", "hello"), "does not serve", id="generate"),
+        pytest.param(("generate", "demo", "hello"), "no planner looks after it", id="generate"),
         pytest.param(("race",), "is connected", id="race"),
     ],
 )
