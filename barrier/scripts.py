@@ -377,7 +377,7 @@ async def conclude(
 ) -> ConcludeOutcome:
     """Latch the verdict; the first one wins."""
     args = _under(leadership) | _caps(store.settings, "log", "signal", "event") | _naming(epoch)
-    args |= {"verdict": verdict.model_dump_json(), "seen_n": seen_n}
+    args |= {"verdict": verdict.model_dump_json(exclude=None if verdict.code else {"code"}), "seen_n": seen_n}
     words = _words(await _run(store, "conclude", _named(keys), args))
     match words:
         case ["CONCLUDED"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -146,7 +147,10 @@ def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> so
                 return bound
             bound.close()
     first, last = ports
-    for port in sorted(range(first, last + 1), key=lambda port: port == avoid):
+    # From anywhere in the range, so that an attempt seldom gets the port of an earlier one, which another engine had.
+    shift = random.randrange(last - first + 1)  # noqa: S311 - no secret
+    shifted = [first + (at + shift) % (last - first + 1) for at in range(last - first + 1)]
+    for port in sorted(shifted, key=lambda port: port == avoid):
         try:
             return _bound(port)
         except OSError:

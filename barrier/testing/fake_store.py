@@ -107,26 +107,25 @@ class FakeStore:
     def partition(self, name: str | None = None) -> None:
         """Cut off all clients, or those of one name: their connections break, blocked reads included, and new ones fail.
 
-        Raises:
-            ValueError: no client has that name.
+        A client of that name may be made later: it is cut off from its beginning.
         """
         if name is None:
             self._cut_off = True
         else:
-            self._cut_names.add(one_of("client called", name, self._names))
+            self._cut_names.add(name)
         self._break_connections(name)
 
     def heal(self, name: str | None = None) -> None:
         """End the partition of one name; without a name, end all of them.
 
         Raises:
-            ValueError: no client has that name.
+            ValueError: nobody of that name was cut off, and no client has it.
         """
         if name is None:
             self._cut_off = False
             self._cut_names.clear()
         else:
-            self._cut_names.discard(one_of("client called", name, self._names))
+            self._cut_names.discard(one_of("client called", name, {*self._names, *self._cut_names}))
 
     def is_cut(self, name: str) -> bool:
         """Whether clients of this name are cut off."""

@@ -224,10 +224,11 @@ class SimulatedEngine:
         self._take_place("connect", group.rank, group.world_size)
         if self._connected:
             raise self._out_of_order("connect", "the engine is in a group already")
-        await self._strike("connect")
-        await self._pause("connect", self._config.connect_seconds)
         if self._ring is not None and group.world_size > 1:
             await self._ring.join(group)
+        # After they have met, so that a rank that is slow or fails here is the only one.
+        await self._strike("connect")
+        await self._pause("connect", self._config.connect_seconds)
         self._connected = True
 
     async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:

@@ -262,7 +262,13 @@ class BaseHost(ABC):
         call = self._call = Call(work)
         try:
             if call.work.prepares:  # a task of its own: whoever waits for it may leave, and it goes on
-                self._handing_over = asyncio.create_task(self._hand_over(call), name="rankgate engine start")
+                from barrier import supervise  # noqa: PLC0415 - see `engine_log`
+
+                self._handing_over = supervise.background(
+                    self._hand_over(call),
+                    f"the start of the engine of rank {self._rank}",
+                    on_mistake=lambda _: call.finish(EngineFailure("the engine's start failed by a mistake of ours")),
+                )
                 await asyncio.shield(self._handing_over)
             else:
                 await self._hand_over(call)

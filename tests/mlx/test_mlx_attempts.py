@@ -24,6 +24,7 @@ from barrier.testing import FakeStore, wait_until
 from planner import Instance, InstanceSpec, Planner, Policy
 from runner.messages import ModelSpec
 from tests.integration.cluster import Cluster, Process, connected
+from tests.integration.rings import engine_in_ring, is_alive, neighbours, serves_with
 from tests.integration.servers import RealServer
 from tests.mlx.ranks import Ranks, ranks_of
 from tests.mlx.tiny import LAYERS, make_model, reference_text
@@ -188,50 +189,3 @@ async def test_the_engine_of_a_runner_that_was_stopped_is_never_met_again(
         assert right == ROUNDS
         await instance.stop()
     print(f"{right} of {ROUNDS} rounds with an engine that was left over served the right text, and it was never met")
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def serves_with(instance: Instance, processes: list[Process]) -> bool:
-    """Whether the instance serves, and it is by these runners."""
-    state = instance.state
-    assert not state.over, state.reason
-    if not state.serving or state.snapshot is None:
-        return False
-    return [view.report and view.report.pid for view in state.snapshot.ranks] == [one.pid for one in processes]
-
-
-def engines_of(runner: Process) -> list[psutil.Process]:
-    """The engine and the spare."""
-    return [one for one in psutil.Process(runner.pid).children() if "engine-of-rank" in " ".join(one.cmdline())]
-
-
-def ends(process: psutil.Process) -> set[tuple[tuple[str, int], tuple[str, int]]]:
-    """Its end of each of its connections: its own address, and the other side's."""
-    return {
-        ((one.laddr.ip, one.laddr.port), (one.raddr.ip, one.raddr.port))
-        for one in process.net_connections("tcp4")
-        if one.status == psutil.CONN_ESTABLISHED
-    }
-
-
-def engine_in_ring(runner: Process) -> psutil.Process:
-    """The engine that is connected to others; a spare is not."""
-    found = [one for one in engines_of(runner) if ends(one)]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def neighbours(engine: psutil.Process) -> set[int]:
-    """The processes at the other ends of an engine's connections, of all engines on this machine."""
-    wanted = {(there, here) for here, there in ends(engine)}
-    found: set[int] = set()
-    for one in psutil.process_iter(["cmdline"]):
-        if "engine-of-rank" in " ".join(one.info["cmdline"] or ()) and is_alive(one) and ends(one) & wanted:
-            found.add(one.pid)
-    return found

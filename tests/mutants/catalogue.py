@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.harness import (
+    ATTEMPTS,
     BOUNDS,
     CLAIMS,
     DECISIONS,
@@ -44,6 +45,8 @@ _DECIDE = "planner/decide.py"
 _LIFECYCLE = "planner/lifecycle.py"
 _LOOP = "planner/loop.py"
 _MLX = "runner/engines/mlx.py"
+_RING = "runner/engines/ring.py"
+_HOST_LIVES = "runner/host/lives.py"
 _REFERENCE = "barrier/testing/reference.py"
 
 
@@ -1152,6 +1155,109 @@ ENGINES: tuple[Mutation, ...] = (
     ),
 )
 
+COLLECTIVES: tuple[Mutation, ...] = (
+    Mutation(
+        "ring-token",
+        "a simulated engine lets nobody of another attempt into its ring",
+        "S9",
+        Edit(_RING, "        if token != group.token.hex():", "        if False:"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "ring-endpoint",
+        "a simulated engine binds another port in every attempt",
+        "S9",
+        Edit(
+            _RING,
+            "        if self._bound is not None:\n            self._bound.close()\n        self._bound = bind",
+            '        if self._bound is not None:\n            return f":{self._port}"\n        self._bound = bind',
+        ),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "simulated-load-alone",
+        "a simulated engine that is one of several ranks loads nothing before it is connected",
+        "S1",
+        Edit(
+            "runner/engines/simulated.py",
+            "        if self._world_size > 1 and not self._connected:",
+            "        if False:",
+        ),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "endpoints-own",
+        "an engine is not connected where the record says that it waits elsewhere",
+        "S9",
+        Edit(_RUNNER, "    if endpoints[rank] != own:", "    if False:"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "endpoints-apart",
+        "an engine is not connected where two ranks say that they wait at one place",
+        "S9",
+        Edit(_RUNNER, "        if endpoint and first.setdefault(endpoint, other) != other:", "        if False:"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "endpoints-epoch",
+        "a rank reads the endpoints of the promised epoch only",
+        "S9",
+        Edit(_MEMBER, "        if self.promised is None or current != str(self.promised):", "        if False:"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "endpoints-hostile",
+        "a rank's report cannot shift the endpoints of others",
+        "S10",
+        Edit("barrier/lua/prelude.lua", '\'"endpoint":"([%w.:_%-%[%]]*)"\'', '\'"endpoint":"(.-)","pid\''),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "prepared-first",
+        "no rank says Idle in an attempt before its engine is prepared",
+        "S9",
+        Edit(_RUNNER, 'self._member.promise(entry.epoch, status="Preparing")', "self._member.promise(entry.epoch)"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "connect-deadline",
+        "an engine that does not connect in time is ended",
+        "L2",
+        Edit(
+            _HOST_LIVES,
+            "            async with asyncio.timeout(group.deadline):",
+            "            async with asyncio.timeout(5):",
+        ),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "helpers-end",
+        "a helper in a session of its own ends with its engine",
+        "S9",
+        Edit("runner/host/leftovers.py", "    end_marked(mark)\n    with _lock:", "    with _lock:"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "watcher",
+        "a helper in a session of its own ends with a runner that is killed",
+        "S9",
+        Edit("runner/host/leftovers.py", "    end_marked(sys.argv[1])\n", ""),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "load-sign",
+        "a load that moves without another layer renews the planner's patience",
+        "L2",
+        Edit(
+            "planner/recovery.py",
+            "view.report.status, view.report.progress, view.report.signs)",
+            "view.report.status, view.report.progress)",
+        ),
+        (ATTEMPTS,),
+    ),
+)
+
 LIFE: tuple[Mutation, ...] = (
     Mutation(
         "failure-told-first",
@@ -1276,7 +1382,7 @@ CONNECTIONS: tuple[Mutation, ...] = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES, *LIFE, *CONNECTIONS)
+MUTATIONS: tuple[Mutation, ...] = (*SCRIPTS, *RANKS, *PLANNERS, *ENGINES, *COLLECTIVES, *LIFE, *CONNECTIONS)
 
 QUICK: tuple[str, ...] = ("gate-epoch", "once", "verdict-first", "floor-record")
 """A share that its first searches find in a few seconds each."""

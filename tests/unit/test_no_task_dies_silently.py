@@ -605,7 +605,7 @@ class Ranks:
     def stop(self) -> None:
         self.stopped.set()
 
-    async def run(self) -> None:
+    async def run(self, *, wait_for_store: float = 0.0) -> None:
         if isinstance(self.failure, Injected):
             mistaken()
         if self.failure is not None:
@@ -738,6 +738,19 @@ async def test_a_mistake_in_tidying_after_a_call_kills_the_engine(
     await host.close()
 
 
+async def test_a_mistake_in_handing_a_call_to_an_engine_fails_the_call(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = InlineHost(ScriptedEngine(auto=True).fresh)
+    monkeypatch.setattr(host, "_hand_over", mistaken_later)
+    with pytest.raises((Injected, EngineFailure)):
+        await asyncio.wait_for(host.prepare(0, 2), 10)
+    heard.check("the start of the engine of rank 0: ")
+    monkeypatch.undo()
+    assert await asyncio.wait_for(host.prepare(0, 2), 10) is None, "the next one is taken"
+    await host.shut_down()
+
+
 async def test_a_mistake_in_starting_a_spare_engine_gives_it_up(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
     host = InlineHost(ScriptedEngine(auto=True).fresh)
     await load_on(host)
@@ -845,6 +858,7 @@ OWNED: dict[str, str] = {
     "runner/engines/ring.py join.gather": "awaited there, and raises",
     "runner/host/inline.py kill.add_done_callback": "says that the engine is gone; what fails in there is told by `hear_loop`",
     "runner/host/lives.py _abandon.shield": "of a task that is under the supervisor",
+    "runner/host/lives.py _values.shield": "of a task that is under the supervisor",
     "runner/host/process.py start.add_done_callback": "says that the engine is gone; what fails in there is told by `hear_loop`",
     "runner/host/process.py start.shield": "of a task that is under the supervisor",
     "runner/host/process.py _spawned.run_in_executor": "the engine never was; what fails in there is told by `hear_loop`",
@@ -889,6 +903,7 @@ TESTED = {
     "runner/host/inline.py begin": "test_a_mistake_in_a_call_of_an_engine_fails_the_call",
     "runner/host/inline.py close": "test_a_mistake_in_closing_an_engine_does_not_keep_it",
     "runner/host/lives.py _abandon": "test_a_mistake_in_tidying_after_a_call_kills_the_engine",
+    "runner/host/lives.py _values": "test_a_mistake_in_handing_a_call_to_an_engine_fails_the_call",
     "runner/host/lives.py warm_up": "test_a_mistake_in_starting_a_spare_engine_gives_it_up",
     "runner/host/process.py start": "test_a_mistake_in_starting_an_engines_process_is_heard_and_raised",
 }

@@ -265,14 +265,23 @@ class Cluster:
         ]
 
     def dispatched(self, kind: TaskKind | None = None) -> list[Dispatch]:
-        """The tasks of the log, in its order."""
+        """The tasks that were dispatched, in their order: those of the log, and by the history those that have left it with their prompt."""
+        in_log = {one["entry"]: one for one in self._stream(self.keys.tasks) if one["kind"] == "task"}
+        gone = {
+            one["id"]: one
+            for one in self._stream(self.keys.events)
+            if one["kind"] == "Dispatched" and one["step"].startswith("generate ") and one["id"] not in in_log
+        }
         found: list[Dispatch] = []
-        for fields in self._stream(self.keys.tasks):
-            if fields["kind"] == "task":
+        for place in sorted(in_log | gone, key=lambda one: tuple(map(int, one.split("-")))):
+            fields = in_log.get(place) or gone[place]
+            first, last = map(int, fields["to"].split("-"))
+            epoch, step = int(place.split("-")[0]), fields["step"]
+            if place in in_log:
                 task = decode_task(fields["task"].encode())
-                first, last = fields["to"].split("-")
-                epoch = int(fields["entry"].split("-")[0])
-                found.append(Dispatch(epoch, fields["step"], task.kind, task.task_id, int(first), int(last)))
+                found.append(Dispatch(epoch, step, task.kind, task.task_id, first, last))
+            else:
+                found.append(Dispatch(epoch, step, "TextGeneration", step.removeprefix("generate "), first, last))
         return [one for one in found if kind in (None, one.kind)]
 
     def loads_per_epoch(self) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from barrier import InvalidSettings, Settings
 from planner.cli.instance_file import read_instance_file
@@ -56,7 +55,7 @@ def test_a_stall_that_no_rank_could_meet_is_not_taken() -> None:
     ],
 )
 def test_times_that_make_no_sense_are_refused(patience: dict[str, float], sentence: str) -> None:
-    with pytest.raises(ValidationError, match=sentence):
+    with pytest.raises(InvalidSettings, match=sentence):
         spec(**patience)
 
 
