@@ -33,7 +33,7 @@ race: $(STAMP) ## the race that this project ends, side by side and for real
 
 .PHONY: test
 test: $(STAMP) ## the quick tests, the wheel's included (ARGS="-k name" for some of them)
-	$(PY) -m pytest -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS)
+	$(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS)
 
 .PHONY: simulate
 simulate: $(STAMP) ## random histories of the real code under faults (SEED=7 replays and prints one, SEED="0 5000" plays many)
