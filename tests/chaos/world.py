@@ -242,7 +242,9 @@ class World:
 
     async def start_runner(self, group: Group, rank: int) -> Process:
         """Start a process for a rank; it is the rank's one from now on."""
-        config = {"simulated": dict(SIMULATED), "instance": group.name, "directory": str(self.directory)}
+        # Engines outside of the namespace are at 127.0.0.1, where one inside it cannot reach them: there, none meet.
+        simulated = {**SIMULATED, "meet": self.network is None}
+        config = {"simulated": simulated, "instance": group.name, "directory": str(self.directory)}
         inside = self.network is not None and group is self.groups[0] and rank == group.size - 1
         process = await self._start(
             f"{group.name}-rank-{rank}",
