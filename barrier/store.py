@@ -191,7 +191,7 @@ class Store:
                 await pool.release(connection)
         match found:
             case (str(host), int(), *_):
-                return host
+                return "127.0.0.1" if host == "::1" else host  # what listens on all IPv4 addresses is there as well
             case _:
                 return "127.0.0.1"
 

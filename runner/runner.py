@@ -23,6 +23,7 @@ from barrier import (
     Clock,
     EpochAnnounced,
     Garbage,
+    InvalidName,
     LogEntry,
     Member,
     NotPromised,
@@ -37,6 +38,7 @@ from barrier import (
     VerdictAnnounced,
     supervise,
 )
+from barrier.keys import valid_endpoint
 from barrier.log import logger
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineHost
@@ -177,10 +179,10 @@ class Runner:
     async def _run(self, wait_for_store: float) -> None:
         try:
             await self._until_leaving(self._start_engine())
+            await self._until_leaving(self._member.claim(spare=self._spare, wait_for_store=wait_for_store))
         except BaseException:
             await asyncio.shield(self._host.shut_down())
             raise
-        await self._until_leaving(self._member.claim(spare=self._spare, wait_for_store=wait_for_store))
         if self._leaving.is_set():
             await self._clean_up()
             return
@@ -556,6 +558,7 @@ class Runner:
                 endpoint = await prepared or ""
             if endpoint.startswith(":"):
                 endpoint = _joined(await self._reachable_at(), endpoint)
+            _check_endpoint(endpoint)
         except Exception as failure:  # noqa: BLE001  as in `_do`
             await self._fail(None, failure)
         else:
@@ -813,6 +816,13 @@ def check_endpoints(endpoints: Sequence[str] | None, rank: int, own: str) -> Non
             f"the store's record says that rank {rank} waits at {endpoints[rank] or 'no endpoint'}, but it waits at {own or 'none'}: "
             "the store went back"
         )
+    alone = [other for other, endpoint in enumerate(endpoints) if _is_loopback(endpoint)]
+    reachable = [other for other, endpoint in enumerate(endpoints) if endpoint and not _is_loopback(endpoint)]
+    if alone and reachable:
+        raise EngineFailure(
+            f"rank {alone[0]} says that it waits at {endpoints[alone[0]]}, where no other machine reaches it, and rank {reachable[0]} at "
+            f"{endpoints[reachable[0]]}; start the runner of rank {alone[0]} with the --address under which the others reach its machine"
+        )
     first: dict[str, int] = {}
     for other, endpoint in enumerate(endpoints):
         if endpoint and first.setdefault(endpoint, other) != other:
@@ -820,6 +830,21 @@ def check_endpoints(endpoints: Sequence[str] | None, rank: int, own: str) -> Non
                 f"ranks {first[endpoint]} and {other} both say that they wait at {endpoint}; start each runner with the --address "
                 "under which the others reach its machine"
             )
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Refuse what an engine, or the address of this machine, makes of an endpoint; empty is an engine without one."""
+    try:
+        if endpoint:
+            valid_endpoint(endpoint)
+    except InvalidName as error:
+        raise EngineFailure(
+            f"the engine cannot be reached: {error}; see the engine's prepare, and the runner's --address"
+        ) from None
+
+
+def _is_loopback(endpoint: str) -> bool:
+    return endpoint.startswith(("127.", "localhost:", "[::1]:"))
 
 
 def _joined(host: str, port: str) -> str:

@@ -147,6 +147,7 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
         ranks = list(options.ranks or ())
         members = [_member(options, store, rank, None) for rank in options.ranks or [None]]
         runners: list[Runner] = []
+        hosts: dict[int, EngineHost] = {}
 
         def state() -> ProcessState:
             return ProcessState(
@@ -163,10 +164,11 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
             if not ranks:
                 anyone = members[0]
                 ranks.append(await anyone.claim(spare=options.spare, wait_for_store=options.wait_for_store))
+                hosts = {ranks[0]: await _started(options, anyone, ranks[0])}
                 # Under the same name it is claimed once more, by a member that has this rank and no other.
                 members[0] = _member(options, store, ranks[0], anyone.incarnation)
             runners += [
-                Runner(member, options.engine.host(rank, options.world_size), spare=options.spare)
+                Runner(member, hosts.get(rank) or options.engine.host(rank, options.world_size), spare=options.spare)
                 for rank, member in zip(ranks, members, strict=True)
             ]
             await run_all(runners, interrupts, wait_for_store=options.wait_for_store)
@@ -175,6 +177,25 @@ async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
     finally:
         await store.close()
     return 0
+
+
+async def _started(options: RunnerOptions, member: Member, rank: int) -> EngineHost:
+    """The engine of a rank that was claimed before it was known which: the claim is kept while it starts, which may take long.
+
+    Raises:
+        EngineFailure: permanent; the rank is given back.
+    """
+    host = options.engine.host(rank, options.world_size)
+    try:
+        async with member.heartbeat():
+            await host.start()
+    except BaseException as failure:
+        if isinstance(failure, EngineFailure) and not failure.permanent:
+            return host  # the runner tries again in each attempt
+        await asyncio.shield(host.shut_down())
+        await asyncio.shield(member.leave())
+        raise
+    return host
 
 
 def _work(options: RunnerOptions, members: list[Member], runners: list[Runner]) -> Work:
@@ -219,7 +240,7 @@ async def run_all(runners: list[Runner], interrupts: Interrupts, *, wait_for_sto
             runner.run(wait_for_store=wait_for_store),
             f"runner {place}",
             on_mistake=lambda _: stop(),
-            expected=(RankgateError,),
+            expected=(RankgateError, EngineFailure),
         )
         for place, runner in enumerate(runners)
     ]
@@ -232,7 +253,7 @@ async def run_all(runners: list[Runner], interrupts: Interrupts, *, wait_for_sto
     finally:
         stop()
         ends = [end for end in await supervise.ends_of(*tasks) if isinstance(end, BaseException)]
-    errors = [end for end in ends if isinstance(end, RankgateError)]
+    errors = [end for end in ends if isinstance(end, (RankgateError, EngineFailure))]
     for error in errors[1:]:  # the first one is told by whoever runs this
         logger.error("{}", error)
     for end in (*errors, *ends):

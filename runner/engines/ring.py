@@ -148,9 +148,9 @@ class Ring:
         ):  # the wait for it was cancelled
             why = f"rank {before} did not come to the endpoint of rank {group.rank}, {own}"
             if self._strangers:
-                why += (
-                    f"; {len(self._strangers)} others came and were refused, the last one because {self._strangers[-1]}"
-                )
+                why += f"; {self._strangers} others came and were refused, the last one because {self._last_refusal}"
+        elif self._reached:
+            why = f"its neighbours are there, but the token did not come round to rank {group.rank}: a rank further on is missing"
         else:
             why = f"rank {group.rank} could not reach rank {after} at {group.endpoints[after]}"
         return f"the ring did not come together within {group.deadline * _OWN_SHARE:g} s: {why}"

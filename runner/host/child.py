@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from runner.engine import Engine, EngineFailure
 from runner.host.contract import CHUNK_WINDOW
-from runner.host.failures import Failure, sentence_of, was_cancelled
+from runner.host.failures import UNFIT, Failure, sentence_of, was_cancelled
 from runner.host.frames import FrameBuffer, decode_request, encode_frame
 from runner.host.leftovers import MARK
 from runner.host.work import Work, perform
@@ -172,13 +172,13 @@ class _EngineServer:
             factory: Any = importlib.import_module(module)
             for part in name.split("."):
                 factory = getattr(factory, part)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, SyntaxError) as error:
             raise EngineFailure(
                 f"engine factory {self._factory!r} cannot be imported: {error}", permanent=True
             ) from error
         try:
             return factory(self._config)
-        except (TypeError, ValueError) as error:
+        except UNFIT as error:
             raise EngineFailure(
                 f"engine factory {self._factory!r} refuses its configuration: {sentence_of(error)}", permanent=True
             ) from error

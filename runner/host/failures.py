@@ -21,6 +21,9 @@ MAX_FAILURE_CHARS = 1_900
 
 _TRACEBACK_CHARS = 4_000
 
+UNFIT = (TypeError, ValueError, LookupError, AttributeError)
+"""What a factory raises that gets a configuration which it cannot use: the same at every attempt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:

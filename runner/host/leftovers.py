@@ -78,13 +78,15 @@ def end(mark: str) -> None:
         watch.marks.discard(mark)
         if watch.marks or watch.watcher is None or watch.watcher.stdin is None:
             return
-        watch.watcher.stdin.close()  # the watcher sees the end of its pipe, finds nothing more to do, and ends
-        try:
-            watch.watcher.wait(_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            watch.watcher.kill()
-            watch.watcher.wait()
-        watch.watcher = None
+        watcher, watch.watcher = watch.watcher, None
+    # Outside of the lock, which the event loop takes to begin another engine.
+    if watcher.stdin is not None:
+        watcher.stdin.close()  # it sees the end of its pipe, finds nothing more to do, and ends
+    try:
+        watcher.wait(_PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        watcher.kill()
+        watcher.wait()
 
 
 def end_marked(mark: str) -> None:

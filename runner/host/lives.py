@@ -12,7 +12,7 @@ from typing import cast
 
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.host.contract import PROGRESS_WINDOW
-from runner.host.failures import MAX_FAILURE_CHARS, engine_log, is_permanent, sentence_of
+from runner.host.failures import MAX_FAILURE_CHARS, UNFIT, engine_log, is_permanent, sentence_of
 from runner.host.work import Place, Value, Work
 from runner.messages import ModelSpec
 
@@ -76,7 +76,9 @@ class Life(ABC):
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_gone = on_gone
 
-        self.began = asyncio.get_running_loop().time()
+        self.asked_at = asyncio.get_running_loop().time()
+        self.preparing = 0.0
+        """Seconds that its start and its preparations have taken."""
         self.used = False
         """Whether it was asked for more than to be prepared: it may be in a group, or hold a model."""
 
@@ -144,6 +146,7 @@ class BaseHost(ABC):
         self._spare_after = spare_after
         self._costly: Place | None = None
         """For whom engines are prepared, once one has taken longer than `spare_after` to be ready."""
+        self._longest_preparing = 0.0
         self._spare: Life | None = None
         self._preparing_spare = Call(Work("prepare"))
         self._starting_spare: asyncio.Task[None] | None = None
@@ -160,6 +163,7 @@ class BaseHost(ABC):
     async def start(self) -> None:
         """See `EngineHost`."""
         await self._run(Work("start"))
+        self._count_preparing()
 
     async def prepare(self, rank: int, world_size: int) -> str | None:
         """See `EngineHost`."""
@@ -168,10 +172,18 @@ class BaseHost(ABC):
         async with aclosing(self._values(Work("prepare", place))) as values:
             async for value in values:
                 endpoint = str(value)
-        life = self._life
-        if life is not None and asyncio.get_running_loop().time() - life.began > self._spare_after:
+        if self._count_preparing() > self._spare_after:
             self._costly = place
         return endpoint or None
+
+    def _count_preparing(self) -> float:
+        """Add the call that has ended to what the engine's start and preparations took; that, in seconds."""
+        life = self._life
+        if life is None:
+            return 0.0
+        life.preparing += asyncio.get_running_loop().time() - life.asked_at
+        self._longest_preparing = max(self._longest_preparing, life.preparing)
+        return life.preparing
 
     async def connect(self, group: EngineGroup) -> None:
         """See `EngineHost`."""
@@ -294,11 +306,11 @@ class BaseHost(ABC):
             if call.over:  # killed while it waited for the spare
                 return
             life = self._life = self._take_spare()
+            self._last_death = None
         if life is None:
             if not call.work.starts_engine:
                 call.finish(self._no_engine(call.work))
                 return
-            self._last_death = None
             try:
                 life = self._life = self._new_life()
                 life.used = not call.work.prepares
@@ -306,7 +318,7 @@ class BaseHost(ABC):
             except Exception as error:  # noqa: BLE001 - whatever keeps a foreign engine from starting is one failed task
                 failure = EngineFailure(
                     f"engine of rank {self._rank} cannot be started: {sentence_of(error)}"[:MAX_FAILURE_CHARS],
-                    permanent=is_permanent(error),
+                    permanent=is_permanent(error) or isinstance(error, UNFIT),
                 )
                 failure.__cause__ = error
                 call.finish(failure)
@@ -314,6 +326,8 @@ class BaseHost(ABC):
                 if (life := self._part_with("could not be started")) is not None:
                     self._ending.discard(life)
                 return
+        else:
+            life.asked_at = asyncio.get_running_loop().time()
         life.used = life.used or not call.work.prepares
         if not call.over:  # killed while it was being started
             life.begin(call)
@@ -332,11 +346,15 @@ class BaseHost(ABC):
                 raise
 
     async def _spare_settled(self) -> None:
-        """Wait until the spare, if there is one, is prepared or has failed."""
-        if self._starting_spare is not None:
-            await asyncio.wait({self._starting_spare})
-        if self._spare is not None:
-            await self._preparing_spare.wait_over()
+        """Wait until the spare, if there is one, is prepared or has failed. One that takes longer than an engine ever did is given up."""
+        try:
+            async with asyncio.timeout(max(self._grace_seconds, 2 * self._longest_preparing)):
+                if self._starting_spare is not None:
+                    await asyncio.wait({self._starting_spare})
+                if self._spare is not None:
+                    await self._preparing_spare.wait_over()
+        except TimeoutError:
+            self._give_up_spare()
 
     def _take_spare(self) -> Life | None:
         """The spare, which is prepared; ``None`` where there is none, or it failed."""

@@ -27,7 +27,7 @@ _DRAIN_SECONDS = 0.5
 
 
 class ProcessHost(BaseHost):
-    """Hosts an engine in a child process, started by the first ``connect`` or ``load``.
+    """Hosts an engine in a child process, started by the first ``start``, ``prepare``, ``connect`` or ``load``.
 
     No engine outlives its runner, not even a runner that was killed with SIGKILL: the child ends when its stdin does (as soon
     as the interpreter's lock is free), and on Linux the kernel kills it as well (PR_SET_PDEATHSIG; it is tied to the thread

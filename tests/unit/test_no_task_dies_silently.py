@@ -838,6 +838,7 @@ STARTERS = (
 
 OWNED: dict[str, str] = {
     "barrier/supervise.py": "the supervisor itself",
+    "planner/cli/runner_process.py _started.shield": "awaited there; the store's and the engine's own ends are heard by the caller",
     "planner/cli/process.py shell.add_signal_handler": "`Interrupts`; what fails in there is told by `hear_loop`",
     "planner/cli/process.py receive.call_later": "as above",
     "planner/cli/process.py lost.call_soon_threadsafe": "as above",
