@@ -189,7 +189,7 @@ async def test_through_sentinel_the_master_is_found() -> None:
                 await rank.arrive("Connected")
             assert isinstance(await release, Released)
             assert (await ranks[0].next_task()).step == "load"
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnsuitable, match="know no service 'another'"):
             await connect(f"redis+sentinel://:right@{hosts}/another/0")
         await store.close()
 
