@@ -26,6 +26,7 @@ SESSION = ("info", "multi", "exec", "discard", "unwatch", "ping", "select", "rol
 _READS = (
     "exists",
     "get",
+    "getrange",
     "hexists",
     "hget",
     "hgetall",
@@ -214,7 +215,7 @@ def observer_user(namespace: str, group: str | None = None) -> AclUser:
         commands=(*SESSION, "time"),
         grants=(
             Grant(
-                ("getrange", *_READS),
+                _READS,
                 read=(*(f"{prefix}{part}" for part in parts), names.instances, names.changes),
             ),
         ),
