@@ -35,7 +35,9 @@ class Ring:
         self._server: asyncio.Server | None = None
         self._before: asyncio.Future[asyncio.StreamReader] | None = None
         self._writers: set[asyncio.StreamWriter] = set()
-        self._strangers: list[str] = []
+        self._strangers = 0
+        self._last_refusal = ""
+        self._reached = False
 
     def bind(self) -> str:
         """Bind a port for the next attempt, another than before; returns the endpoint, without a host."""
@@ -54,6 +56,12 @@ class Ring:
         bound, self._bound = self._bound, None
         if bound is None:
             raise EngineFailure("connect is out of order: prepare has bound no endpoint for this attempt")
+        if not group.endpoints[group.rank].endswith(f":{self._port}"):
+            bound.close()
+            raise EngineFailure(
+                f"rank {group.rank} listens on port {self._port}, and the others were told {group.endpoints[group.rank]}: this engine was "
+                "not prepared for this attempt"
+            )
         try:
             async with asyncio.timeout(group.deadline * _OWN_SHARE):
                 self._before = asyncio.get_running_loop().create_future()
@@ -64,7 +72,7 @@ class Ring:
                 await self._go_round(group, before, after)
         except TimeoutError:
             raise EngineFailure(self._why_not(group)) from None
-        except (OSError, asyncio.IncompleteReadError) as error:
+        except (OSError, ValueError, OverflowError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise EngineFailure(
                 f"rank {group.rank} lost a neighbour while the ring came together: {type(error).__name__}"
             ) from error
@@ -83,7 +91,7 @@ class Ring:
         """Answer somebody who has connected: the rank before this one, in the same attempt, is let in, and nobody else."""
         self._writers.add(writer)
         refusal = "this is no greeting of a ring"
-        with suppress(OSError, ValueError, asyncio.IncompleteReadError, TimeoutError):
+        with suppress(OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             async with asyncio.timeout(_GREETING_SECONDS):
                 word, token, rank = (await reader.readuntil(b"\n")).decode("ascii").split()
             if word == _GREETING:
@@ -91,7 +99,8 @@ class Ring:
         with suppress(OSError):
             writer.write(f"{'no' if refusal else 'ok'} {refusal}\n".encode())
             if refusal:
-                self._strangers.append(refusal)
+                self._strangers += 1
+                self._last_refusal = refusal
                 self._writers.discard(writer)
                 writer.close()
             elif self._before is not None:
@@ -109,6 +118,10 @@ class Ring:
     async def _reach_next(self, group: EngineGroup) -> asyncio.StreamWriter:
         after = (group.rank + 1) % group.world_size
         host, _, port = group.endpoints[after].rpartition(":")
+        if not port.isdecimal() or int(port) > 65_535:
+            raise EngineFailure(
+                f"rank {after}, the next one after rank {group.rank}, has no endpoint at which it could be reached"
+            )
         while True:
             try:
                 reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), limit=_LONGEST_LINE)
@@ -122,6 +135,7 @@ class Ring:
             raise EngineFailure(
                 f"rank {group.rank} was refused at the endpoint of rank {after}, {group.endpoints[after]}: {why[:_LONGEST_LINE]}"
             )
+        self._reached = True
         return writer
 
     async def _go_round(self, group: EngineGroup, before: asyncio.StreamReader, after: asyncio.StreamWriter) -> None:
