@@ -111,6 +111,8 @@ def checkout(folder: Path, version: str | None = None) -> Path:
             shutil.copytree(
                 source, folder / name, ignore=ignored if name == "deploy" else shutil.ignore_patterns("__pycache__")
             )
+            if name == "deploy":  # its name is like those of the users' secrets
+                shutil.copy2(source / "nixos" / "rankgate.nix", folder / name / "nixos" / "rankgate.nix")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
