@@ -114,7 +114,7 @@ InstanceFile: TypeAlias = Annotated[
         "--instance-file",
         metavar="FILE",
         envvar="RANKGATE_INSTANCE_FILE",
-        help="A TOML file with name, world_size, model_id, layers and absence_limit of the instance.",
+        help="A TOML file with name, world_size, model_id, layers, absence_limit, stalls and pauses of the instance.",
     ),
 ]
 Namespace: TypeAlias = Annotated[
