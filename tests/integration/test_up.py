@@ -342,7 +342,7 @@ async def test_a_rank_that_refuses_for_good_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_kept_up_it_answers_other_commands_and_ends_with_ctrl_c(tmp_path: Path) -> None:
     async with Command(tmp_path, "up", "--world-size", "2", "--layers", "2", "--keep") as up:
-        await up.says("demo serves until Ctrl-C")
+        await up.says("rankgate generate demo")
         url = re.findall(r"export RANKGATE_REDIS=(\S+)", up.out)[0]
         assert "[simulated text] " in (await ask(url, "generate", "demo", PROMPT))[0]
         up.send(signal.SIGINT)
