@@ -21,6 +21,7 @@ from planner.cli.health import ProcessState, keeping_state
 from planner.cli.process import Interrupts, connect_store
 from planner.cli.watchdog import Work, supervised
 from runner import Engine, EngineFailure, EngineHost, EngineSpec, InlineHost, ProcessHost, Runner
+from runner.host.failures import UNFIT, sentence_of
 
 SIMULATED = "simulated"
 
@@ -99,8 +100,8 @@ def import_factory(name: str) -> Any:  # noqa: ANN401 - what it returns is check
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidSettings(f"engine {name!r} cannot be imported: {error}") from None
+    except UNFIT as error:
+        raise InvalidSettings(f"engine {name!r} cannot be imported: {sentence_of(error)}") from None
     return cast("type[Engine]", found)
 
 

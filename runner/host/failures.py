@@ -21,8 +21,8 @@ MAX_FAILURE_CHARS = 1_900
 
 _TRACEBACK_CHARS = 4_000
 
-UNFIT = (TypeError, ValueError, LookupError, AttributeError)
-"""What a factory raises that gets a configuration which it cannot use: the same at every attempt."""
+UNFIT = (TypeError, ValueError, LookupError, AttributeError, NameError, ImportError, SyntaxError)
+"""What an engine's module or factory raises that cannot be used, or cannot use its configuration: the same at every attempt."""
 
 
 @dataclass(frozen=True, slots=True)

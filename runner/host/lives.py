@@ -23,6 +23,8 @@ class Call:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.on_taken: Callable[[], None] = lambda: None
+        self.on_done: Callable[[], None] = lambda: None
+        """Called when it ends well, whether or not somebody still waits for it."""
         self.over = False
         self.left = False
         """Whether whoever asked for it has gone."""
@@ -46,6 +48,8 @@ class Call:
         if not self.over:
             self.over = True
             self._failure = failure
+            if failure is None:
+                self.on_done()
             self._news.set()
 
     async def take(self) -> Value | None:
@@ -163,7 +167,6 @@ class BaseHost(ABC):
     async def start(self) -> None:
         """See `EngineHost`."""
         await self._run(Work("start"))
-        self._count_preparing()
 
     async def prepare(self, rank: int, world_size: int) -> str | None:
         """See `EngineHost`."""
@@ -172,18 +175,14 @@ class BaseHost(ABC):
         async with aclosing(self._values(Work("prepare", place))) as values:
             async for value in values:
                 endpoint = str(value)
-        if self._count_preparing() > self._spare_after:
+        if self._life is not None and self._life.preparing > self._spare_after:
             self._costly = place
         return endpoint or None
 
-    def _count_preparing(self) -> float:
-        """Add the call that has ended to what the engine's start and preparations took; that, in seconds."""
-        life = self._life
-        if life is None:
-            return 0.0
+    def _count_preparing(self, life: Life) -> None:
+        """Add the call that has just ended to what the engine's start and preparations took."""
         life.preparing += asyncio.get_running_loop().time() - life.asked_at
         self._longest_preparing = max(self._longest_preparing, life.preparing)
-        return life.preparing
 
     async def connect(self, group: EngineGroup) -> None:
         """See `EngineHost`."""
@@ -329,6 +328,8 @@ class BaseHost(ABC):
         else:
             life.asked_at = asyncio.get_running_loop().time()
         life.used = life.used or not call.work.prepares
+        if call.work.prepares:  # also where whoever asked for it leaves: it goes on, and took the time all the same
+            call.on_done = lambda: self._count_preparing(life)
         if not call.over:  # killed while it was being started
             life.begin(call)
 
@@ -354,6 +355,8 @@ class BaseHost(ABC):
                 if self._spare is not None:
                     await self._preparing_spare.wait_over()
         except TimeoutError:
+            if self._starting_spare is not None:
+                self._starting_spare.cancel()  # so that no later attempt waits for it again
             self._give_up_spare()
 
     def _take_spare(self) -> Life | None:

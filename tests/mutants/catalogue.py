@@ -1232,6 +1232,24 @@ COLLECTIVES: tuple[Mutation, ...] = (
         (ATTEMPTS,),
     ),
     Mutation(
+        "spare-limit",
+        "a spare engine that hangs is not waited for without an end",
+        "L2",
+        Edit(
+            _HOST_LIVES,
+            "asyncio.timeout(max(self._grace_seconds, 2 * self._longest_preparing)):",
+            "asyncio.timeout(None):",
+        ),
+        (ATTEMPTS,),
+    ),
+    Mutation(
+        "endpoints-loopback",
+        "an engine is not connected where one rank says that it waits at its own machine's loopback address",
+        "S9",
+        Edit(_RUNNER, "    if alone and reachable:", "    if False:"),
+        (ATTEMPTS,),
+    ),
+    Mutation(
         "helpers-end",
         "a helper in a session of its own ends with its engine",
         "S9",

@@ -112,12 +112,13 @@ SECOND_LINE = _property("fuzz/test_second_line.py")
 MLX = _property("mlx/test_mlx_configuration.py")
 """What the MLX engine decides, with a stand-in for MLX."""
 ATTEMPTS = _property(
+    "unit/runner/test_host_waits.py",
     "unit/runner/test_ring.py",
     "unit/runner/test_runner_prepare.py",
     "unit/runner/test_host_prepared.py",
     "unit/runner/test_endpoints.py",
 )
-"""Whom an engine meets: the ring of simulated engines, endpoints in the record, engines that are prepared, what they leave behind."""
+"""Whom an engine meets, and for how long it is waited for: the ring of simulated engines, endpoints in the record, engines that are prepared, what they leave behind."""
 LIVES = _property("unit/runner/test_runner_guards.py", "unit/test_no_task_dies_silently.py")
 """A mistake in every part that runs by itself, and what a rank says when it fails."""
 SIMULATION = Search("simulation")

@@ -173,6 +173,28 @@ def test_a_wrong_engine_is_one_sentence(
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("def make(config:", "SyntaxError: '(' was never closed"),
+        ("import os; os.environ['SURELY_NOT_SET']", "KeyError: 'SURELY_NOT_SET'"),
+        ("surely_not_defined", "NameError: name 'surely_not_defined' is not defined"),
+    ],
+)
+def test_an_engine_whose_module_is_wrong_is_one_sentence(
+    text: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a_wrong_engine.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    engine = ["--engine", "a_wrong_engine:make", "--inline-engine"]
+    said = complaint(["runner", "--instance", "demo", "--rank", "0", "--redis", NOWHERE, *engine], capsys, 1)
+    assert f"engine 'a_wrong_engine:make' cannot be imported: {sentence}" in said
+
+
+@pytest.mark.parametrize(
     ("config", "sentence"),
     [
         ('{"layer_seconds": -1}', "the engine's configuration is wrong: "),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import atexit
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from loguru import logger
 
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineSpec, InlineHost, ProcessHost
@@ -76,6 +82,40 @@ class Picky(Plain):
 
     def __init__(self, config: dict[str, Any]) -> None:
         raise ValueError("layers is -1")
+
+
+def need(name: str) -> None:
+    """What a factory may do with a configuration, or a machine, that lacks something."""
+    match name:
+        case "key":
+            config: dict[str, Any] = {}
+            config["model"]
+        case "place":
+            [].pop()
+        case "syntax":
+            ast.parse("def :")
+        case "module":
+            importlib.import_module("surely_not_installed")
+        case "name":
+            exec("surely_not_defined")  # noqa: S102 - a name that the linters do not see
+        case _:
+            raise OSError("the device is busy")
+
+
+class Needy(Plain):
+    """Does without something."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        need(config["lacks"])
+
+
+class Untidy(Plain):
+    """Leaves a thread that never ends, and something to be done at the exit of its process."""
+
+    async def close(self) -> None:
+        threading.Thread(target=threading.Event().wait).start()
+        atexit.register(Path(self.config["left"]).touch)
 
 
 class Old:
@@ -184,6 +224,73 @@ async def test_what_is_wrong_with_an_engine_is_said_when_it_is_started() -> None
         await host.shut_down()
 
 
+LACKS = {
+    "key": "KeyError: 'model'",
+    "place": "IndexError: pop from empty list",
+    "syntax": "SyntaxError: invalid syntax",
+    "module": "ModuleNotFoundError: No module named 'surely_not_installed'",
+    "name": "NameError: name 'surely_not_defined' is not defined",
+}
+
+
+@pytest.mark.parametrize("kind", ["inline", "process"])
+@pytest.mark.parametrize("lacks", LACKS)
+async def test_a_factory_that_raises_what_no_time_mends_is_unfit_for_good(lacks: str, kind: str) -> None:
+    host = InlineHost(lambda: Needy({"lacks": lacks})) if kind == "inline" else ProcessHost(spec("Needy", lacks=lacks))
+    with pytest.raises(EngineFailure, match=re.escape(LACKS[lacks])) as caught:
+        await host.start()
+    assert caught.value.permanent
+    await host.shut_down()
+
+
+@pytest.mark.parametrize("kind", ["inline", "process"])
+async def test_a_factory_that_fails_for_now_is_asked_again(kind: str) -> None:
+    host = (
+        InlineHost(lambda: Needy({"lacks": "time"})) if kind == "inline" else ProcessHost(spec("Needy", lacks="time"))
+    )
+    with pytest.raises(EngineFailure, match="OSError: the device is busy") as caught:
+        await host.start()
+    assert not caught.value.permanent
+    await host.shut_down()
+
+
+MODULES = {
+    "def make(config:\n": "SyntaxError: '(' was never closed",
+    "import os\nmake = os.environ['SURELY_NOT_SET']\n": "KeyError: 'SURELY_NOT_SET'",
+    "import surely_not_installed\n": "No module named 'surely_not_installed'",
+    "other = 1\n": "has no attribute 'make'",
+    "make = 1\n": "'int' object is not callable",
+}
+
+
+@pytest.mark.parametrize("text", MODULES)
+async def test_a_module_that_cannot_be_imported_is_unfit_for_good(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "an_engine_of_somebody.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    host = ProcessHost(EngineSpec(factory="an_engine_of_somebody:make"))
+    with pytest.raises(EngineFailure, match="'an_engine_of_somebody:make'.*" + re.escape(MODULES[text])) as caught:
+        await host.start()
+    assert caught.value.permanent
+    await host.shut_down()
+
+
+async def test_a_process_whose_engine_has_closed_ends_at_once_whatever_the_engine_left_in_it(tmp_path: Path) -> None:
+    """What many imports leave behind takes the interpreter half a second to take apart, and a thread may never end."""
+    left = tmp_path / "left"
+    host = ProcessHost(spec("Untidy", left=str(left)), grace_seconds=2.0)
+    await host.prepare(0, 2)
+    await host.connect(group())
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING")
+    await host.close()
+    logger.remove(sink)
+    assert said == [], "it was not killed"
+    assert left.exists(), "what it had registered for its exit was done"
+    await host.shut_down()
+
+
 async def test_an_engine_that_does_not_connect_in_time_is_killed_and_says_where_it_waited() -> None:
     host = ProcessHost(spec("Slow"))
     await host.prepare(0, 2)
@@ -212,6 +319,9 @@ async def test_an_exception_that_is_no_exception_fails_the_call_and_nothing_else
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows the environment of a process")
 @pytest.mark.parametrize("end", ["kill", "close", "death"])
 async def test_a_helper_in_a_session_of_its_own_ends_with_its_engine(end: str) -> None:
+    """Also while another engine of this process lives on, a spare or another rank's: the watcher has nothing to end yet."""
+    other = ProcessHost(spec("Plain"))
+    await other.prepare(1, 2)
     host = ProcessHost(spec("Plain", helper=True))
     await host.prepare(0, 2)
     await host.connect(group())
@@ -224,6 +334,8 @@ async def test_a_helper_in_a_session_of_its_own_ends_with_its_engine(end: str) -
     else:
         await (host.kill() if end == "kill" else host.close())
     assert carriers(mark) == []
+    assert other.pid is not None
+    await other.shut_down()
     await host.shut_down()
 
 

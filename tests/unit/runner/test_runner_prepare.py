@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from barrier import Verdict
+from barrier import Settings, Verdict
 from barrier.testing import FaultPlan
 from runner.engine import EngineFailure
 from runner.messages import RunnerFailed, RunnerStatusUpdated
@@ -47,10 +49,13 @@ async def test_an_engine_that_is_ready_at_once_costs_no_report_of_its_own() -> N
 
 async def test_a_heartbeat_before_the_engine_is_prepared_does_not_say_idle() -> None:
     """Otherwise the gate of connect would open for an engine that has not bound its endpoint."""
-    async with runner_rig() as rig:
+    quick = Settings(lease=1.0, heartbeat=0.1)  # the heartbeat comes before the rank says by itself that it prepares
+    async with runner_rig(settings=quick) as rig:
         rig.engine.hold("prepare")
         await rig.open()
-        await rig.clock.advance(rig.member.settings.heartbeat + 0.1)
+        await rig.tell()
+        await rig.clock.advance(quick.heartbeat + 0.01)
+        assert await rig.tell() == [], "the runner itself has said nothing yet"
         report = await rig.report()
         assert report.epoch == rig.epoch
         assert report.status == "Preparing"
@@ -153,6 +158,13 @@ async def test_a_connect_that_the_store_does_not_answer_ends_with_the_task_s_dea
         (("10.0.0.1:6000", "10.0.0.2:5000"), "rank 0 waits at 10.0.0.1:6000, but it waits at 10.0.0.1:5000"),
         (("", "10.0.0.2:5000"), "rank 0 waits at no endpoint, but"),
         (("10.0.0.1:5000", "10.0.0.1:5000"), "ranks 0 and 1 both say that they wait at 10.0.0.1:5000"),
+        *(
+            (
+                ("10.0.0.1:5000", "", f"{host}:5001"),
+                f"rank 2 says that it waits at {re.escape(host)}:5001, where no other machine reaches it, and rank 0 at 10.0.0.1:5000",
+            )
+            for host in ("127.0.0.1", "127.0.1.1", "localhost", "[::1]")
+        ),
     ],
 )
 def test_an_engine_is_not_connected_to_endpoints_that_cannot_be_those_of_its_attempt(
@@ -166,3 +178,21 @@ def test_an_engine_is_not_connected_to_endpoints_that_cannot_be_those_of_its_att
 def test_endpoints_that_differ_are_taken() -> None:
     check_endpoints(OTHERS, 0, OTHERS[0])
     check_endpoints(("", ""), 1, "")
+    check_endpoints(("127.0.0.1:5000", "", "localhost:5001"), 0, "127.0.0.1:5000")
+
+
+@pytest.mark.parametrize("endpoint", ["node-0", "a b:5000", "10.0.0.1:0", "10.0.0.1:65536", "10.0.0.1:5000\n"])
+async def test_an_endpoint_that_is_none_fails_the_attempt_and_not_the_runner(endpoint: str) -> None:
+    """It is the engine's, or made of the runner's --address: the sentence says where to look."""
+    async with runner_rig() as rig:
+        rig.engine.endpoint = endpoint
+        await rig.open()
+        said = await failure(rig)
+        assert "the engine cannot be reached" in said
+        assert "is not host:port" in said
+        assert "see the engine's prepare, and the runner's --address" in said
+        assert not (await rig.report()).permanent
+        await rig.conclude()
+        rig.engine.endpoint = "10.0.0.1:5000"
+        await rig.open()
+        assert rig.status == "Idle"
