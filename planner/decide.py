@@ -454,12 +454,33 @@ def _split_generation(view: View, epoch: EpochRecord) -> Conclude | None:
 
 
 def _stalled_serving(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
-    running = [rank for rank in view.snapshot.ranks if rank.report and rank.report.status == "Running"]
-    if not running or not is_serving(view.snapshot) or now < view.memory.progress_at + view.policy.generate_stall:
+    if not is_serving(view.snapshot):
         return None
-    names = ", ".join(f"rank {rank.rank}" for rank in running)
-    reason = f"{names} generated nothing for {view.policy.generate_stall:g} s"
-    return _abort(epoch, Verdict.aborted(reason, running[0].rank if len(running) == 1 else None))
+    stall = view.policy.generate_stall
+    still = [rank for rank in _running(view.snapshot) if now >= _last_sign(view.memory, rank) + stall]
+    if not still:
+        return None
+    reason = f"{_names([rank.rank for rank in still])} generated nothing for {stall:g} s"
+    return _abort(epoch, Verdict.aborted(reason, still[0].rank if len(still) == 1 else None))
+
+
+def _running(snapshot: Snapshot) -> list[RankView]:
+    return [rank for rank in snapshot.ranks if rank.report and rank.report.status == "Running"]
+
+
+def _last_sign(memory: Memory, rank: RankView) -> float:
+    """From when a rank's patience counts: its own last move, or the last thing that was asked of it, whatever others do meanwhile.
+
+    Two kinds of ranks may have to wait for the others, so that anybody's move counts for them: one that has loaded all of its
+    layers, since engines may end a load together; and one that generates and does not answer, which has no sign of its own.
+    """
+    report = rank.report
+    if report is not None and (
+        (report.status == "Loading" and report.progress is not None and report.progress[0] >= report.progress[1])
+        or (report.status == "Running" and report.progress is None and rank.rank > 0)
+    ):
+        return memory.progress_at
+    return max(memory.asked_at, memory.moved.get(rank.rank, memory.progress_at))
 
 
 def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
@@ -484,38 +505,43 @@ def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
         return _gate(view, epoch, step, now)
     requirement = serving_requirement(epoch.world_size)
     if is_serving(view.snapshot):
-        running = any(rank.report and rank.report.status == "Running" for rank in view.snapshot.ranks)
         since = now if view.memory.ready_since is None else view.memory.ready_since
         on_trial = view.memory.charges or view.memory.absences
         ends = [since + view.policy.stable_after] if on_trial else []
-        if running:
-            ends.append(view.memory.progress_at + view.policy.generate_stall)
+        ends += [_last_sign(view.memory, rank) + view.policy.generate_stall for rank in _running(view.snapshot)]
         return Serve(min(ends, default=FOREVER), f"{view.spec.name} serves")
-    until = view.memory.progress_at + view.policy.warmup_stall
-    sentence = explain(view.snapshot, requirement)
-    if now >= until:
-        return _stalled(view, epoch, requirement, view.policy.warmup_stall)
-    return Wait(until, sentence, requirement)
+    until, stalled = _patience(view, epoch, requirement, view.policy.warmup_stall, now)
+    return stalled or Wait(until, explain(view.snapshot, requirement), requirement)
 
 
 def _gate(view: View, epoch: EpochRecord, step: Step, now: float, why: str = "") -> Action:
     requirement = step.waits_for(epoch.world_size)
     preparing = any(rank.report and rank.report.status == "Preparing" for rank in view.snapshot.ranks)
     stall: float = view.policy.prepare_stall if preparing else getattr(view.policy, step.stall)
-    until = view.memory.progress_at + stall
-    if now >= until and missing_ranks(view.snapshot, requirement):
-        return _stalled(view, epoch, requirement, stall)
+    until, stalled = _patience(view, epoch, requirement, stall, now)
+    if stalled is not None:
+        return stalled
     sentence = explain(view.snapshot, requirement)
     reason = f"{why}: {sentence}" if why else sentence
     attempt = epoch.steps[step.name].attempt + 1 if step.name in epoch.steps else 1
     return PassGate(step, attempt, predecessor(step, epoch.world_size), requirement, until, reason)
 
 
-def _stalled(view: View, epoch: EpochRecord, requirement: Requirement, stall: float) -> Conclude:
-    missing = missing_ranks(view.snapshot, requirement)
-    culprit = min(missing, key=lambda rank: _how_far(view.snapshot.ranks[rank]))
-    reason = f"nothing moved for {stall:g} s: {explain(view.snapshot, requirement)}"
-    return _abort(epoch, Verdict.aborted(reason, culprit))
+def _patience(
+    view: View, epoch: EpochRecord, requirement: Requirement, stall: float, now: float
+) -> tuple[float, Conclude | None]:
+    """Until when the ranks that are missing are waited for; and the end of the attempt, where one of them has stalled."""
+    missing = [view.snapshot.ranks[rank] for rank in missing_ranks(view.snapshot, requirement)]
+    if not missing:
+        return view.memory.progress_at + stall, None  # the dispatch may have been held up; no rank is late
+    until = min(_last_sign(view.memory, rank) + stall for rank in missing)
+    if now < until:
+        return until, None
+    still = [rank for rank in missing if now >= _last_sign(view.memory, rank) + stall]
+    culprit = min(still, key=_how_far).rank
+    who = "nothing moved" if len(still) == len(missing) else f"rank {culprit} did not move"
+    reason = f"{who} for {stall:g} s: {explain(view.snapshot, requirement)}"
+    return until, _abort(epoch, Verdict.aborted(reason, culprit))
 
 
 def _how_far(rank: RankView) -> tuple[int, float]:

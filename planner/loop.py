@@ -32,6 +32,7 @@ from barrier import (
 )
 from barrier.log import LogContext, logger
 from planner.decide import (
+    FOREVER,
     Action,
     Conclude,
     Finished,
@@ -54,6 +55,9 @@ from planner.spec import Policy
 from runner.messages import encode
 
 _T = TypeVar("_T")
+
+_LOOKS_PER_STALL = 8
+"""How often a planner that waits for somebody looks in the time of the shortest stall: of a move it knows only when it saw it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +424,8 @@ class InstanceLoop:
         """Look again when a lease could lapse, leadership must be renewed, or the backstop ticks."""
         now = self._clock.now()
         due = [until, self._lead_at, now + self._settings.backstop]
+        if until < FOREVER:
+            due.append(now + self._policy.shortest_stall / _LOOKS_PER_STALL)
         left = [view.lease_left_ms / 1000 for view in snapshot.ranks if view.report is not None]
         if snapshot.epoch is None and self._ordinal > 0:
             due.append(now + self._settings.heartbeat)  # the store forgot: ranks say it again with their next heartbeat

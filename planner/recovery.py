@@ -55,6 +55,8 @@ class Memory:
     Attributes:
         since: when this planner began to look after the instance.
         progress_at: when anything last moved.
+        moved: when each rank itself last moved, by rank.
+        asked_at: when ranks were last asked for something: an attempt was opened or ended, a step dispatched.
         signature: what is compared to see whether anything moved.
         live: the ranks that had a live report in the last picture.
         hold_until: decide nothing before: the store, not the ranks, may be at fault.
@@ -79,7 +81,9 @@ class Memory:
 
     since: float
     progress_at: float
-    signature: object = None
+    moved: Mapping[int, float] = field(default_factory=dict[int, float])
+    asked_at: float = float("-inf")
+    signature: tuple[object, tuple[object, ...]] | None = None
     live: frozenset[int] = frozenset()
     hold_until: float = float("-inf")
     hold_reason: str = ""
@@ -118,13 +122,7 @@ def observe(
         serving: whether in this picture all ranks serve.
         jitter: a random number from 0 to 1, for the pause before the next attempt.
     """
-    memory = _notice_store_faults(memory, snapshot, settings, now)
-    signature = (
-        snapshot.epoch and (snapshot.epoch.id, len(snapshot.epoch.steps), snapshot.epoch.verdict),
-        _moves(snapshot),
-    )
-    if signature != memory.signature:
-        memory = replace(memory, signature=signature, progress_at=now, gone=_gone(memory, snapshot))
+    memory = _notice_moves(_notice_store_faults(memory, snapshot, settings, now), snapshot, now)
     here = frozenset(view.rank for view in snapshot.ranks if view.report is not None)
     everyone = len(here) == snapshot.world_size
     memory = replace(
@@ -225,7 +223,29 @@ def _fields_of(notes: str) -> dict[str, Any]:
         return {}
 
 
+def _notice_moves(memory: Memory, snapshot: Snapshot, now: float) -> Memory:
+    """Take note of when ranks moved and when they were asked to: a rank that stands still has until its stall, whatever others do."""
+    asked, moves = signature = _asked(snapshot), _moves(snapshot)
+    if signature == memory.signature:
+        return memory
+    before_asked, before = memory.signature or (None, ())
+    moved = {
+        rank: memory.moved.get(rank, now) if rank < len(before) and before[rank] == move else now
+        for rank, move in enumerate(moves)
+    }
+    asked_at = memory.asked_at if asked == before_asked else now
+    gone = _gone(memory, snapshot)
+    return replace(memory, signature=signature, progress_at=now, moved=moved, asked_at=asked_at, gone=gone)
+
+
+def _asked(snapshot: Snapshot) -> object:
+    """What ranks are asked for: which attempt, how far it is, whether it has ended."""
+    epoch = snapshot.epoch
+    return epoch and (epoch.id, tuple((name, step.attempt) for name, step in epoch.steps.items()), epoch.verdict)
+
+
 def _moves(snapshot: Snapshot) -> tuple[object, ...]:
+    """What of each rank's report changes when the rank does something."""
     return tuple(
         (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress, view.report.signs)
         if view.report

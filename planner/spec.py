@@ -116,12 +116,15 @@ class Policy:
             of its own waits no longer. The instance itself goes on waiting, and is taken up again when they come.
         absence_limit: how long ranks may be away before the instance is given up; ``None``: that never happens. An instance's own
             limit beats it. A planner that takes over counts anew.
-        prepare_stall: how long a rank may prepare its engine (imports, a download) while nothing else moves.
-        connect_stall: how long a step up to Connected may go without any progress; slow is not stalled. The engines are given four
-            fifths of it to connect (`planner.lifecycle.DEADLINE_SHARE`), so that they say first what they waited for.
-        load_stall: the same for loading: no rank has loaded another layer for so long.
+        prepare_stall: how long a rank may prepare its engine (imports, a download) without a sign of its own.
+        connect_stall: how long a rank that is missing may show no sign of its own in a step up to Connected; slow is not stalled. The
+            engines are given four fifths of it to connect (`planner.lifecycle.DEADLINE_SHARE`), so that they say first what they
+            waited for.
+        load_stall: the same for loading: a rank has loaded no further layer for so long. One that has loaded all of them may wait
+            for the others as long as anything moves.
         warmup_stall: the same for warming up.
-        generate_stall: the same while generating.
+        generate_stall: the same while generating: rank 0 has answered no further token for so long. The others have no progress of
+            their own there, and are waited for as long as anything moves.
         max_failures: how many failed attempts in a row of one rank are followed by another try; the next one gives the instance up.
             Attempts that no rank is to blame for are counted apart, with the same limit. A rank that is away has not failed; it has if
             its process died, which shows when another one comes.
@@ -161,6 +164,11 @@ class Policy:
             raise InvalidSettings(
                 f"backoff_cap is {typed(self.backoff_cap)} s and backoff_base is {typed(self.backoff_base)} s; the cap must not be below"
             )
+
+    @property
+    def shortest_stall(self) -> float:
+        """The shortest time in which somebody could be taken for stalled, in seconds."""
+        return min(getattr(self, name) for name in PATIENCE if name.endswith("_stall"))
 
     def check(self, settings: Settings) -> None:
         """Refuse a stall that a rank which is well could not meet: it says its progress once a heartbeat.

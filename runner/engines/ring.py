@@ -2,12 +2,14 @@
 
 It is what a real engine's collective library does, as small as it can be: every rank says who it is and in which attempt, refuses
 whoever is not its neighbour in the same attempt, and returns from `Ring.join` only when a token has gone round all ranks, compared by
-each of them, and the news of that as well.
+each of them, and the news of that as well. `Ring.keep_pace` is its second collective: no rank makes the next token of a text before
+the rank in front of it has made this one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import socket
 from contextlib import suppress
 
@@ -17,6 +19,7 @@ _GREETING = "rankgate-ring"
 _LONGEST_LINE = 200
 _GREETING_SECONDS = 5.0
 _RETRY_SECONDS = 0.05
+_TEXTS_HEARD_OF = 64
 _OWN_SHARE = 0.9
 """The part of the group's deadline after which the ring gives up by itself, with a sentence that says whom it waited for."""
 
@@ -34,6 +37,8 @@ class Ring:
         self._port = 0
         self._server: asyncio.Server | None = None
         self._before: asyncio.Future[asyncio.StreamReader] | None = None
+        self._after: asyncio.StreamWriter | None = None
+        self._heard: dict[str, int] = {}
         self._writers: set[asyncio.StreamWriter] = set()
         self._strangers = 0
         self._last_refusal = ""
@@ -70,12 +75,34 @@ class Ring:
                 )
                 after, before = await asyncio.gather(self._reach_next(group), self._before)
                 await self._go_round(group, before, after)
+                self._after = after
         except TimeoutError:
             raise EngineFailure(self._why_not(group)) from None
         except (OSError, ValueError, OverflowError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise EngineFailure(
                 f"rank {group.rank} lost a neighbour while the ring came together: {type(error).__name__}"
             ) from error
+
+    async def keep_pace(self, text: str, index: int) -> None:
+        """Say that a token is made, and wait until the rank before this one has made it, too. Nothing before `join`.
+
+        Where that rank has stopped or is gone, this waits for ever, as a collective does. A text that is cancelled here may go on
+        there for a while, and the next one may have begun there: so it is remembered how far each text is.
+        """
+        if self._after is None or self._before is None:
+            return
+        name = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+        with suppress(OSError):
+            self._after.write(f"{name} {index}\n".encode())
+        while self._heard.get(name, -1) < index:
+            try:
+                said, _, place = (await self._before.result().readuntil(b"\n")).decode("ascii").partition(" ")
+                self._heard.pop(said, None)  # the text that was heard of last stands last
+                self._heard[said] = int(place)
+            except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+                await asyncio.get_running_loop().create_future()
+            while len(self._heard) > _TEXTS_HEARD_OF:
+                del self._heard[next(iter(self._heard))]
 
     async def close(self) -> None:
         """Leave the ring and give the endpoint up; idempotent."""

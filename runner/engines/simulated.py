@@ -1,8 +1,9 @@
 """A simulated engine: the timing, the order and the failures of a real one, without a model.
 
 It is honest about being one: its text begins with ``[simulated text]`` and is drawn from a short word list. In a process of its own
-it really meets the other ranks when it connects (`runner.engines.ring`), and compares with them in which attempt they are; after
-that, and where ranks share a process, it talks to no other. It knows its own state, and there it is as strict as a collective: a call
+it really meets the other ranks when it connects (`runner.engines.ring`), compares with them in which attempt they are, and makes the
+tokens of a text at one pace with them: where one rank stands still, all do. Where ranks share a process, they do not talk to one
+another. It knows its own state, and there it is as strict as a collective: a call
 out of order fails, as the real thing would crash.
 
 Everything is derived from the seed by BLAKE2b, so two runs agree to the letter, on any machine and any version of Python.
@@ -276,6 +277,8 @@ class SimulatedEngine:
         for index, piece in enumerate(pieces):
             # A collective runs at one pace, so this delay is the same on every rank.
             await self._pause(f"generate {index}", self._config.token_seconds, rank=0)
+            if self._ring is not None:
+                await self._ring.keep_pace(request.task_id, index)
             if self._rank == 0:
                 yield piece
 

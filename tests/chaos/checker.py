@@ -251,6 +251,7 @@ _KINDS = (
     ("store went back", "the store went back"),
     ("rejected", "a rank rejected a step"),
     ("nothing moved", "a rank stalled"),
+    ("did not move for", "a rank stalled"),
     ("never reached", "an entry of the log was lost"),
 )
 

@@ -105,6 +105,8 @@ JUDGE = _property("property/test_judge.py")
 """What a runner's judge says of random tasks."""
 DECISIONS = _property("property/test_decisions.py")
 """The planner's decisions, on random pictures."""
+DECIDED = _property("unit/planner/test_decide.py")
+"""The planner's decisions, picture by picture."""
 BOUNDS = _property("property/test_bounds.py")
 """Streams that only a planner writes, and an outage of the store."""
 SECOND_LINE = _property("fuzz/test_second_line.py")

@@ -23,6 +23,7 @@ from planner.spec import InstanceSpec, Policy
 LEASE = 6
 # All times are sums of quarters of a second, so that a deadline is met exactly or missed, never rounded.
 SETTINGS = Settings(lease=LEASE, heartbeat=2)
+LAYERS = 3
 STALLS = {"connect_stall": 16, "load_stall": 24, "warmup_stall": 32, "generate_stall": 40}
 POLICY = Policy(assemble_timeout=64, max_failures=2, backoff_base=8, backoff_cap=12, stable_after=10, **STALLS)
 LIMITED = replace(POLICY, absence_limit=120)
@@ -109,8 +110,10 @@ class World:
     action: brain.Action | None = None
     over: bool = False
     # The rules' own notes: since when what holds, who failed how often in a row, and what a successor is told of that.
-    stirred: bool = True
-    moved_at: float = 1_000.0
+    stirred: set[int | None] = field(
+        default_factory=lambda: {None}
+    )  # ranks that moved; and None: something was asked of them
+    moved_at: dict[int | None, float] = field(default_factory=dict[int | None, float])
     since: dict[str, float] = field(default_factory=dict[str, float])
     shown: set[int] = field(default_factory=set[int])
     hold_until: float = 0
@@ -150,7 +153,7 @@ class World:
             return None if one.silent else said
         said = said._replace(status=one.status, epoch=one.epoch, applied=one.applied, floor=one.floor)
         text = TaskOutcome(task_id="x", step="generate x", n=9, result="done")
-        done, texts = (one.done, 16) if one.done else None, (text,) if one.generated else ()
+        done, texts = (one.done, LAYERS) if one.done else None, (text,) if one.generated else ()
         return said._replace(progress=done, permanent=one.permanent, outcomes=texts)
 
     @property
@@ -173,7 +176,8 @@ class World:
 
     def change(self, rank: int, **fields: Any) -> None:
         for what, value in fields.items():
-            self.stirred |= what not in UNSEEN and getattr(self.ranks[rank], what) != value
+            if what not in UNSEEN and getattr(self.ranks[rank], what) != value:
+                self.stirred.add(rank)
             setattr(self.ranks[rank], what, value)
 
     def walk(self, rank: int) -> None:
@@ -209,7 +213,8 @@ class World:
             case "fail" | "fail for good" if attempt and inside:
                 self.change(rank, status="Failed", permanent=it.kind == "fail for good")
             case "restart":
-                self.ranks[rank], self.stirred = Rank(life=one.life + 2), True
+                self.ranks[rank] = Rank(life=one.life + 2)
+                self.stirred.add(rank)
             case "ghost" if attempt and not one.silent and one.life == self.lives[rank]:
                 self.change(rank, ghost=True)
             case "silence":
@@ -218,7 +223,8 @@ class World:
                 for other in range(min(self.size, self.size // 2 + 1 + it.n % 2)):
                     self.change((rank + other) % self.size, silent=True)
             case "lose record" | "lose all" if self.record:
-                self.lost, self.record, self.stirred = self.record, None, True
+                self.lost, self.record = self.record, None
+                self.stirred.add(None)
                 self.log = self.log if it.kind == "lose record" else LogId(0, 0)
             case "log" if attempt:
                 self.log = LogId(attempt.id.number + 1, 1)
@@ -234,12 +240,9 @@ class World:
                 self.memory, self.hold_until = hold(self.memory, "no answer", self.now, SETTINGS), self.now + LEASE
             case "takeover" | "launch":  # by another planner; and anew, which is nobody's successor
                 self.launched_ms += 1_000 * (it.kind == "launch")
-                self.memory, self.stirred, self.hold_until, self.pause_until = (
-                    Memory.fresh(self.now, self.launched_ms),
-                    True,
-                    0,
-                    0,
-                )
+                self.memory = Memory.fresh(self.now, self.launched_ms)
+                self.stirred = {None, *range(self.size)}
+                self.hold_until = self.pause_until = 0
                 self.since, self.shown, self.charged = {}, set(), set()
                 self.failures, self.fresh, self.ended = Counter(), True, None
                 self.absences, self.owed, self.last_lives, self.went = 0, None, {}, {}
@@ -288,14 +291,16 @@ class World:
                     self.log = LogId(epoch.number, self.ranks[0].applied)
                     self.begin(epoch, steps)
             case Conclude(_, verdict) if self.record:
-                self.record, self.stirred = replace(self.record, verdict=verdict), True
+                self.record = replace(self.record, verdict=verdict)
+                self.stirred.add(None)
             case PassGate() if not late:
                 self.gate(action)
             case _:
                 self.over = isinstance(action, GiveUp | Finished)
 
     def begin(self, epoch: EpochId, steps: Sequence[str]) -> None:
-        self.stirred, self.lives = True, tuple(one.life_shown for one in self.ranks)
+        self.lives = tuple(one.life_shown for one in self.ranks)
+        self.stirred.add(None)
         self.handed_on = self.failures.copy()
         roster = tuple(named(rank, life) for rank, life in enumerate(self.lives))
         records = {step: StepRecord(2 + n, 1) for n, step in enumerate(steps)}
@@ -314,7 +319,8 @@ class World:
         if passed:
             n = attempt.last_n + 1
             self.record = replace(attempt, steps={**attempt.steps, step: StepRecord(n, 1)}, last_n=n)
-            self.log, self.stirred = LogId(self.log.number, n), True
+            self.log = LogId(self.log.number, n)
+            self.stirred.add(None)
             self.seen[step] += 1
 
     # --- the rules --------------------------------------------------------------------------------------------------------
@@ -339,8 +345,8 @@ class World:
                 self.went[rank] = life, in_time and rank not in shown
         self.last_lives = {rank: self.ranks[rank].life_shown for rank in shown}
         self.shown, self.last_look = shown, self.now
-        if self.stirred:
-            self.moved_at, self.stirred = self.now, False
+        self.moved_at |= dict.fromkeys(self.stirred, self.now)
+        self.stirred.clear()
         inside = [one for one in self.ranks if one.epoch and not one.silent and not one.ghost]
         holds = {"served": self.serves(), "absent": len(shown) < self.size}
         holds["lost"] = self.record is None and ("lost" in self.since or bool(inside))
@@ -504,25 +510,34 @@ class World:
             isinstance(action, Wait) and action.overdue == overdue, f"away for {away:g} s, and it was not said so"
         )
 
+    def still(self, rank: int) -> float:
+        """How long nothing was heard of a rank, whatever others did; of one that may have to wait for them: of anybody."""
+        one = self.ranks[rank]
+        waits = one.done >= LAYERS if one.status == "Loading" else one.status == "Running" and rank > 0 and not one.done
+        return self.now - max(self.moved_at.get(who, 0) for who in (self.moved_at if waits else (rank, None)))
+
     def judge_attempt(self, action: brain.Action, record: EpochRecord) -> None:
-        still, faults = self.now - self.moved_at, self.faults(record)
+        faults = self.faults(record)
         self.seen.update(fault for fault, _ in faults)
         step = next((step for step in STEPS if step not in record.steps), "serve")
         late, running = self.late_for(step), any(one.status == "Running" for one in self.ranks)
         generating = step == "serve" and running and not late
-        stuck = still >= PATIENCE["generate" if generating else step] and (generating or bool(late))
+        asked = {r for r, one in enumerate(self.ranks) if one.status == "Running"} if generating else late
+        patience = PATIENCE["generate" if generating else step]
+        stuck = {rank for rank in asked if self.still(rank) >= patience}
         if isinstance(action, Conclude):
             blamed, failure = action.verdict.culprit, action.verdict.failure
             self.rule(action.epoch == record.id, "another attempt was ended")
-            self.rule(stuck or bool(faults), f"ended without a fault, {still:g} s after a move")
+            self.rule(bool(stuck or faults), f"ended without a fault: {[(rank, self.still(rank)) for rank in asked]}")
             self.rule((failure == "permanent") == (("failed for good", blamed) in faults), f"{failure}, but {faults}")
             self.rule(not faults or blamed in {rank for _, rank in faults}, f"rank {blamed} is blamed for {faults}")
             self.rule(action.verdict.code in self.codes(blamed, faults), f"{action.verdict.code!r} for {faults}")
-            self.rule(bool(faults) or generating or blamed in late, f"rank {blamed} is blamed, but {late} are late")
+            guilty = blamed in stuck or (generating and len(stuck) > 1 and blamed is None)
+            self.rule(bool(faults) or guilty, f"rank {blamed} is blamed, but {stuck} stood still")
             self.seen["stalled"] += not faults
             return
         self.rule(not faults, f"the attempt goes on in spite of {faults}")
-        self.rule(not stuck, f"nothing moved for {still:g} s, and the attempt goes on")
+        self.rule(not stuck, f"ranks {stuck} did not move for {patience:g} s, and the attempt goes on")
         if step == "serve":
             self.rule(isinstance(action, Wait if late else Serve), f"{late or 'no ranks'} are late for serving")
         else:

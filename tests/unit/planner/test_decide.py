@@ -616,6 +616,56 @@ def test_progress_renews_the_deadline_because_slow_is_not_stalled() -> None:
     assert goes_on(act(told, now=NOW + 100 + POLICY.load_stall - 0.001, remembered=moved))
 
 
+@pytest.mark.parametrize(
+    ("stall", "dispatched", "statuses", "progress"),
+    [
+        ("connect_stall", 1, ("Connecting", "Connecting"), {}),
+        ("load_stall", 2, ("Loading", "Loading"), {0: {"progress": (9, 16)}, 1: {"progress": (12, 16)}}),
+        ("load_stall", 2, ("Loading", "Loading"), {0: {"progress": (9, 16)}}),
+        ("warmup_stall", 4, ("Ready", "WarmingUp"), {}),
+        ("generate_stall", 4, ("Running", "Running"), {0: {"progress": (9, 60)}, 1: {"progress": (9, 60)}}),
+    ],
+)
+def test_a_rank_that_stands_still_is_noticed_while_the_others_move(
+    stall: str, dispatched: int, statuses: tuple[str, ...], progress: dict[int, dict[str, Any]]
+) -> None:
+    policy = replace(Policy(), **{stall: 10.0})
+    told = picture(*statuses, dispatched=dispatched, ranks=progress)
+    others_move = memory(progress_at=NOW + 9, moved={0: NOW + 9, 1: NOW + 1}, asked_at=NOW)
+    action = act(told, now=NOW + 10.999, policy=policy, remembered=others_move)
+    assert isinstance(action, PassGate | Wait | Serve)
+    assert action.until == NOW + 11
+    verdict = concluded(told, now=NOW + 11, policy=policy, remembered=others_move)
+    assert verdict.culprit == 1
+    assert "rank 1 " in verdict.reason.partition(":")[0] or statuses[0] == "Ready", (
+        "the others moved, and are not blamed"
+    )
+
+
+def test_patience_begins_anew_with_what_is_asked() -> None:
+    told = picture("Loaded", "WarmingUp", "Loaded", dispatched=3)
+    waited = memory(progress_at=NOW + 9, moved={0: NOW, 1: NOW + 9, 2: NOW}, asked_at=NOW + 8)
+    policy = Policy(warmup_stall=10)
+    assert goes_on(act(told, now=NOW + 17.999, policy=policy, remembered=waited))
+    assert concluded(told, now=NOW + 18, policy=policy, remembered=waited).culprit == 2
+
+
+@pytest.mark.parametrize(
+    ("dispatched", "statuses", "progress"),
+    [
+        (2, ("Loading", "Loading"), {0: {"progress": (9, 16)}, 1: {"progress": (16, 16)}}),
+        (4, ("Running", "Running"), {0: {"progress": (9, 60)}}),
+        (4, ("Ready", "Running"), {}),
+    ],
+)
+def test_a_rank_that_may_have_to_wait_for_the_others_is_not_blamed_while_they_move(
+    dispatched: int, statuses: tuple[str, ...], progress: dict[int, dict[str, Any]]
+) -> None:
+    told = picture(*statuses, dispatched=dispatched, ranks=progress)
+    others_move = memory(progress_at=NOW + 500, moved={0: NOW + 500, 1: NOW}, asked_at=NOW)
+    assert goes_on(act(told, now=NOW + 501, remembered=others_move))
+
+
 def test_ranks_that_have_all_arrived_are_never_stalled() -> None:
     action = act(picture("Connected", "Connected", dispatched=1), now=NOW + 10_000)
     assert isinstance(action, PassGate), "the dispatch may have been held up, the ranks were not"

@@ -72,6 +72,32 @@ def test_progress_is_stamped_when_anything_moves(what: str, next_picture: Snapsh
     assert see(before, next_picture, NOW + 50).progress_at == NOW + 50, what
 
 
+def test_each_rank_has_a_time_of_its_own() -> None:
+    def loading(first: int, second: int, **epoch: Any) -> Snapshot:
+        return picture(
+            "Loading", "Loading", ranks={0: {"progress": (first, 16)}, 1: {"progress": (second, 16)}}, **epoch
+        )
+
+    seen = see(memory(), loading(1, 1, dispatched=2), NOW)
+    assert (dict(seen.moved), seen.asked_at) == ({0: NOW, 1: NOW}, NOW)
+    seen = see(seen, loading(2, 1, dispatched=2), NOW + 1)
+    assert (dict(seen.moved), seen.asked_at) == ({0: NOW + 1, 1: NOW}, NOW)
+    seen = see(seen, loading(2, 2, dispatched=2), NOW + 2)
+    assert (dict(seen.moved), seen.asked_at) == ({0: NOW + 1, 1: NOW + 2}, NOW)
+    seen = see(seen, loading(2, 2, dispatched=3), NOW + 3)
+    assert (dict(seen.moved), seen.asked_at) == ({0: NOW + 1, 1: NOW + 2}, NOW + 3)
+
+
+def test_a_step_that_is_asked_again_is_something_asked() -> None:
+    before = see(memory(), picture("Connected", "Connected", dispatched=2))
+    assert before.picture is not None
+    epoch = before.picture.epoch
+    assert epoch is not None
+    again = {**epoch.steps, "load": replace(epoch.steps["load"], attempt=2)}
+    after = see(before, picture("Connected", "Connected", dispatched=2, epoch={"steps": again}), NOW + 50)
+    assert (after.asked_at, after.progress_at) == (NOW + 50, NOW + 50)
+
+
 def test_a_heartbeat_alone_is_no_progress() -> None:
     before = see(memory(), picture("Loading", "Loading", ranks={0: {"seq": 1, "status_ms": 10}}))
     again = picture("Loading", "Loading", ranks={0: {"seq": 9, "status_ms": 9_000}})

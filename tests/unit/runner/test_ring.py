@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from barrier.testing import wait_until
 from runner.engine import EngineFailure, EngineGroup, bind_endpoint, valid_ports
 from runner.engines.ring import Ring
 from runner.engines.simulated import SimulatedConfig, SimulatedEngine
@@ -43,6 +44,44 @@ async def join(rings: list[Ring], where: list[EngineGroup]) -> list[BaseExceptio
 async def test_all_ranks_of_one_attempt_meet(size: int) -> None:
     rings = [Ring() for _ in range(size)]
     assert await join(rings, groups(rings)) == [None] * size
+
+
+async def test_a_text_is_made_at_one_pace() -> None:
+    """Where one rank stands still, the one after it waits for it, and so on round the ring; a text that was left does not count."""
+    rings = [Ring() for _ in range(3)]
+    where = groups(rings)
+    made: list[list[int]] = [[], [], []]
+
+    async def text(rank: int, name: str, first: int = 0) -> None:
+        for index in range(first, 3):
+            await rings[rank].keep_pace(name, index)
+            made[rank].append(index)
+
+    try:
+        await asyncio.gather(*(ring.join(group) for ring, group in zip(rings, where, strict=True)))
+        async with asyncio.TaskGroup() as tasks:
+            left = tasks.create_task(text(0, "cancelled on rank 0 and 1, and never begun on rank 2"))
+            other = tasks.create_task(text(1, "cancelled on rank 0 and 1, and never begun on rank 2"))
+            await wait_until(lambda: made == [[], [0], []], "rank 1 to hear of rank 0, and rank 0 of nobody")
+            left.cancel()
+            other.cancel()
+        made[1].clear()
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(text(rank, "the next one")) for rank in (0, 1)]
+            await wait_until(lambda: made[1] == [0], "rank 1 to make one token")
+            assert made[0] == [], "rank 2 has not begun"
+            assert not any(one.done() for one in waiting)
+            tasks.create_task(text(2, "the next one"))
+        assert made == [[0, 1, 2]] * 3
+        rings[2]._after.close()  # type: ignore[union-attr]  # its process ends
+        gone = asyncio.create_task(text(0, "one more"))
+        await wait_until(rings[0]._before.result().at_eof, "rank 0 to see it")  # type: ignore[union-attr]
+        assert not gone.done(), "it waits, as a collective does"
+        gone.cancel()
+        await asyncio.wait({gone})
+    finally:
+        for ring in rings:
+            await ring.close()
 
 
 @pytest.mark.parametrize("other", [{"epoch": EARLIER}, {"instance": "other"}, {"epoch": f"8-{'b' * 32}"}])
