@@ -216,7 +216,8 @@ _HOME = {
     for name in names
 }
 
-import_module("barrier.log")  # which silences this package
+if "".join(sys.argv[:1]).rpartition("/")[2] != "rankgate":
+    import_module("barrier.log")  # silences this package. The program of that name asks for its log, and begins without
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it

@@ -18,11 +18,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.explain import explain_instance
     from planner.gate import LoadGate
-    from planner.planner import Instance, InstanceFailed, Planner, explain_instance
+    from planner.planner import Instance, InstanceFailed, Planner
+    from planner.policy import Policy
     from planner.requests import GenerationFailed
-    from planner.spec import InstanceSpec, Policy
-    from runner.messages import ModelSpec
+    from planner.spec import InstanceSpec
+    from runner.model import ModelSpec
 
 __all__ = [
     "GenerationFailed",
@@ -39,11 +41,13 @@ __all__ = [
 _HOME = {
     name: module
     for module, names in {
+        "planner.explain": ("explain_instance",),
         "planner.gate": ("LoadGate",),
-        "planner.planner": ("Instance", "InstanceFailed", "Planner", "explain_instance"),
+        "planner.planner": ("Instance", "InstanceFailed", "Planner"),
         "planner.requests": ("GenerationFailed",),
-        "planner.spec": ("InstanceSpec", "Policy"),
-        "runner.messages": ("ModelSpec",),
+        "planner.policy": ("Policy",),
+        "planner.spec": ("InstanceSpec",),
+        "runner.model": ("ModelSpec",),
     }.items()
     for name in names
 }

@@ -23,6 +23,7 @@ from barrier import (
     missing_ranks,
 )
 from barrier.printable import printable
+from planner.explain import is_serving
 from planner.lifecycle import (
     SERVING,
     Step,
@@ -156,16 +157,6 @@ def topic(action: Action, snapshot: Snapshot) -> object:
             return explain_key(snapshot, requirement)
         case _:
             return action.reason
-
-
-def is_serving(snapshot: Snapshot) -> bool:
-    """Whether every rank serves, in one epoch that goes on."""
-    epoch = snapshot.epoch
-    return (
-        epoch is not None
-        and epoch.verdict is None
-        and not missing_ranks(snapshot, serving_requirement(snapshot.world_size))
-    )
 
 
 # --- no attempt under way -------------------------------------------------------------------------------------------------
@@ -415,7 +406,7 @@ def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
             times = f" {attempts} times" if attempts > 1 else ""
             others = f" that {begun} began" if begun else ""
             failure = "permanent" if outcome.code == INVALID else "transient"
-            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches.__name__}{times}{others} ({_said(outcome)})"
+            reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches}{times}{others} ({_said(outcome)})"
             return _abort(epoch, Verdict.aborted(reason, rank.rank, failure))
     return _split_generation(view, epoch)
 
@@ -494,7 +485,7 @@ def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
                 epoch,
                 step,
                 now,
-                f"{_who(rank)} refused {step.dispatches.__name__} ({_said(outcome)}); asking again",
+                f"{_who(rank)} refused {step.dispatches} ({_said(outcome)}); asking again",
             )
     return None
 

@@ -40,8 +40,9 @@ from barrier.errors import InvalidName
 from barrier.keys import shown
 from barrier.log import logger
 from barrier.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
-from planner.lifecycle import Step, StepName, predecessor, steps_for, task_for
+from planner.lifecycle import Step, StepName, predecessor, steps_for
 from planner.spec import InstanceSpec, Policy
+from planner.tasks import task_for
 from runner.messages import ModelSpec, Task, encode
 
 _CLOSED = Unknown("no attempt was opened here: call open() first, and go on only if it answers Opened")

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from barrier import RankRule, Requirement, all_ranks
-from barrier.ids import EpochId
-from planner.spec import InstanceSpec, Policy
-from runner.messages import (
-    MAX_DEADLINE_SECONDS,
-    ConnectToGroup,
-    LoadModel,
-    StartWarmup,
-    StatusName,
-    Task,
-    TextGeneration,
-    derive_task_id,
-)
+
+if TYPE_CHECKING:
+    from runner.messages import StatusName
 
 StepName: TypeAlias = Literal["connect", "load", "warm up followers", "warm up leader"]
-
-DEADLINE_SHARE = 0.8
-"""The part of `Policy.connect_stall` in which the ranks must have connected: so the engine says first what it waited for."""
 
 SERVING: tuple[StatusName, ...] = ("Ready", "Running")
 
@@ -42,14 +30,14 @@ class Step:
 
     name: StepName
     waits_for: Callable[[int], Requirement]
-    dispatches: type[ConnectToGroup] | type[LoadModel] | type[StartWarmup]
+    dispatches: Literal["ConnectToGroup", "LoadModel", "StartWarmup"]
     to: Callable[[int], tuple[int, int]]
     stall: Literal["connect_stall", "load_stall", "warmup_stall"]
 
     @property
     def wants_endpoints(self) -> bool:
         """Whether the ranks need one another's endpoints for its task."""
-        return self.dispatches is ConnectToGroup
+        return self.dispatches == "ConnectToGroup"
 
 
 def _everyone(world_size: int) -> tuple[int, int]:
@@ -70,16 +58,16 @@ def _followers_warm(world_size: int) -> Requirement:
 
 
 TABLE: tuple[Step, ...] = (
-    Step("connect", lambda n: all_ranks(n, "Idle"), ConnectToGroup, _everyone, "connect_stall"),
-    Step("load", lambda n: all_ranks(n, "Connected"), LoadModel, _everyone, "connect_stall"),
-    Step("warm up followers", lambda n: all_ranks(n, "Loaded"), StartWarmup, _followers, "load_stall"),
-    Step("warm up leader", _followers_warm, StartWarmup, _leader, "warmup_stall"),
+    Step("connect", lambda n: all_ranks(n, "Idle"), "ConnectToGroup", _everyone, "connect_stall"),
+    Step("load", lambda n: all_ranks(n, "Connected"), "LoadModel", _everyone, "connect_stall"),
+    Step("warm up followers", lambda n: all_ranks(n, "Loaded"), "StartWarmup", _followers, "load_stall"),
+    Step("warm up leader", _followers_warm, "StartWarmup", _leader, "warmup_stall"),
 )
 """DESIGN section 6. What follows, serving, waits for all ranks Ready or Running and has no end."""
 
 ALONE: tuple[Step, ...] = (
-    Step("load", lambda n: all_ranks(n, "Idle"), LoadModel, _everyone, "connect_stall"),
-    Step("warm up leader", _followers_warm, StartWarmup, _leader, "load_stall"),
+    Step("load", lambda n: all_ranks(n, "Idle"), "LoadModel", _everyone, "connect_stall"),
+    Step("warm up leader", _followers_warm, "StartWarmup", _leader, "load_stall"),
 )
 """The same for a single rank, which has nobody to connect to and no followers."""
 
@@ -126,23 +114,3 @@ def proven_steps(status: str, rank: int, world_size: int) -> tuple[str, ...]:
 def serving_requirement(world_size: int) -> Requirement:
     """What must hold for text to be generated."""
     return all_ranks(world_size, SERVING)
-
-
-def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: Policy) -> Task:
-    """The task of a row, for this epoch; its id is derived, so that asking again gives the same one."""
-    task_id = derive_task_id(spec.name, str(epoch), step.name)
-    if step.dispatches is ConnectToGroup:
-        deadline = min(policy.connect_stall * DEADLINE_SHARE, MAX_DEADLINE_SECONDS)
-        return ConnectToGroup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, deadline=deadline)
-    if step.dispatches is LoadModel:
-        return LoadModel(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, model=spec.model)
-    return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)
-
-
-def generation_task(
-    request_id: str, prompt: str, max_tokens: int, *, instance: str, epoch: EpochId, term: int
-) -> TextGeneration:
-    """The task of one generation; its id is the request's, under which the client waits."""
-    return TextGeneration(
-        task_id=request_id, instance=instance, epoch=str(epoch), term=term, prompt=prompt, max_tokens=max_tokens
-    )

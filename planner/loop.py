@@ -47,11 +47,12 @@ from planner.decide import (
     is_serving,
     topic,
 )
-from planner.lifecycle import serving_requirement, task_for
+from planner.lifecycle import serving_requirement
 from planner.recovery import Memory, encode_notes, forgive, hold, leases, observe
 from planner.registry import InstanceRecord, Registry
 from planner.requests import GENERATE, RequestQueue
 from planner.spec import Policy
+from planner.tasks import task_for
 from runner.messages import encode
 
 _T = TypeVar("_T")

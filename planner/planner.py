@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
-from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, Verdict, adopt, explain, supervise
+from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, adopt, supervise
 from barrier.errors import RankgateError
 from barrier.ids import new_nonce
 from barrier.keys import Keys
 from barrier.log import logger
 from barrier.store import Store
 from barrier.wakeups import Wakeups
-from planner.lifecycle import next_step, serving_requirement
+from planner.explain import explain_instance
 from planner.loop import InstanceLoop, State
 from planner.registry import InstanceRecord, Registry
 from planner.requests import GenerationFailed, RequestQueue
@@ -152,34 +152,6 @@ def _renew(planned: _Planned, record: InstanceRecord) -> None:
     if record.desired == "up" and record.spec != planned.record.spec:
         planned.record = record
         planned.loop.renew(record)
-
-
-def explain_instance(snapshot: Snapshot, *, wanted: bool = False) -> str:
-    """Say what an instance waits for, by the lifecycle's next step.
-
-    Args:
-        snapshot: the picture.
-        wanted: whether another attempt is to follow when one has ended: then what that one waits for is told as well.
-    """
-    size, epoch = snapshot.world_size, snapshot.epoch
-    if wanted and epoch is not None and epoch.verdict is not None:
-        return _between_attempts(snapshot, epoch.ordinal, epoch.verdict)
-    step = next_step(snapshot.epoch.steps if snapshot.epoch else (), size)
-    return explain(snapshot, step.waits_for(size) if step else serving_requirement(size))
-
-
-def _between_attempts(snapshot: Snapshot, ordinal: int, verdict: Verdict) -> str:
-    """What happened, and what is waited for now."""
-    ended = "was stopped" if verdict.kind == "Stopped" else f"ended: {verdict.reason}"
-    away = [view for view in snapshot.ranks if view.report is None]
-    waits = f"all {snapshot.world_size} ranks are here, and the next attempt begins after a pause"
-    if away:
-        ranks = ", ".join(f"rank {view.rank}{view.undecodable and f' ({view.undecodable})'}" for view in away)
-        waits = (
-            f"waiting for {len(away)} of {snapshot.world_size} ranks to come: {ranks}. Start the missing runners; "
-            f"{snapshot.group} is taken up by itself then"
-        )
-    return f"{snapshot.group}, attempt {ordinal} {ended}; {waits}"
 
 
 class Planner:

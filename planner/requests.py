@@ -16,8 +16,9 @@ from barrier.keys import Keys
 from barrier.log import logger
 from barrier.outcomes import Already, Dispatched
 from barrier.store import Store, is_spoiled, stream_entries
-from planner.lifecycle import SERVING, generation_task
+from planner.lifecycle import SERVING
 from planner.spec import InstanceSpec
+from planner.tasks import generation_task
 from runner.messages import (
     MAX_MESSAGE_BYTES,
     MAX_PROMPT_CHARS,

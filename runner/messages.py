@@ -11,9 +11,9 @@ import hashlib
 import re
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from runner.worded import Worded
+from runner.model import Message, ModelSpec
 
 MAX_MESSAGE_BYTES = 256 * 1024
 """The longest message that is parsed at all, in bytes. A prompt of some 60,000 words fits; a 1 MB payload is refused unread."""
@@ -33,38 +33,34 @@ class MalformedMessage(ValueError):
     """The bytes are not one of our messages. The sentence says what is wrong, and never quotes the payload."""
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 # --- statuses -------------------------------------------------------------------------------------------------------------
 
 
-class RunnerPreparing(_Message):
+class RunnerPreparing(Message):
     """In the attempt, and the engine is being made ready for it: imports, a look at the device, a download, an endpoint."""
 
     kind: Literal["Preparing"] = "Preparing"
 
 
-class RunnerIdle(_Message):
+class RunnerIdle(Message):
     """No engine group, no model."""
 
     kind: Literal["Idle"] = "Idle"
 
 
-class RunnerConnecting(_Message):
+class RunnerConnecting(Message):
     """Entering the collective group."""
 
     kind: Literal["Connecting"] = "Connecting"
 
 
-class RunnerConnected(_Message):
+class RunnerConnected(Message):
     """In the group, no model yet. All ranks must say this, in one epoch, before LoadModel goes out."""
 
     kind: Literal["Connected"] = "Connected"
 
 
-class RunnerLoading(_Message):
+class RunnerLoading(Message):
     """Reading weights; both counts in layers."""
 
     kind: Literal["Loading"] = "Loading"
@@ -72,43 +68,43 @@ class RunnerLoading(_Message):
     total_layers: int = Field(ge=0)
 
 
-class RunnerLoaded(_Message):
+class RunnerLoaded(Message):
     """The model is in memory."""
 
     kind: Literal["Loaded"] = "Loaded"
 
 
-class RunnerWarmingUp(_Message):
+class RunnerWarmingUp(Message):
     """In the warm-up collective."""
 
     kind: Literal["WarmingUp"] = "WarmingUp"
 
 
-class RunnerReady(_Message):
+class RunnerReady(Message):
     """Warm and without work."""
 
     kind: Literal["Ready"] = "Ready"
 
 
-class RunnerRunning(_Message):
+class RunnerRunning(Message):
     """Generating."""
 
     kind: Literal["Running"] = "Running"
 
 
-class RunnerShuttingDown(_Message):
+class RunnerShuttingDown(Message):
     """Tearing the engine down for good."""
 
     kind: Literal["ShuttingDown"] = "ShuttingDown"
 
 
-class RunnerShutdown(_Message):
+class RunnerShutdown(Message):
     """Torn down; the process is about to leave."""
 
     kind: Literal["Shutdown"] = "Shutdown"
 
 
-class RunnerFailed(_Message):
+class RunnerFailed(Message):
     """Accepted work failed. The runner process lives; this epoch is over for it."""
 
     kind: Literal["Failed"] = "Failed"
@@ -150,19 +146,7 @@ StatusName: TypeAlias = Literal[
 # --- tasks ----------------------------------------------------------------------------------------------------------------
 
 
-class ModelSpec(_Message, metaclass=Worded):
-    """What to load.
-
-    Attributes:
-        model_id: the name the engine knows the model by.
-        total_layers: how many layers the model has, for progress; 1 to 10,000.
-    """
-
-    model_id: str = Field(min_length=1, max_length=256)
-    total_layers: int = Field(default=16, ge=1, le=10_000)
-
-
-class _Task(_Message):
+class _Task(Message):
     """What every task carries.
 
     Attributes:
@@ -249,7 +233,7 @@ def derive_task_id(instance: str, epoch: str, step: str) -> str:
 RejectionCode: TypeAlias = Literal["NotYet", "Stale", "Invalid"]
 
 
-class Rejection(_Message):
+class Rejection(Message):
     """Why a task was refused.
 
     Attributes:
@@ -269,7 +253,7 @@ class Rejection(_Message):
     hint: ShortText
 
 
-class TaskStatusUpdated(_Message):
+class TaskStatusUpdated(Message):
     """A task began, ended or was refused.
 
     Attributes:
@@ -285,14 +269,14 @@ class TaskStatusUpdated(_Message):
     error: ShortText | None = None
 
 
-class RunnerStatusUpdated(_Message):
+class RunnerStatusUpdated(Message):
     """The runner's status changed (or is said again)."""
 
     kind: Literal["RunnerStatusUpdated"] = "RunnerStatusUpdated"
     status: RunnerStatus
 
 
-class TaskAcknowledged(_Message):
+class TaskAcknowledged(Message):
     """The runner has read the task and answered it, one way or the other."""
 
     kind: Literal["TaskAcknowledged"] = "TaskAcknowledged"
@@ -304,7 +288,7 @@ RunnerEvent: TypeAlias = Annotated[
 ]
 
 
-class Chunk(_Message):
+class Chunk(Message):
     """One piece of a generation's answer. The last one of a stream has ``finish`` set.
 
     Attributes:

@@ -6,8 +6,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
+from importlib import import_module
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from planner.cli import acl, commands, health, instance_file, look, process, runner_process, up
+
+    __all__ = ["acl", "commands", "health", "instance_file", "look", "main", "process", "runner_process", "up"]
 
 _NEEDS = ("click", "rich", "typer")
 
@@ -39,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code if arguments is not None else _flushed(code)
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a module of this package when it is asked for: so a command begins without what only the others need."""
+    if name.startswith("_"):
+        raise AttributeError(f"module 'planner.cli' has no attribute {name!r}")
+    try:
+        return import_module(f"planner.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"planner.cli.{name}":
+            raise
+        raise AttributeError(f"module 'planner.cli' has no attribute {name!r}") from None
 
 
 def _leave_quietly(_number: int, _frame: FrameType | None) -> NoReturn:

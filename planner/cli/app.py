@@ -1,19 +1,19 @@
-"""The commands and their options. What a command does is in the other modules, which are imported when it runs."""
+"""The commands and their options. What a command does is in other modules, as ``cli.look``, which are imported when it runs."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
 import typer
 
 from barrier import InvalidSettings, Settings
 from barrier.errors import RankgateError
 from barrier.keys import MAX_WORLD_SIZE
+from planner import cli
 from planner.cli.once import OnceTyper
 from planner.cli.options import (
     DEFAULT_NAMESPACE,
@@ -61,9 +61,10 @@ from planner.cli.options import (
     times,
     with_ports,
 )
-from planner.cli.process import complain, configure_log, log_level, run
-from planner.spec import InstanceSpec, Policy
-from runner.messages import ModelSpec
+from planner.policy import Policy
+
+if TYPE_CHECKING:
+    from planner.spec import InstanceSpec
 
 _PROMPT = "Why do all ranks have to wait for one another?"
 _MOST_PROCESSES = 128
@@ -89,17 +90,17 @@ def run_app(arguments: list[str]) -> int:
         run_app(["--help"])
         return 2
     try:
-        return int(app(arguments, prog_name="rankgate", standalone_mode=False) or 0)
+        return int(app.run(arguments, "rankgate") or 0)
     except typer.Abort:
         return 130
     except RankgateError as error:  # what several options mean together is no good
-        complain(str(error))
+        cli.process.complain(str(error))
         return 2
     except _USAGE_ERROR as error:
         context = getattr(error, "ctx", None)
         path = getattr(context, "command_path", "rankgate")
         sentence = error.format_message().removeprefix("Invalid value: ").rstrip(".")
-        complain(f"{sentence}. See {path} --help")
+        cli.process.complain(f"{sentence}. See {path} --help")
         return 2
 
 
@@ -109,6 +110,8 @@ def _finish(code: int) -> NoReturn:
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata  # noqa: PLC0415 - a big module, for this option alone
+
         try:
             number = metadata.version("rankgate")
         except metadata.PackageNotFoundError:
@@ -176,9 +179,6 @@ def up(
     the barrier waits for; where stdout is no terminal, one line a change. Then it tells where the time went, and what an
     independent look at the event history says. Exit code 0 if a text came out and no promise was broken.
     """
-    from planner.cli import up as cluster  # noqa: PLC0415 - other commands start sooner without it
-    from planner.cli.runner_process import EngineChoice  # noqa: PLC0415 - the same
-
     if redis is None and given(context, "password_file"):
         raise typer.BadParameter(
             "--redis-password-file is for a server that --redis names, and none is named: leave it out"
@@ -191,10 +191,9 @@ def up(
         )
     late = _held_back_from_connecting(hold_back, range(world_size))
     engines = {"seed": seed, **_json_object("--engine-config", text_or_file(engine_config))}
-    EngineChoice(config=engines, hold_back=late).host(
-        0, world_size
-    )  # what is wrong with it is said before anything starts
-    options = cluster.UpOptions(
+    # What is wrong with it is said before anything starts.
+    cli.runner_process.EngineChoice(config=engines, hold_back=late).host(0, world_size)
+    options = cli.up.UpOptions(
         spec=_spec(instance, world_size, model, layers),
         url=needed_url(redis, password_file) if redis else None,
         namespace=namespace,
@@ -206,9 +205,9 @@ def up(
         ranks_per_process=ranks_per_process,
         engine_config=engines,
         keep=keep,
-        level=log_level(verbose, quiet, "WARNING"),
+        level=cli.process.log_level(verbose, quiet, "WARNING"),
     )
-    _finish(run(lambda interrupts: cluster.up(options, interrupts), exit_at_sigterm=143))
+    _finish(cli.process.run(lambda interrupts: cli.up.up(options, interrupts), exit_at_sigterm=143))
 
 
 @app.command(short_help="Run one rank of an instance, or several.")
@@ -286,9 +285,8 @@ def runner(
         from planner.launcher import leave_with_parent  # noqa: PLC0415 - only where a launcher says so
 
         leave_with_parent(parent)
-    from planner.cli.runner_process import EngineChoice, RunnerOptions, serve_ranks  # noqa: PLC0415 - as in `up`
 
-    configure_log(log or log_level(verbose, quiet, "INFO"))
+    cli.process.configure_log(log or cli.process.log_level(verbose, quiet, "INFO"))
     if instance_file is not None and (instance is None or given(context, "instance_file")):
         spec = _named_spec(instance_file, "--instance")
         _agree(instance_file, "--instance", instance, "name", spec.name)
@@ -298,14 +296,14 @@ def runner(
         raise typer.BadParameter("Missing option '--instance'")
     chosen = _chosen_ranks(rank, ranks, world_size)
     late = held_back(hold_back, chosen or range(world_size or 0))
-    options = RunnerOptions(
+    options = cli.runner_process.RunnerOptions(
         instance=instance,
         ranks=chosen,
         world_size=world_size,
         url=needed_url(redis, password_file),
         namespace=namespace,
         settings=times(lease, heartbeat, command_timeout, usual=Settings()),
-        engine=EngineChoice(
+        engine=cli.runner_process.EngineChoice(
             name=engine,
             config=with_ports(_json_object("--engine-config", text_or_file(engine_config)), ports),
             inline=inline_engine,
@@ -320,7 +318,7 @@ def runner(
     # Engines inherit the environment, and have no business with the server's password.
     os.environ.pop("RANKGATE_REDIS", None)
     os.environ.pop("RANKGATE_REDIS_PASSWORD_FILE", None)
-    _finish(run(lambda interrupts: serve_ranks(options, interrupts)))
+    _finish(cli.process.run(lambda interrupts: cli.runner_process.serve_ranks(options, interrupts)))
 
 
 @app.command(short_help="Plan every instance that was launched.")
@@ -366,10 +364,7 @@ def planner(
     With --instance-file that instance is launched too, unless it was stopped or given up as it stands there, or is up with
     another spec: that stays, and rankgate launch --file changes it. The log says what an instance waits for whenever that changes.
     """
-    from planner.cli.commands import plan  # noqa: PLC0415 - as in `up`
-    from planner.cli.instance_file import read_instance_file  # noqa: PLC0415 - the same
-
-    configure_log(log_level(verbose, quiet, "INFO"))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "INFO"))
     target = _target(
         redis, namespace, password_file, times(lease, heartbeat, command_timeout, usual=Settings()), wait=wait_for_store
     )
@@ -389,8 +384,8 @@ def planner(
         policy.check(target.settings)
     except InvalidSettings as error:
         raise typer.BadParameter(str(error)) from None
-    wanted = read_instance_file(instance_file) if instance_file is not None else None
-    _finish(run(lambda _: plan(target, policy, wanted=wanted, state_file=state_file)))
+    wanted = cli.instance_file.read_instance_file(instance_file) if instance_file is not None else None
+    _finish(cli.process.run(lambda _: cli.commands.plan(target, policy, wanted=wanted, state_file=state_file)))
 
 
 @app.command(short_help="Ask for an instance to be up.")
@@ -427,9 +422,7 @@ def launch(
 
     Where it is up with another spec, the difference is shown, and replacing it must be agreed to: that ends it for all ranks.
     """
-    from planner.cli import commands  # noqa: PLC0415 - as in `up`
-
-    configure_log(log_level(verbose, quiet, "WARNING"))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     if prompt is not None and not wait:
         raise typer.BadParameter(
             "--prompt is for an instance that serves, and --no-wait does not wait for that: drop one"
@@ -448,8 +441,8 @@ def launch(
         spec = _spec(name, world_size, model, layers).model_copy(update={"absence_limit": absence_limit})
     target = _target(redis, namespace, password_file)
     _finish(
-        run(
-            lambda _: commands.launch(target, spec, wait=wait, seconds=timeout, prompt=prompt, yes=yes),
+        cli.process.run(
+            lambda _: cli.commands.launch(target, spec, wait=wait, seconds=timeout, prompt=prompt, yes=yes),
             exit_at_sigterm=143,
         )
     )
@@ -471,11 +464,9 @@ def stop(
     quiet: Quiet = False,
 ) -> None:
     """Stop an instance: every rank tears down; the runners stay, for the next one of that name."""
-    from planner.cli import commands  # noqa: PLC0415 - as in `up`
-
-    configure_log(log_level(verbose, quiet, "WARNING"))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
-    _finish(run(lambda _: commands.stop(target, name, seconds=timeout), exit_at_sigterm=143))
+    _finish(cli.process.run(lambda _: cli.commands.stop(target, name, seconds=timeout), exit_at_sigterm=143))
 
 
 @app.command(short_help="Generate a text with an instance that serves.")
@@ -499,14 +490,12 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Generate a text with an instance that serves. Ctrl-C cancels it."""
-    from planner.cli import commands  # noqa: PLC0415 - as in `up`
-
-    configure_log(log_level(verbose, quiet, "WARNING"))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
     asked = sys.stdin.read() if prompt == "-" else prompt
     _finish(
-        run(
-            lambda _: commands.generate(target, name, asked, max_tokens=max_tokens, seconds=timeout),
+        cli.process.run(
+            lambda _: cli.commands.generate(target, name, asked, max_tokens=max_tokens, seconds=timeout),
             exit_at_sigterm=143,
         )
     )
@@ -525,17 +514,19 @@ def status(
     quiet: Quiet = False,
 ) -> None:
     """Show all instances, or the ranks of one: status, progress, lease left, and what is waited for."""
-    from planner.cli import commands  # noqa: PLC0415 - as in `up`
-
-    configure_log(log_level(verbose, quiet, "WARNING"))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs: choose one of them")
     if everything and name is not None:
         raise typer.BadParameter(f"--all is for the list, and {name} is shown whether it was stopped or not: drop one")
     if watch:
-        _finish(run(lambda _: commands.watch(target, name, everything=everything)))
-    _finish(run(lambda _: commands.status(target, name, as_json=as_json, everything=everything), exit_at_sigterm=143))
+        _finish(cli.process.run(lambda _: cli.look.watch(target, name, everything=everything)))
+    _finish(
+        cli.process.run(
+            lambda _: cli.look.status(target, name, as_json=as_json, everything=everything), exit_at_sigterm=143
+        )
+    )
 
 
 @app.command(short_help="Say in one sentence what an instance waits for.")
@@ -548,11 +539,9 @@ def explain(
     quiet: Quiet = False,
 ) -> None:
     """Say in one sentence what an instance waits for: every missing rank with node, status, its age, lease and last error."""
-    from planner.cli import commands  # noqa: PLC0415 - as in `up`
-
-    configure_log(log_level(verbose, quiet, "WARNING"))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
-    _finish(run(lambda _: commands.explain(target, name), exit_at_sigterm=143))
+    _finish(cli.process.run(lambda _: cli.look.explain(target, name), exit_at_sigterm=143))
 
 
 @app.command(short_help="Print the users of the server, with the least rights that each needs.")
@@ -601,19 +590,17 @@ def acl(
     A rank may write its own report and read its instance's task log; a planner may do what planning needs in its namespace; an
     observer may look. A whole file turns the default user off. Only hashes of passwords are printed.
     """
-    from planner.cli.acl import AclOptions, Role, print_acl  # noqa: PLC0415 - as in `up`
-
-    options = AclOptions(
+    options = cli.acl.AclOptions(
         instance=instance,
         namespace=namespace,
-        role=Role(role),
+        role=cli.acl.Role(role),
         rank=rank,
         world_size=world_size,
         admin=admin,
         password_file=password_file,
         passwords=passwords,
     )
-    _finish(print_acl(options))
+    _finish(cli.acl.print_acl(options))
 
 
 health = OnceTyper(
@@ -653,10 +640,8 @@ def race(verbose: Verbose = 0, quiet: Quiet = False) -> None:
     that dies of a task out of state; the same planner with a runner that refuses such a task; and the barrier. Exit code 0 if
     with the barrier no process died, nothing was refused, and all ranks became Ready.
     """
-    from planner.cli import commands  # noqa: PLC0415 - as in `up`
-
-    configure_log(log_level(verbose, quiet, "ERROR"))
-    _finish(run(lambda _: commands.race(), exit_at_sigterm=143))
+    cli.process.configure_log(cli.process.log_level(verbose, quiet, "ERROR"))
+    _finish(cli.process.run(lambda _: cli.commands.race(), exit_at_sigterm=143))
 
 
 # --- what the options mean together ---------------------------------------------------------------------------------------
@@ -669,16 +654,15 @@ def _health(
     password_file: Path | None,
     command_timeout: float | None,
 ) -> NoReturn:
-    from planner.cli.health import health  # noqa: PLC0415 - as in `up`
 
-    configure_log("ERROR")
+    cli.process.configure_log("ERROR")
     if state_file is None:
         raise typer.BadParameter(
             "which process? Pass the --state-file that it was started with, or set RANKGATE_STATE_FILE"
         )
     url = needed_url(redis, password_file)
     settings = times(None, None, command_timeout, usual=Settings())
-    _finish(run(lambda _: health(kind, state_file, url, settings), exit_at_sigterm=143))
+    _finish(cli.process.run(lambda _: cli.health.health(kind, state_file, url, settings), exit_at_sigterm=143))
 
 
 def _target(
@@ -688,19 +672,17 @@ def _target(
     settings: Settings | None = None,
     *,
     wait: float = 0.0,
-) -> Any:  # noqa: ANN401 - imported late
-    from planner.cli.commands import Target  # noqa: PLC0415 - as in `up`
+) -> cli.look.Target:
 
     url = needed_url(redis, password_file)
-    return Target(url=url, namespace=namespace, settings=settings or Settings(), wait=wait)
+    return cli.look.Target(url=url, namespace=namespace, settings=settings or Settings(), wait=wait)
 
 
 def _named_spec(path: Path | None, instead_of: str, kind: str = "option") -> InstanceSpec:
-    from planner.cli.instance_file import read_instance_file  # noqa: PLC0415 - as in `up`
 
     if path is None:
         raise typer.BadParameter(f"Missing {kind} '{instead_of}'")
-    return read_instance_file(path)
+    return cli.instance_file.read_instance_file(path)
 
 
 _OF_A_SPEC = {"--world-size": "world_size", "--model": "model", "--layers": "layers"}
@@ -714,6 +696,8 @@ def _agree(path: Path, option: str, value: object, key: str, in_file: object) ->
 
 
 def _spec(name: str, world_size: int, model: str, layers: int) -> InstanceSpec:
+    from planner import InstanceSpec, ModelSpec  # noqa: PLC0415 - pydantic comes with them
+
     try:
         return InstanceSpec(name=name, world_size=world_size, model=ModelSpec(model_id=model, total_layers=layers))
     except InvalidSettings as error:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from barrier import InvalidSettings
 from barrier.plain import problems
 from planner.spec import PATIENCE, InstanceSpec
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 
 MOST_BYTES = 64 * 1024
 """A file that is larger is not an instance's."""

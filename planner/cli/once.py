@@ -1,12 +1,17 @@
-"""A command line that is taken whole: an option that is given twice is refused, where click would take the last one in silence."""
+"""What typer does not do: an option that is given twice is refused, and only the command that is run is built, options and all."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
+from typer.models import CommandInfo
+
+_T = TypeVar("_T")
 
 
 class OnceCommand(TyperCommand):
@@ -40,3 +45,34 @@ class OnceTyper(typer.Typer):
         """As typer's."""
         above: Any = super()
         return above.command(name, **({"cls": OnceCommand} | options))
+
+    def run(self, arguments: Sequence[str], name: str) -> Any:  # noqa: ANN401  as above
+        """Run one command line. The other commands are there by name and by what their one line says, as much as a list needs.
+
+        Typer builds every option of every command, which takes longer than some commands run.
+        """
+        wanted = next((one for one in arguments if not one.startswith("-")), None)
+        whole = copy.copy(self)
+        whole.registered_commands = [
+            one if _name(one) == wanted else _listed(one, name=_name(one), callback=_nothing)
+            for one in self.registered_commands
+        ]
+        whole.registered_groups = [
+            one if one.name == wanted else _listed(one, typer_instance=OnceTyper()) for one in self.registered_groups
+        ]
+        return whole(arguments, prog_name=name, standalone_mode=False)
+
+
+def _name(command: CommandInfo) -> str:
+    return command.name or getattr(command.callback, "__name__", "")
+
+
+def _listed(what: _T, **without: object) -> _T:
+    listed = copy.copy(what)
+    for name, value in without.items():
+        setattr(listed, name, value)
+    return listed
+
+
+def _nothing() -> None:
+    """What a command does that is only listed."""

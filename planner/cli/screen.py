@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,10 +13,11 @@ from rich.text import Text
 from barrier import Snapshot, missing_ranks
 from barrier.model import RankView
 from barrier.printable import printable, printable_text
-from planner import explain_instance
-from planner.decide import is_serving
-from planner.launcher import ProcessState
+from planner.explain import explain_instance, is_serving
 from planner.lifecycle import next_step, serving_requirement
+
+if TYPE_CHECKING:
+    from planner.launcher import ProcessState
 
 BAR = 10
 """Length of a progress bar, in characters."""

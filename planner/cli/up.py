@@ -20,7 +20,7 @@ from barrier.keys import Keys
 from barrier.log import logger
 from barrier.printable import printable_text
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, Planner
-from planner.cli.commands import TICK, Observer, UnknownInstance, look_again
+from planner.cli.look import TICK, Observer, UnknownInstance, look_again
 from planner.cli.options import DEFAULT_NAMESPACE, rank_span
 from planner.cli.process import Interrupts, configure_log, connect_store, redacted
 from planner.cli.report import check_report, time_report

@@ -17,7 +17,8 @@ from barrier import EpochId, LogId, Member, Report, Settings, TaskOutcome, Verdi
 from barrier.testing import wait_until
 from planner import InstanceSpec, Planner, Policy
 from planner.embedded import EmbeddedServer
-from planner.lifecycle import generation_task, steps_for, task_for
+from planner.lifecycle import steps_for
+from planner.tasks import generation_task, task_for
 from runner import InlineHost, Runner
 from runner.engine import EngineGroup
 from runner.engines.simulated import SimulatedConfig, SimulatedEngine

@@ -20,7 +20,7 @@ from redis.exceptions import RedisError, ResponseError
 from barrier import StoreError
 from barrier.keys import NamespaceKeys
 from barrier.testing import wait_until
-from planner.decide import is_serving
+from planner.explain import is_serving
 from runner.messages import MAX_MESSAGE_BYTES, ConnectToGroup, LoadModel, StartWarmup, derive_task_id, encode
 from tests.chaos.network import CUTS
 from tests.chaos.recorder import MARK

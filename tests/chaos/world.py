@@ -21,7 +21,7 @@ from barrier import Barrier, Settings, Store, StoreError, SystemClock, connect
 from barrier.keys import Keys
 from barrier.testing import wait_until
 from planner import GenerationFailed, InstanceSpec, ModelSpec
-from planner.decide import is_serving
+from planner.explain import is_serving
 from planner.launcher import own_environment
 from planner.registry import Registry
 from planner.requests import RequestQueue

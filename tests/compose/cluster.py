@@ -22,7 +22,7 @@ from pathlib import Path
 from barrier import Settings, Store, StoreError, SystemClock, connect
 from barrier.ids import EpochId
 from barrier.keys import Keys
-from planner.cli.commands import Observer, Seen, UnknownInstance
+from planner.cli.look import Observer, Seen, UnknownInstance
 from planner.history import History, RankSaid, find_breaches, read_history
 from planner.requests import RequestQueue
 from runner.messages import TaskStatusUpdated

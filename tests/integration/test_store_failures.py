@@ -19,8 +19,8 @@ from barrier import Barrier, Settings, Store, StoreError, SystemClock
 from barrier.keys import Keys
 from barrier.testing import wait_until
 from planner import InstanceSpec, ModelSpec
-from planner.decide import is_serving
 from planner.embedded import LOOPBACK
+from planner.explain import is_serving
 from planner.registry import Registry
 from planner.requests import GenerationFailed, RequestQueue
 from tests.integration.address import Address

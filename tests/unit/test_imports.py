@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from barrier import Member, connect
+from planner import InstanceSpec
+from planner.embedded import EmbeddedServer
 from planner.launcher import own_environment
+from planner.registry import Registry
 
 
 def told(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,14 +40,72 @@ def test_a_library_says_nothing_until_it_is_asked(package: str, asked: bool) -> 
     assert "of the program" in said.stderr
 
 
-def test_help_needs_no_client_and_no_screen() -> None:
+def imported(*arguments: str) -> set[str]:
+    """What is imported when a command has run."""
     code = (
-        "import sys; sys.argv = ['rankgate', '--help']; from planner.cli import main\n"
-        "try:\n    main()\nfinally:\n"
-        "    print(sorted({'redis', 'rich', 'barrier.connect', 'planner.loop'} & set(sys.modules)))"
+        "import json, sys; sys.argv[0] = '/usr/bin/rankgate'; from planner.cli import main\n"
+        "code = main()\n"
+        "print('\\n' + json.dumps([code, *sys.modules]))"
     )
-    said = told(code)
-    assert said.stdout.endswith("[]\n"), said.stdout[-300:]
+    said = told(code, *arguments)
+    code_and_modules: list[Any] = json.loads(said.stdout.rpartition("\n\n")[2])
+    assert code_and_modules[0] == 0, said.stderr
+    return set(code_and_modules[1:])
+
+
+DEAR = {"asyncio", "email", "importlib.metadata", "loguru", "multiprocessing", "pydantic", "redis", "rich", "ssl"}
+"""Of other people, and takes long to import."""
+
+ONLY_PLANNING = {
+    "planner.decide",
+    "planner.embedded",
+    "planner.gate",
+    "planner.history",
+    "planner.launcher",
+    "planner.loop",
+    "planner.planner",
+    "planner.recovery",
+    "planner.requests",
+    "planner.tasks",
+}
+"""Of ours, and of no use to somebody who looks."""
+
+ONLY_OTHER_COMMANDS = {
+    f"planner.cli.{name}" for name in ("acl", "commands", "health", "runner_process", "up", "watchdog")
+}
+
+
+def test_help_needs_hardly_anything() -> None:
+    found = imported("--help")
+    assert not found & (DEAR | ONLY_PLANNING | ONLY_OTHER_COMMANDS | {"planner.cli.look", "planner.cli.process"})
+    assert not {name for name in found if name.startswith("runner")}
+
+
+@pytest.mark.anyio
+async def test_status_needs_nothing_that_plans_or_runs() -> None:
+    async with EmbeddedServer() as server:
+        store = await connect(server.url)
+        await Registry(store, "rankgate").launch(InstanceSpec(name="demo", world_size=2))
+        member = Member(store, "demo", rank=0)
+        await member.claim()
+        async with member.heartbeat():
+            for arguments in (["status"], ["status", "demo"], ["status", "demo", "--json"], ["explain", "demo"]):
+                found = await asyncio.to_thread(imported, *arguments, "--redis", server.url)
+                assert not found & (ONLY_PLANNING | ONLY_OTHER_COMMANDS), arguments
+                assert {name for name in found if name.startswith("runner.")} == {"runner.model", "runner.worded"}
+        await store.close()
+
+
+def test_only_the_command_that_is_run_is_built() -> None:
+    """Typer reads every option of a command that it builds, and there are some 130 of them."""
+    code = (
+        "import sys; from planner.cli import app\n"
+        "read = []; read_parameters = typer_main.get_params_from_function\n"
+        "typer_main.get_params_from_function = lambda f: read.append(f.__name__) or read_parameters(f)\n"
+        "app.run_app(sys.argv[1:]); print(sorted({'stop', 'up', 'runner', 'status'} & set(read)))"
+    )
+    said = told(f"import typer.main as typer_main; {code}", "stop", "--help")
+    assert said.stdout.endswith("\n['stop']\n"), said.stdout + said.stderr
 
 
 def test_the_command_line_is_ready_for_ctrl_c_before_it_imports_anything_big() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from barrier import Verdict
 from barrier.spares import Spare
-from planner.cli.commands import Seen, overview, unattended, whole_overview
+from planner.cli.look import Seen, overview, unattended, whole_overview
 from planner.cli.report import time_report
 from planner.cli.screen import (
     Picture,

@@ -16,7 +16,7 @@ from barrier import Verdict, find_break
 from barrier.log import LogContext
 from barrier.log import logger as ours
 from barrier.testing import FakeStore
-from planner.cli.commands import Seen, overview
+from planner.cli.look import Seen, overview
 from planner.cli.process import complain, configure_log
 from planner.cli.screen import Picture, heading, render, rows, sentence, table
 from planner.cli.show import LiveShow, PlainShow, people, tell

@@ -6,16 +6,15 @@ import pytest
 
 from barrier import EpochId, RankRule
 from planner.lifecycle import (
-    generation_task,
     next_step,
     predecessor,
     proven_steps,
     serving_requirement,
     steps_for,
-    task_for,
 )
 from planner.spec import InstanceSpec, Policy
-from runner.messages import ConnectToGroup, LoadModel, ModelSpec, StartWarmup, TextGeneration, encode
+from planner.tasks import generation_task, task_for
+from runner.messages import ConnectToGroup, LoadModel, ModelSpec, TextGeneration, encode
 from tests.unit.planner.pictures import EPOCH, spec
 
 CONNECT, LOAD, FOLLOWERS, LEADER = "connect", "load", "warm up followers", "warm up leader"
@@ -30,18 +29,18 @@ def test_the_table_of_several_ranks(size: int) -> None:
     rows = [(row.name, row.waits_for(size), row.dispatches, row.to(size), row.stall) for row in steps_for(size)]
     followers_warm = (RankRule(0, 0, ("Loaded",)), RankRule(1, size - 1, ("WarmingUp", "Ready")))
     assert rows == [
-        (CONNECT, everyone(size, "Idle"), ConnectToGroup, (0, size - 1), "connect_stall"),
-        (LOAD, everyone(size, "Connected"), LoadModel, (0, size - 1), "connect_stall"),
-        (FOLLOWERS, everyone(size, "Loaded"), StartWarmup, (1, size - 1), "load_stall"),
-        (LEADER, followers_warm, StartWarmup, (0, 0), "warmup_stall"),
+        (CONNECT, everyone(size, "Idle"), "ConnectToGroup", (0, size - 1), "connect_stall"),
+        (LOAD, everyone(size, "Connected"), "LoadModel", (0, size - 1), "connect_stall"),
+        (FOLLOWERS, everyone(size, "Loaded"), "StartWarmup", (1, size - 1), "load_stall"),
+        (LEADER, followers_warm, "StartWarmup", (0, 0), "warmup_stall"),
     ]
 
 
 def test_the_table_of_a_single_rank_has_nobody_to_connect_to_and_no_followers() -> None:
     rows = [(row.name, row.waits_for(1), row.dispatches, row.to(1), row.stall) for row in steps_for(1)]
     assert rows == [
-        (LOAD, everyone(1, "Idle"), LoadModel, (0, 0), "connect_stall"),
-        (LEADER, everyone(1, "Loaded"), StartWarmup, (0, 0), "load_stall"),
+        (LOAD, everyone(1, "Idle"), "LoadModel", (0, 0), "connect_stall"),
+        (LEADER, everyone(1, "Loaded"), "StartWarmup", (0, 0), "load_stall"),
     ]
 
 

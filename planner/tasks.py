@@ -1,0 +1,40 @@
+"""The tasks that the rows of `planner.lifecycle` dispatch."""
+
+from __future__ import annotations
+
+from barrier.ids import EpochId
+from planner.lifecycle import Step
+from planner.policy import Policy
+from planner.spec import InstanceSpec
+from runner.messages import (
+    MAX_DEADLINE_SECONDS,
+    ConnectToGroup,
+    LoadModel,
+    StartWarmup,
+    Task,
+    TextGeneration,
+    derive_task_id,
+)
+
+DEADLINE_SHARE = 0.8
+"""The part of `Policy.connect_stall` in which the ranks must have connected: so the engine says first what it waited for."""
+
+
+def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: Policy) -> Task:
+    """The task of a row, for this epoch; its id is derived, so that asking again gives the same one."""
+    task_id = derive_task_id(spec.name, str(epoch), step.name)
+    if step.dispatches == "ConnectToGroup":
+        deadline = min(policy.connect_stall * DEADLINE_SHARE, MAX_DEADLINE_SECONDS)
+        return ConnectToGroup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, deadline=deadline)
+    if step.dispatches == "LoadModel":
+        return LoadModel(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, model=spec.model)
+    return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)
+
+
+def generation_task(
+    request_id: str, prompt: str, max_tokens: int, *, instance: str, epoch: EpochId, term: int
+) -> TextGeneration:
+    """The task of one generation; its id is the request's, under which the client waits."""
+    return TextGeneration(
+        task_id=request_id, instance=instance, epoch=str(epoch), term=term, prompt=prompt, max_tokens=max_tokens
+    )

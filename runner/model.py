@@ -1,0 +1,25 @@
+"""Which model is to be loaded, and the kind of message that it is a part of."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from runner.worded import Worded
+
+
+class Message(BaseModel):
+    """Frozen and strict: an unknown field or a wrong type is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSpec(Message, metaclass=Worded):
+    """What to load.
+
+    Attributes:
+        model_id: the name the engine knows the model by.
+        total_layers: how many layers the model has, for progress; 1 to 10,000.
+    """
+
+    model_id: str = Field(min_length=1, max_length=256)
+    total_layers: int = Field(default=16, ge=1, le=10_000)
