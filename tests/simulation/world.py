@@ -115,6 +115,7 @@ class World:
         self.max_failures = self.rng.choice((1_000, 1_000, 1_000, 2))
         if faults is not None:
             self.faults, self.max_failures = faults, 1_000
+        self.cut_off: set[str] = set()
         self.injected: list[str] = []
         self.oracle = Oracle(self.loop, self.world_size)
         self.clock = LoopClock(self.loop)
@@ -396,11 +397,16 @@ class World:
     def _cut(self) -> None:
         process, seconds = self._victim(), self.rng.choice(self.scale.cuts) * LEASE
         self.oracle.say(f"FAULT cut {process} off for {seconds:g} s")
+        self._cut_off(process, seconds)
+
+    def _cut_off(self, process: str, seconds: float) -> None:
         self.store.partition(process)
+        self.cut_off.add(process)
         self.loop.call_later(seconds, self._heal, process)
 
     def _heal(self, process: str) -> None:
-        if not self.loop.is_killed(process):
+        if process in self.cut_off and not self.loop.is_killed(process):
+            self.cut_off.discard(process)
             self.store.heal(process)
 
     def _cut_all(self) -> None:
@@ -412,8 +418,7 @@ class World:
         self._everybody_may_suffer()
         processes = [f"{name}#{life}" for name, life in self.lives.items()]
         for process in processes:
-            self.store.partition(process)
-            self.loop.call_later(seconds, self._heal, process)
+            self._cut_off(process, seconds)
         self.forgot = self.forgot or not keep_data
         self.store.restart(keep_data=keep_data)
 
