@@ -6,6 +6,7 @@ import hashlib
 import random
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,6 +134,9 @@ class Engine(Protocol):
 def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> socket.socket:
     """Bind a TCP socket for `Engine.prepare`, on all of this machine's IPv4 addresses; it does not listen yet.
 
+    The port is this socket's alone. In a range, one that nobody has is preferred; then comes one of which the operating system only keeps
+    the connections of an ended attempt, which it does for about a minute, if their sockets had SO_REUSEADDR set: so set it before you listen.
+
     Args:
         ports: the first and the last port that may be used, for machines behind a firewall; any free one where ``None``.
         avoid: the port of the attempt before, which is taken only where the range has no other.
@@ -150,20 +154,24 @@ def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> so
     # From anywhere in the range, so that an attempt seldom gets the port of an earlier one, which another engine had.
     shift = random.randrange(last - first + 1)  # noqa: S311 - no secret
     shifted = [first + (at + shift) % (last - first + 1) for at in range(last - first + 1)]
-    for port in sorted(shifted, key=lambda port: port == avoid):
-        try:
-            return _bound(port)
-        except OSError:
-            continue
+    for wanted in ([port for port in shifted if port != avoid], [port for port in shifted if port == avoid]):
+        for left_over in (False, True):
+            for port in wanted:
+                with suppress(OSError):
+                    return _bound(port, left_over=left_over)
     raise EngineFailure(
         f"no port from {first} to {last} is free on this machine; end what uses them, or allow the engine a larger range"
     )
 
 
-def _bound(port: int) -> socket.socket:
+def _bound(port: int, *, left_over: bool = False) -> socket.socket:
+    """Bind a port that nobody has; with `left_over` one of which there are still connections, though nobody listens there."""
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(left_over))
         bound.bind(("", port))
+        # As long as it is set, whoever sets it as well could bind the same port, until one of the two listens.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError:
         bound.close()
         raise

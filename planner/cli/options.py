@@ -220,7 +220,7 @@ def _ports(value: str) -> str:
     numbers = [int(part) if part.isdecimal() else 0 for part in (first, last if dash else first)]
     if value and not 1 <= numbers[0] <= numbers[1] <= 65_535:
         raise typer.BadParameter(
-            f"it is {shown(value)}; it must be FIRST-LAST, from 1 to 65535, for example 42000-42099"
+            f"it is {shown(value)}; it must be FIRST-LAST, from 1 to 65535, for example 22000-22099"
         )
     return value
 

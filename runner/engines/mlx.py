@@ -61,8 +61,9 @@ class MlxConfig(BaseModel):
         model: a directory or a Hugging Face id to load instead of the one that the instance names, for machines that keep their
             models in different places.
         ports: the first and the last port on which the ring may listen, for machines behind a firewall; each rank takes one that is free,
-            and any free one of the machine where this is ``None``. The operating system keeps a port for about a minute after a
-            connection of it, so a range needs several times as many ports as the machine has ranks.
+            and any free one of the machine where this is ``None``. An engine has one, its spare another, and each attempt takes another
+            than the last: allow three for each rank of the machine. Best are ports that the machine gives to no outgoing connection,
+            which are those below 32768 on Linux.
         use_chat_template: put a prompt into the model's own chat template, if it has one.
         prefill_step_size: how many tokens of a prompt are read at a time; a generation can be stopped only between two such parts,
             and one that takes longer than the host's grace to stop costs the loaded model. mlx-lm's own default is 2,048.
@@ -111,7 +112,7 @@ class MlxEngine:
         )
         self._bound: socket.socket | None = None
         self._port = 0
-        self._world_size = 0
+        self._place: tuple[int, int] | None = None
         self._group: EngineGroup | None = None
         self._loaded = False
         self._warm = False
@@ -127,7 +128,7 @@ class MlxEngine:
         if self._group is not None:
             raise EngineFailure("prepare is out of order: this engine is in a group already")
         await self._thread.run(self._share.import_mlx)
-        self._world_size = world_size
+        self._place = (rank, world_size)
         self._give_up_port()
         if world_size == 1:
             return None
@@ -148,7 +149,14 @@ class MlxEngine:
         self._check_open("connect")
         if self._group is not None:
             raise EngineFailure("connect is out of order: this engine is in a group already")
-        if group.world_size == 1:
+        if self._place is None:
+            raise EngineFailure("connect is out of order: prepare has bound no port for this attempt")
+        rank, world_size = self._place
+        if (group.rank, group.world_size) != self._place:
+            raise EngineFailure(
+                f"connect is out of order: it names rank {group.rank} of {group.world_size}, and prepare named rank {rank} of {world_size}"
+            )
+        if world_size == 1:
             self._group = group
             return
         if self._bound is None:
@@ -181,13 +189,13 @@ class MlxEngine:
                 call is out of order.
         """
         self._check_open("load")
-        if self._world_size == 0:
+        if self._place is None:
             raise EngineFailure(
                 "load is out of order: prepare has not been done, which says whether this engine is alone"
             )
-        if self._world_size > 1 and self._group is None:
+        if self._place[1] > 1 and self._group is None:
             raise EngineFailure(
-                f"load is out of order: connect has not been done, and this is one of {self._world_size} ranks, which load together"
+                f"load is out of order: connect has not been done, and this is one of {self._place[1]} ranks, which load together"
             )
         if self._loaded:
             raise EngineFailure("load is out of order: a model is loaded already")

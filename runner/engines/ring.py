@@ -70,8 +70,10 @@ class Ring:
         try:
             async with asyncio.timeout(group.deadline * _OWN_SHARE):
                 self._before = asyncio.get_running_loop().create_future()
+                # Its connections inherit it: the port can be bound again as soon as this engine has gone.
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 self._server = await asyncio.start_server(
-                    lambda reader, writer: self._greet(group, reader, writer), sock=bound
+                    lambda reader, writer: self._greet(group, reader, writer), sock=bound, limit=_LONGEST_LINE
                 )
                 after, before = await asyncio.gather(self._reach_next(group), self._before)
                 await self._go_round(group, before, after)

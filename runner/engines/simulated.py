@@ -156,9 +156,9 @@ class SimulatedEngine:
 
     Args:
         config: delays and faults.
-        rank: this engine's rank, 0 to world_size - 1; `connect` refuses a group in which it has another. ``None`` takes what
-            `connect` says, and without a `connect` the engine is alone in its world.
-        world_size: number of ranks; with one, `load` needs no `connect`. ``None`` as for `rank`.
+        rank: this engine's rank, 0 to world_size - 1; `prepare` and `connect` refuse another. ``None`` takes what they say.
+        world_size: number of ranks; with one, `load` needs no `connect`. ``None`` as for `rank`. An engine that nobody told whether it is
+            alone loads nothing.
         sleep: waits that many seconds; tests pass one that only takes note.
         ledger: counts the strikes of faults; by default one on the configuration's file.
         owns_process: whether this process is the engine's own, so that it may kill or block it.
@@ -189,8 +189,9 @@ class SimulatedEngine:
         for fault in config.faults:
             _check_fault(fault, world_size=world_size, has_ledger=ledger is not None, owns_process=owns_process)
         self._config = config
-        self._place = None if rank is None or world_size is None else (rank, world_size)
-        self._rank, self._world_size = self._place or (0, 1)
+        self._made_as = None if rank is None or world_size is None else (rank, world_size)
+        self._prepared_as: tuple[int, int] | None = None
+        self._place = self._made_as
         self._sleep = sleep
         self._ledger = ledger or FaultLedger()
         self._owns_process = owns_process
@@ -212,6 +213,7 @@ class SimulatedEngine:
         self._take_place("prepare", rank, world_size)
         if self._connected:
             raise self._out_of_order("prepare", "the engine is in a group already")
+        self._prepared_as = self._place
         await self._strike("prepare")
         return self._ring.bind() if self._ring is not None and world_size > 1 else None
 
@@ -219,9 +221,12 @@ class SimulatedEngine:
         """Take the time that entering a group takes, and meet the other ranks, if they really meet.
 
         Raises:
-            EngineFailure: connected already, closed, or a group in which this engine has another rank or size.
+            EngineFailure: permanent: this engine was made for another rank or size. Otherwise: it was prepared for another one, is connected
+                already, or closed.
         """
         self._check_open("connect")
+        if self._prepared_as not in (None, (group.rank, group.world_size)):
+            raise self._out_of_order("connect", f"it names rank {group.rank} of {group.world_size}")
         self._take_place("connect", group.rank, group.world_size)
         if self._connected:
             raise self._out_of_order("connect", "the engine is in a group already")
@@ -236,9 +241,12 @@ class SimulatedEngine:
         """Yield 1 to ``model.total_layers``, one layer's time apart.
 
         Raises:
-            EngineFailure: not connected though the world has more than one rank, loaded already, or closed.
+            EngineFailure: not connected though the world has more than one rank, or nobody has said how many it has; loaded already, or
+                closed.
         """
         self._check_open("load")
+        if self._place is None:
+            raise self._out_of_order("load", "prepare has not been done, which says whether this engine is alone")
         if self._world_size > 1 and not self._connected:
             raise self._out_of_order("load", "connect has not been done, and a collective load would crash")
         if self._model is not None:
@@ -288,21 +296,30 @@ class SimulatedEngine:
         if self._ring is not None:
             await self._ring.close()
 
+    @property
+    def _rank(self) -> int:
+        return 0 if self._place is None else self._place[0]
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self._place is None else self._place[1]
+
     def _take_place(self, call: str, rank: int, world_size: int) -> None:
-        if self._place is not None and (rank, world_size) != self._place:
+        if self._made_as not in (None, (rank, world_size)):
             raise EngineFailure(
                 f"{call} names rank {rank} of {world_size}, but this simulated engine was made as "
                 f"rank {self._rank} of {self._world_size}",
                 permanent=True,
             )
-        self._rank, self._world_size = rank, world_size
+        self._place = (rank, world_size)
 
     def _check_open(self, call: str) -> None:
         if self._closed:
             raise self._out_of_order(call, "the engine is closed")
 
     def _out_of_order(self, call: str, why: str) -> EngineFailure:
-        return EngineFailure(f"{call} is out of order on rank {self._rank} of {self._world_size}: {why}")
+        where = "" if self._place is None else f" on rank {self._rank} of {self._world_size}"
+        return EngineFailure(f"{call} is out of order{where}: {why}")
 
     async def _pause(self, occasion: str, mean_seconds: float, *, rank: int | None = None) -> None:
         key = f"{self._config.seed} {self._rank if rank is None else rank} {occasion}"

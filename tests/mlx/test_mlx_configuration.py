@@ -223,6 +223,28 @@ async def test_a_rank_alone_needs_no_port_and_no_ring(mlx: StandIn) -> None:
         assert [layers async for layers in made.load(ModelSpec(model_id="x", total_layers=2))] == [1, 2]
 
 
+async def test_an_engine_that_nobody_told_whether_it_is_alone_loads_nothing(mlx: StandIn) -> None:
+    async with engine() as made:
+        with pytest.raises(EngineFailure, match="load is out of order: prepare has not been done, which says whether"):
+            _ = [layers async for layers in made.load(ModelSpec(model_id="x", total_layers=2))]
+        for endpoints in (("",), ("127.0.0.1:1", "127.0.0.1:2")):
+            with pytest.raises(EngineFailure, match="connect is out of order: prepare has bound no port"):
+                await made.connect(group(*endpoints))
+
+
+async def test_an_engine_is_not_connected_as_another_one_than_it_was_prepared(mlx: StandIn) -> None:
+    """As one that is alone it would load half a model by itself."""
+    async with engine() as made:
+        endpoint = f"127.0.0.1{await made.prepare(0, 2)}"
+        for rank, endpoints in ((0, (endpoint,)), (1, ("127.0.0.1:1", endpoint)), (0, (endpoint, "b:1", "c:1"))):
+            with pytest.raises(
+                EngineFailure, match=f"names rank {rank} of {len(endpoints)}, and prepare named rank 0 of 2"
+            ):
+                await made.connect(group(*endpoints, rank=rank))
+        with pytest.raises(EngineFailure, match="connect has not been done, and this is one of 2 ranks"):
+            _ = [layers async for layers in made.load(ModelSpec(model_id="x", total_layers=2))]
+
+
 # --- who is in the ring -----------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+import socket
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
@@ -392,6 +393,18 @@ async def test_ranks_that_met_those_of_another_instance_all_say_so_and_the_next_
             await host.kill()
         await bring_up(one, folder, "2-b")
         assert await text_of_all(one) == [expected, ""]
+
+
+async def test_a_small_range_of_ports_is_usable_again_as_soon_as_an_attempt_has_ended(folder: Path) -> None:
+    """The operating system keeps the connections of a ring that has ended for about a minute, and its ports with them."""
+    with socket.socket() as trial:
+        trial.bind(("", 0))
+        first = int(trial.getsockname()[1])
+    async with hosts(2, ports=[first, min(first + 2, 65_535)]) as ranks:
+        for attempt in range(4):
+            await connect(ranks, epoch=f"{attempt + 1}-a")
+            for host in ranks:
+                await host.kill()
 
 
 async def test_rings_of_different_sizes_end_within_the_deadline(folder: Path) -> None:

@@ -17,6 +17,8 @@ from runner.engines.simulated import SimulatedConfig, SimulatedEngine
 pytestmark = pytest.mark.anyio
 
 EPOCH, EARLIER = f"8-{'a' * 32}", f"7-{'a' * 32}"
+SECONDS = 30.0
+"""How long anything may take; a bound for hangs, not a measure."""
 
 
 def here(endpoint: str) -> str:
@@ -118,36 +120,151 @@ async def test_the_rightful_neighbour_is_let_in_after_a_stranger_was_refused() -
         await ring.close()
 
 
+async def visit(group: EngineGroup, rank: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Come to a rank's endpoint, as anybody may, once it listens."""
+    async with asyncio.timeout(SECONDS):
+        while True:
+            try:
+                return await asyncio.open_connection("127.0.0.1", int(group.endpoints[rank].rpartition(":")[2]))
+            except OSError:
+                await asyncio.sleep(0.01)
+
+
+def greeting(group: EngineGroup, rank: object) -> bytes:
+    return f"rankgate-ring {group.token.hex()} {rank}\n".encode()
+
+
 @pytest.mark.parametrize(
-    "greeting", [b"GET / HTTP/1.1\r\n\r\n", b"\xff\x00\n", b"rankgate-ring zz notanumber\n", b"\n"]
+    ("said", "why"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "this is no greeting of a ring"),
+        (b"\xff\x00\n", "this is no greeting of a ring"),
+        (b"rankgate-ring zz notanumber\n", "this is no greeting of a ring"),
+        (b"\n", "this is no greeting of a ring"),
+        (b"rankgate-ring\n", "this is no greeting of a ring"),
+        (b"another-ring " + b"0" * 32 + b" 1\n", "this is no greeting of a ring"),
+        (b"rankgate-ring " + b"x" * 200 + b" 1\n", "this is no greeting of a ring"),
+        (b"y" * 1_000, "this is no greeting of a ring"),
+        ("earlier", "it is in another attempt than rank 0, which is in 8-"),
+        (2, "it is rank 2, and not the one before rank 0"),
+        (0, "it is rank 0, and not the one before rank 0"),
+        (-1, "it is rank -1, and not the one before rank 0"),
+        (10**40, f"it is rank {10**40}, and not the one before rank 0"),
+        ("9" * 5_000, "this is no greeting of a ring"),
+    ],
+    ids=str,
 )
-async def test_who_does_not_greet_as_a_rank_is_refused(greeting: bytes) -> None:
+async def test_who_does_not_greet_as_the_rank_before_is_refused_and_told_and_costs_nothing(
+    said: bytes | int | str, why: str
+) -> None:
     rings = [Ring(), Ring()]
     first, second = groups(rings)
     joining = asyncio.create_task(rings[0].join(first))
-    while True:
-        try:
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(first.endpoints[0].rpartition(":")[2]))
-            break
-        except OSError:
-            await asyncio.sleep(0.01)
-    writer.write(greeting)
-    assert (await reader.readline()).startswith(b"no ")
+    reader, writer = await visit(first, 0)
+    match said:
+        case bytes():
+            writer.write(said)
+        case "earlier":
+            writer.write(greeting(replace(first, epoch=EARLIER), 1))
+        case _:
+            writer.write(greeting(first, said))
+    answer = (await reader.readline()).decode()
+    assert answer.startswith(f"no {why}")
     writer.close()
     await asyncio.gather(joining, rings[1].join(second))
     for ring in rings:
         await ring.close()
 
 
+async def test_who_greets_by_half_is_sent_away_after_a_while_and_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runner.engines.ring._GREETING_SECONDS", 0.2)
+    rings = [Ring(), Ring(), Ring()]
+    where = groups(rings)
+    joining = asyncio.create_task(rings[0].join(where[0]))
+    halves = [await visit(where[0], 0) for _ in range(3)]
+    for _, writer in halves:
+        writer.write(greeting(where[0], 2)[:-1])
+    await asyncio.gather(joining, *(ring.join(group) for ring, group in zip(rings[1:], where[1:], strict=True)))
+    async with asyncio.timeout(SECONDS):
+        for reader, writer in halves:
+            assert await reader.readline() == b"no this is no greeting of a ring\n"
+            writer.close()
+    for ring in rings:
+        await ring.close()
+
+
+async def test_the_same_rank_comes_twice_and_only_the_first_one_is_in_the_ring() -> None:
+    rings = [Ring(), Ring()]
+    first, _ = groups(rings, deadline=2.0)
+    joining = asyncio.create_task(rings[0].join(first))
+    one, another = await visit(first, 0), await visit(first, 0)
+    one[1].write(greeting(first, 1))
+    assert await one[0].readline() == b"ok \n"
+    another[1].write(greeting(first, 1))
+    assert await another[0].readline() == b"no rank 1 is in the ring already\n"
+    joining.cancel()
+    await asyncio.gather(joining, return_exceptions=True)
+    for _, writer in (one, another):
+        writer.close()
+    for ring in rings:
+        await ring.close()
+
+
+# --- who is missing -------------------------------------------------------------------------------------------------------
+
+
+async def why_not(rings: list[Ring], where: list[EngineGroup], present: list[int]) -> dict[int, str]:
+    """Let only some ranks join; what each of them says of the others."""
+    ends = await join([rings[rank] for rank in present], [where[rank] for rank in present])
+    for ring in rings:
+        await ring.close()
+    failures: dict[int, str] = {}
+    for rank, end in zip(present, ends, strict=True):
+        assert isinstance(end, EngineFailure)
+        assert not end.permanent
+        failures[rank] = str(end)
+    return failures
+
+
+async def test_each_rank_names_the_neighbour_that_is_missing_or_says_that_it_is_further_on() -> None:
+    rings = [Ring() for _ in range(5)]
+    where = groups(rings, deadline=1.0)
+    said = await why_not(rings, where, [0, 1, 2, 4])
+    assert all(why.startswith("the ring did not come together within 0.9 s: ") for why in said.values())
+    assert said[4].endswith(f"rank 3 did not come to the endpoint of rank 4, {where[0].endpoints[4]}")
+    assert said[2].endswith(f"rank 2 could not reach rank 3 at {where[0].endpoints[3]}")
+    for rank in (0, 1):
+        assert said[rank].endswith(
+            f"its neighbours are there, but the token did not come round to rank {rank}: a rank further on is missing"
+        )
+
+
 async def test_a_rank_that_never_comes_is_named_before_the_deadline() -> None:
     rings = [Ring(), Ring()]
-    first, second = groups(rings, deadline=0.5)
-    rings[1].bind()  # gives the first port up: nobody listens there
-    [failure] = await join(rings[:1], [first])
-    assert isinstance(failure, EngineFailure)
-    assert f"rank 1 did not come to the endpoint of rank 0, {first.endpoints[0]}" in str(failure)
-    await rings[1].close()
-    del second
+    where = groups(rings, deadline=0.5)
+    said = await why_not(rings, where, [0])
+    assert f"rank 1 did not come to the endpoint of rank 0, {where[0].endpoints[0]}" in said[0]
+    assert "others came" not in said[0]
+
+
+async def test_strangers_that_came_instead_are_counted_and_the_last_one_is_explained() -> None:
+    rings = [Ring(), Ring()]
+    where = groups(rings, deadline=2.0)
+    failing = asyncio.create_task(why_not(rings, where, [0]))
+    for said in (b"GET / HTTP/1.1\r\n\r\n", greeting(replace(where[0], epoch=EARLIER), 1)):
+        reader, writer = await visit(where[0], 0)
+        writer.write(said)
+        await reader.readline()
+        writer.close()
+    assert (await failing)[0].endswith(
+        "; 2 others came and were refused, the last one because it is in another attempt than rank 0, which is in "
+        f"{EPOCH} of demo"
+    )
+
+
+# --- ports ----------------------------------------------------------------------------------------------------------------
 
 
 async def test_every_attempt_has_another_port() -> None:
@@ -166,6 +283,93 @@ async def test_a_range_is_kept_to_and_its_end_is_told() -> None:
         assert not caught.value.permanent
     with bind_endpoint((port, port)) as bound:
         assert bound.getsockname()[1] == port
+
+
+def free_range(count: int) -> tuple[int, int]:
+    """Some ports in a row that nobody has."""
+    while True:
+        with socket.socket() as trial:
+            trial.bind(("", 0))
+            first = int(trial.getsockname()[1])
+        wanted = range(first, min(first + count, 65_536))
+        if len(wanted) == count and all(may_bind(port) for port in wanted):
+            return first, first + count - 1
+
+
+def may_bind(port: int, *options: int) -> bool:
+    """Whether a program with these socket options may take the port now."""
+    with socket.socket() as other:
+        for option in options:
+            other.setsockopt(socket.SOL_SOCKET, option, 1)
+        try:
+            other.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+async def test_a_small_range_is_usable_again_as_soon_as_an_attempt_has_ended() -> None:
+    """The operating system keeps the connections of a ring that has ended for about a minute, and its ports with them."""
+    ports = free_range(3)
+    for _ in range(6):
+        rings = [Ring(ports) for _ in range(2)]
+        assert await join(rings, groups(rings)) == [None, None]
+
+
+async def test_the_engines_of_a_small_range_take_turns_with_its_ports() -> None:
+    ports = free_range(3)
+    rings = [Ring(ports), Ring(ports)]
+    used: list[list[str]] = []
+    for _ in range(4):
+        where = groups(rings)
+        used.append([endpoint.rpartition(":")[2] for endpoint in where[0].endpoints])
+        assert len(set(used[-1])) == 2
+        assert await join(rings, where) == [None, None]
+    assert all(one[0] != after[0] for one, after in pairwise(used)), "there is always another one for rank 0"
+
+
+def leave_a_connection(port: int) -> None:
+    """Have a listener at that port which has ended, and of which the operating system keeps a connection."""
+    with bind_endpoint((port, port)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.listen()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = listener.accept()
+            accepted.close()  # the side that closes first is the one whose port is kept
+            assert client.recv(1) == b""
+    assert not may_bind(port), "a connection is left"
+
+
+async def test_a_port_of_which_connections_are_left_is_one_socket_s_alone() -> None:
+    port, _ = ports = free_range(1)
+    leave_a_connection(port)
+    with bind_endpoint(ports):
+        assert not may_bind(port)
+        assert not may_bind(port, socket.SO_REUSEADDR)
+        assert not may_bind(port, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+        with pytest.raises(EngineFailure, match="is free on this machine"):
+            bind_endpoint(ports)
+
+
+async def test_a_port_of_which_nothing_is_left_is_preferred() -> None:
+    first, last = free_range(2)
+    leave_a_connection(first)
+    for _ in range(16):
+        with bind_endpoint((first, last)) as bound:
+            assert bound.getsockname()[1] == last
+    with bind_endpoint((first, last), avoid=last) as bound:
+        assert bound.getsockname()[1] == first, "rather than that of the attempt before"
+
+
+async def test_a_port_at_which_somebody_listens_is_passed_over() -> None:
+    ports = first, last = free_range(2)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", first))
+        other.listen()
+        for _ in range(8):
+            with bind_endpoint(ports) as bound:
+                assert bound.getsockname()[1] == last
 
 
 @pytest.mark.parametrize("ports", [(0, 5), (5, 3), (1, 65_536)])

@@ -88,6 +88,43 @@ async def ready(one: SimulatedEngine, rank: int = 0, world_size: int = 2) -> Sim
     return one
 
 
+# --- whether it is alone --------------------------------------------------------------------------------------------------
+
+
+async def test_an_engine_that_nobody_told_whether_it_is_alone_loads_nothing() -> None:
+    """It was made without a rank and a size, and never prepared."""
+    one = SimulatedEngine(SimulatedConfig(), sleep=Sleeps())
+    with pytest.raises(
+        EngineFailure, match="load is out of order: prepare has not been done, which says whether"
+    ) as caught:
+        await collect(one.load(MODEL))
+    assert not caught.value.permanent
+    await one.prepare(0, 1)
+    assert await collect(one.load(MODEL)) == list(range(1, MODEL.total_layers + 1)), "now it knows that it is"
+
+
+@pytest.mark.parametrize("told", ["made", "connected"])
+async def test_an_engine_that_was_told_otherwise_that_it_is_alone_loads(told: str) -> None:
+    one = engine(rank=0, world_size=1) if told == "made" else SimulatedEngine(SimulatedConfig(), sleep=Sleeps())
+    if told == "connected":
+        await one.connect(group(0, 1))
+    assert await collect(one.load(MODEL)) == list(range(1, MODEL.total_layers + 1))
+
+
+@pytest.mark.parametrize("other", [(0, 1), (1, 2), (0, 3)])
+async def test_an_engine_is_not_connected_as_another_one_than_it_was_prepared(other: tuple[int, int]) -> None:
+    """As one that is alone it would load half a model by itself."""
+    one = SimulatedEngine(SimulatedConfig(), sleep=Sleeps())
+    await one.prepare(0, 2)
+    with pytest.raises(EngineFailure, match=f"on rank 0 of 2: it names rank {other[0]} of {other[1]}") as caught:
+        await one.connect(group(*other))
+    assert not caught.value.permanent
+    with pytest.raises(EngineFailure, match="connect has not been done"):
+        await collect(one.load(MODEL))
+    await one.prepare(*other)  # in the next attempt it may be another one
+    await one.connect(group(*other))
+
+
 # --- text -----------------------------------------------------------------------------------------------------------------
 
 
