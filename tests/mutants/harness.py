@@ -121,7 +121,7 @@ ATTEMPTS = _property(
     "unit/runner/test_endpoints.py",
 )
 """Whom an engine meets, and for how long it is waited for: the ring of simulated engines, endpoints in the record, engines that are prepared, what they leave behind."""
-SIMULATED = _property("unit/runner/test_simulated.py")
+PRETENDED = _property("unit/runner/test_simulated.py")
 """In which order the simulated engine takes its calls."""
 LIVES = _property("unit/runner/test_runner_guards.py", "unit/test_no_task_dies_silently.py")
 """A mistake in every part that runs by itself, and what a rank says when it fails."""
