@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
@@ -39,6 +40,7 @@ from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
 from barrier.keys import Keys, shown, valid_digest, valid_endpoint, valid_status, valid_world_size
 from barrier.log import LogContext, logger
 from barrier.model import Verdict
+from barrier.plain import number
 from barrier.prompt import GAP, Template, pack
 from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
@@ -275,7 +277,9 @@ class Member:
                 if not error.passes or left <= 0:
                     raise
                 if not told:
-                    logger.warning("group {}: waiting up to {:.3g} s for the store: {}", self.keys.group, left, error)
+                    logger.warning(
+                        "group {}: waiting up to {} s for the store: {}", self.keys.group, number(round(left, 1)), error
+                    )
                 told = True
                 pause = min(left, self.settings.command_seconds)
             await self.clock.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  no secret
@@ -609,6 +613,7 @@ class Member:
         except BaseException:
             self._alarm = self._alarm or alarm
             raise
+        logger.trace("report {} is written: {}", report.seq, report.status)
         self._said = saying
         for _ in range(min(len(events), len(self._unsaid))):
             self._unsaid.popleft()
@@ -776,6 +781,7 @@ class Member:
                             continue  # a log that went back says it again
                         entry = replace(entry, missed=entry.previous > self._report.applied)
                         self._report = self._report._replace(applied=entry.id.n)
+                logger.opt(lazy=True).trace("log entry: {}", partial(_told, entry))
                 yield entry
         finally:
             await supervise.end(reading)
@@ -962,6 +968,19 @@ def _lease_of(raw: bytes | None, rank: int) -> int:
         return Report.decode(raw or b"", rank).lease_ms
     except UndecodableReport:
         return 0
+
+
+def _told(entry: LogEntry) -> str:
+    """For the log: what kind of entry it is, and never what is in it."""
+    match entry:
+        case EpochAnnounced(epoch):
+            return f"epoch {epoch} is open"
+        case VerdictAnnounced(epoch, verdict):
+            return f"epoch {epoch} ended: {verdict.kind}"
+        case TaskEntry():
+            return f"{entry.id}, {shown(entry.step)} for ranks {entry.first} to {entry.last}"
+        case Garbage():
+            return f"{entry.id}, which is not readable"
 
 
 def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:

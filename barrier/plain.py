@@ -23,7 +23,7 @@ def number(value: float) -> str:
         return f"{value}"
     if abs(value) >= _MOST_DIGITS:
         return f"{'' if value > 0 else '-'}{_MOST_DIGITS:,.0f} or more"
-    if abs(value) >= 1e6:
+    if abs(value) >= 999_999.5:  # which six digits would round to 1e+06
         return f"{value:,.0f}"
     if 0 < abs(value) < 1e-4:
         return f"{value:.9f}".rstrip("0") if abs(value) >= 1e-9 else "almost 0"

@@ -44,6 +44,7 @@ from barrier.outcomes import (
     Unconcluded,
     Unknown,
 )
+from barrier.plain import number
 from barrier.prompt import Arguments
 from barrier.report import MAX_REPORT_BYTES, Report, UndecodableReport
 from barrier.settings import Settings
@@ -565,7 +566,7 @@ def _record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord | N
         recorded_size = int(fields["world_size"])
         if recorded_size != world_size or len(joined) != recorded_size * INCARNATION_WIDTH:
             held = len(joined) / INCARNATION_WIDTH
-            return None, f"it is for {recorded_size} ranks with a roster of {held:g}, {world_size} were asked for"
+            return None, f"it is for {recorded_size} ranks with a roster of {number(held)}, {world_size} were asked for"
         steps = {
             name.removeprefix("step:"): _step_record(value)
             for name, value in fields.items()

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -17,10 +18,12 @@ from barrier import supervise
 from barrier.clock import Clock
 from barrier.errors import StoreCorrupt, StoreError
 from barrier.log import logger
+from barrier.printable import printable
 from barrier.store import Store, stream_entries
 
 _BATCH = 2_000
 _BUFFERED = 20_000
+_LONGEST_WORD = 32
 _TURNS = 4
 """Turns of the event loop from a hint to what a planner sends because of it. Asking for the next hints takes its turn after that."""
 
@@ -70,6 +73,14 @@ def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
         )
     except (KeyError, ValueError):
         return Hint(id=place, kind="lost")
+
+
+def _told(key: str, hint: Hint) -> str:
+    """For the log. Foreign words are cut: nothing keeps a rank from writing whatever it likes into a hint."""
+    if hint.kind != "report":
+        return f"{key}: {printable(hint.kind, _LONGEST_WORD)}"
+    alarm = ", with a failure or a rejection" if hint.alarm else ""
+    return f"{key}: rank {hint.rank} reports {printable(hint.status, _LONGEST_WORD)}{alarm}"
 
 
 class Subscription:
@@ -259,6 +270,7 @@ class Wakeups:
         for key, entries in stream_entries(reply):
             for entry_id, fields in entries:
                 hint = decode_hint(entry_id, fields)
+                logger.opt(lazy=True).trace("wake-up on {}", partial(_told, key, hint))
                 if key in self._cursors:
                     self._cursors[key] = hint.id
                     self._remember(key, hint)

@@ -22,6 +22,7 @@ from barrier import (
     find_break,
     missing_ranks,
 )
+from barrier.plain import number
 from barrier.printable import printable
 from planner.explain import is_serving
 from planner.lifecycle import (
@@ -267,18 +268,18 @@ def _wait_for_absent(view: View, absent: list[int], now: float, why: str) -> Act
     limit = view.policy.absence_limit if view.spec.absence_limit is None else view.spec.absence_limit
     ends = FOREVER if limit is None else began + limit
     ranks = ", ".join(f"rank {rank}" for rank in absent)
-    if now >= ends:
+    if limit is not None and now >= ends:
         reason = (
-            f"{name}: {ranks} did not come within {limit:g} s, which is the absence limit, so it is given up. "
+            f"{name}: {ranks} did not come within {number(limit)} s, which is the absence limit, so it is given up. "
             f"Start the missing runners, then launch {name} again"
         )
         return GiveUp(Verdict.aborted(reason, absent[0], code=ABSENT), reason)
     if now < began + patience:
         return Wait(min(began + patience, ends), f"{why}; waiting for {ranks} to come")
     told = patience * 2 ** int(math.log2((now - began) / patience))  # said again when they are away for twice as long
-    ends_by_itself = "" if limit is None else f", unless they stay away for {limit:g} s"
+    ends_by_itself = "" if limit is None else f", unless they stay away for {number(limit)} s"
     reason = (
-        f"{why}; {name}: {ranks} did not come within {told:g} s. Start the missing runners, or launch with a smaller world_size; "
+        f"{why}; {name}: {ranks} did not come within {number(told)} s. Start the missing runners, or launch with a smaller world_size; "
         f"it waits on, and is taken up by itself when they come{ends_by_itself}"
     )
     return Wait(min(began + 2 * told, ends), reason, overdue=True)
@@ -323,7 +324,7 @@ def _absence(view: View, epoch: EpochRecord, silent: list[RankView]) -> Verdict:
     if quiet:
         seen = gone[quiet[0]]
         # The rank's own, which may be another than this planner's; and none where this planner has never seen it.
-        lease = f"its lease of {seen.lease_ms / 1000:g} s" if seen is not None and seen.lease_ms else "its lease"
+        lease = f"its lease of {number(seen.lease_ms / 1000)} s" if seen is not None and seen.lease_ms else "its lease"
         why = unreadable or f"no report for longer than {lease}"
         said.append(f"{_names(quiet)} fell silent: {why}{_where(gone, quiet)}")
     code = "" if unreadable else LOST if quiet else ABSENT
@@ -451,7 +452,7 @@ def _stalled_serving(view: View, epoch: EpochRecord, now: float) -> Conclude | N
     still = [rank for rank in _running(view.snapshot) if now >= _last_sign(view.memory, rank) + stall]
     if not still:
         return None
-    reason = f"{_names([rank.rank for rank in still])} generated nothing for {stall:g} s"
+    reason = f"{_names([rank.rank for rank in still])} generated nothing for {number(stall)} s"
     return _abort(epoch, Verdict.aborted(reason, still[0].rank if len(still) == 1 else None))
 
 
@@ -531,7 +532,7 @@ def _patience(
     still = [rank for rank in missing if now >= _last_sign(view.memory, rank) + stall]
     culprit = min(still, key=_how_far).rank
     who = "nothing moved" if len(still) == len(missing) else f"rank {culprit} did not move"
-    reason = f"{who} for {stall:g} s: {explain(view.snapshot, requirement)}"
+    reason = f"{who} for {number(stall)} s: {explain(view.snapshot, requirement)}"
     return until, _abort(epoch, Verdict.aborted(reason, culprit))
 
 

@@ -36,6 +36,7 @@ from urllib.parse import quote
 
 from barrier.errors import RankgateError
 from barrier.log import logger
+from barrier.plain import number
 from barrier.printable import printable
 
 Transport: TypeAlias = Literal["unix", "tcp"]
@@ -284,7 +285,7 @@ class ServerProcess:
                     pause = min(2 * pause, _LONGEST_PAUSE)
         except TimeoutError:
             raise EmbeddedServerError(
-                f"The server {self.binary.name} did not answer within {timeout:g} s. {self._last_words()}"
+                f"The server {self.binary.name} did not answer within {number(timeout)} s. {self._last_words()}"
             ) from None
 
     async def _answers(self) -> bool:

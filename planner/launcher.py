@@ -28,6 +28,7 @@ from typing import Literal, NoReturn, TypeAlias, cast
 
 from barrier import Clock, SystemClock, supervise
 from barrier.errors import InvalidSettings
+from barrier.plain import number
 from barrier.printable import printable
 
 ProcessPhase: TypeAlias = Literal["running", "pausing", "given up", "ended"]
@@ -81,7 +82,7 @@ class Restarts:
             raise InvalidSettings(f"most is {self.most}; a process can be restarted 0 times or more")
         if self.longest_pause < self.first_pause:
             raise InvalidSettings(
-                f"longest_pause is {self.longest_pause:g} s and first_pause is {self.first_pause:g} s; "
+                f"longest_pause is {number(self.longest_pause)} s and first_pause is {number(self.first_pause)} s; "
                 "the longest must not be below the first"
             )
 

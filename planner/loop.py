@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, assert_never
@@ -31,6 +32,7 @@ from barrier import (
     supervise,
 )
 from barrier.log import LogContext, logger
+from barrier.plain import number
 from planner.decide import (
     FOREVER,
     Action,
@@ -203,6 +205,7 @@ class InstanceLoop:
         self._poked.clear()
         following = await self._lead_if_due()
         snapshot = await self._barrier.inspect()
+        logger.opt(lazy=True).trace("looks: {}", lambda: _glance(snapshot))
         self._tell_leases(snapshot)
         now = self._clock.now()
         if snapshot.epoch is not None:
@@ -268,12 +271,12 @@ class InstanceLoop:
             if lease != self._settings.lease and self._other_leases.get(rank) != lease
         }
         if other:
-            told = ", ".join(f"rank {rank} has a lease of {lease:g} s" for rank, lease in list(other.items())[:8])
+            told = ", ".join(f"rank {rank} has a lease of {number(lease)} s" for rank, lease in list(other.items())[:8])
             logger.warning(
-                "{}: {}, and this planner one of {:g} s; start all with the same --lease",
+                "{}: {}, and this planner one of {} s; start all with the same --lease",
                 self._record.spec.name,
                 told + (f" and {len(other) - 8} more have another" if len(other) > 8 else ""),
-                self._settings.lease,
+                number(self._settings.lease),
             )
         self._other_leases |= other
 
@@ -451,3 +454,9 @@ class InstanceLoop:
         self.state = state
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _glance(snapshot: Snapshot) -> str:
+    """A picture in few words, for the log: how many ranks are in which status."""
+    found = Counter(view.report.status if view.report else "absent" for view in snapshot.ranks)
+    return ", ".join(f"{count} × {status}" for status, count in found.items())

@@ -17,6 +17,7 @@ from barrier.errors import RankgateError
 from barrier.ids import new_nonce
 from barrier.keys import Keys
 from barrier.log import logger
+from barrier.plain import number
 from barrier.store import Store
 from barrier.wakeups import Wakeups
 from planner.explain import explain_instance
@@ -84,7 +85,8 @@ class Instance:
                 waiting = self._planned.loop.until(lambda state: state.serving or state.over)
                 state = await self._planner.clock.wait_for(waiting, timeout)
         except TimeoutError:
-            raise InstanceFailed(f"{self.name} was not ready within {timeout:g} s: {self.state.reason}") from None
+            within = "in time" if timeout is None else f"within {number(timeout)} s"
+            raise InstanceFailed(f"{self.name} was not ready {within}: {self.state.reason}") from None
         if state.error is not None:
             raise state.error
         if state.failure:
@@ -277,7 +279,9 @@ class Planner:
         try:
             await self.clock.wait_for(planned.loop.until(lambda state: state.over), seconds)
         except TimeoutError:
-            raise InstanceFailed(f"{name} did not stop within {seconds:g} s: {planned.loop.state.reason}") from None
+            raise InstanceFailed(
+                f"{name} did not stop within {number(seconds)} s: {planned.loop.state.reason}"
+            ) from None
         while True:
             snapshot = await planned.barrier.inspect()
             epoch = snapshot.epoch
@@ -286,7 +290,7 @@ class Planner:
                 break
             if self.clock.now() >= deadline:
                 ranks = ", ".join(f"rank {rank}" for rank in busy)
-                raise InstanceFailed(f"{name}: {ranks} did not tear down within {seconds:g} s")
+                raise InstanceFailed(f"{name}: {ranks} did not tear down within {number(seconds)} s")
             left = min(deadline - self.clock.now(), self._store.settings.heartbeat)
             await planned.barrier.watch(snapshot, (), left, any_change=True)
         await self._registry.carried_out(planned.record)  # where the loop was over before, nobody has said so

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from barrier.errors import InvalidSettings
-from barrier.plain import plain, typed
+from barrier.plain import number, plain, typed
 from barrier.settings import Settings
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Policy:
             seconds: float = getattr(self, name)
             if name.endswith("_stall") and seconds < 2 * settings.heartbeat:
                 raise InvalidSettings(
-                    f"{name} is {seconds:g} s and the heartbeat is {settings.heartbeat:g} s; ranks say their progress once a heartbeat, so "
+                    f"{name} is {number(seconds)} s and the heartbeat is {number(settings.heartbeat)} s; ranks say their progress once a heartbeat, so "
                     "a stall must last for two of them at least"
                 )
 

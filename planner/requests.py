@@ -15,6 +15,7 @@ from barrier.errors import InvalidName, RankgateError
 from barrier.keys import Keys
 from barrier.log import logger
 from barrier.outcomes import Already, Dispatched
+from barrier.plain import number
 from barrier.store import Store, is_spoiled, stream_entries
 from planner.lifecycle import SERVING
 from planner.spec import InstanceSpec
@@ -181,7 +182,7 @@ class RequestQueue:
                         yield chunk
         finally:
             await reader.aclose()
-        raise GenerationFailed(f"the text was not complete within {seconds:g} s; ask again, or allow more time")
+        raise GenerationFailed(f"the text was not complete within {number(seconds)} s; ask again, or allow more time")
 
     async def _read(self, reader: Any, key: str, place: str, seconds: float) -> Any:  # noqa: ANN401  as `Store.reader` makes it
         with self._store.errors():

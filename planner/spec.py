@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from barrier.errors import InvalidSettings
 from barrier.keys import shown, valid_name, valid_world_size
+from barrier.plain import number
 from planner.policy import PATIENCE, Policy
 from runner.model import ModelSpec
 from runner.worded import Worded
@@ -58,10 +59,10 @@ class InstanceSpec(BaseModel, metaclass=Worded):
             if name not in PATIENCE:
                 raise InvalidSettings(f"{shown(name)} is no time of an instance; there are {', '.join(PATIENCE)}")
             if not 0 < seconds < float("inf"):
-                raise InvalidSettings(f"{name} is {seconds:g} s; it must be a finite number of seconds above 0")
+                raise InvalidSettings(f"{name} is {number(seconds)} s; it must be a finite number of seconds above 0")
         if value.get("backoff_cap", float("inf")) < value.get("backoff_base", 0):
             raise InvalidSettings(
-                f"backoff_cap is {value['backoff_cap']:g} s and backoff_base is {value['backoff_base']:g} s; the cap must not be below"
+                f"backoff_cap is {number(value['backoff_cap'])} s and backoff_base is {number(value['backoff_base'])} s; the cap must not be below"
             )
         return dict(value)
 

@@ -40,6 +40,7 @@ from barrier import (
 )
 from barrier.keys import valid_endpoint
 from barrier.log import logger
+from barrier.plain import number
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineHost
 from runner.machine import (
@@ -590,7 +591,7 @@ class Runner:
             except StoreError as error:
                 if self._clock.now() >= ends:
                     raise EngineFailure(
-                        f"the endpoints of the other ranks could not be read within {seconds:g} s: {error}"
+                        f"the endpoints of the other ranks could not be read within {number(seconds)} s: {error}"
                     ) from error
                 await self._clock.sleep(self._member.settings.command_seconds)
         own = self._member.report_now.endpoint

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Awaitable
 from typing import TypeVar
 
+from barrier.plain import number
 from barrier.testing.waiting import settle, wait_until
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class ManualClock:
             ValueError: seconds is below 0.
         """
         if seconds < 0:
-            raise ValueError(f"time does not go back: advance was asked for {seconds:g} s")
+            raise ValueError(f"time does not go back: advance was asked for {number(seconds)} s")
         target = self._now + seconds
         await settle()
         while (deadline := self.next_deadline) is not None and deadline <= target:
@@ -109,7 +110,7 @@ class ManualClock:
                         _NEWS_FROM_OUTSIDE,
                     )
                 elif deadline > end:
-                    raise AssertionError(f"not finished after {limit:g} s of the manual clock")
+                    raise AssertionError(f"not finished after {number(limit)} s of the manual clock")
                 else:
                     await self._wake(deadline)
         finally:

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from barrier.plain import number
+
 T = TypeVar("T")
 
 _EAGER_LOOKS = 500
@@ -40,7 +42,7 @@ async def wait_until(
         if value:
             return value
         if loop.time() >= deadline:
-            raise AssertionError(f"waited {timeout:g} s for {what}; the last look gave {value!r}")
+            raise AssertionError(f"waited {number(timeout)} s for {what}; the last look gave {value!r}")
         looks += 1
         await asyncio.sleep(0 if looks < _EAGER_LOOKS else _PAUSE)
 

@@ -15,6 +15,7 @@ from barrier import Settings, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.keys import Keys
 from barrier.log import logger
+from barrier.plain import number
 from barrier.printable import printable, printable_text
 from planner import InstanceFailed, InstanceSpec, Planner, Policy
 from planner.cli.health import ProcessState, keeping_state
@@ -200,7 +201,7 @@ async def _until(
     while not reached(seen := await observer.look(name)):
         waited = clock.now() - began
         if waited >= seconds:
-            raise InstanceFailed(f"{name} {missed} within {seconds:g} s: {_waits_for(seen, then)}")
+            raise InstanceFailed(f"{name} {missed} within {number(seconds)} s: {_waits_for(seen, then)}")
         key = sentence_key(seen.picture), seen.planned
         if key != told and waited >= TICK:  # what is over sooner is not worth a line
             print(printable(_waits_for(seen)), file=sys.stderr, flush=True)

@@ -154,7 +154,15 @@ CommandTimeout: TypeAlias = Annotated[
         help="The longest that one command to the server may take; a fifth of the lease by default.",
     ),
 ]
-Verbose: TypeAlias = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log more; -vv for everything.")]
+Verbose: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "-v",
+        "--verbose",
+        count=True,
+        help="Log each decision and task; -vv each look, wake-up, report and log entry as well. Never a prompt.",
+    ),
+]
 Quiet: TypeAlias = Annotated[bool, typer.Option("-q", "--quiet", help="Log errors only.")]
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="INSTANCE", callback=_name, help="The instance's name.")]
 AnyName: TypeAlias = Annotated[

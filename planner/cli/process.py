@@ -21,6 +21,7 @@ import barrier
 from barrier import InvalidSettings, Settings, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
 from barrier.log import prepare
+from barrier.plain import number
 from barrier.printable import printable
 from planner.cli.streams import output
 
@@ -110,11 +111,11 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
             with suppress(RuntimeError):  # the loop is closed: the command is over
                 loop.call_soon_threadsafe(receive, signal.SIGHUP)
 
-        for number in _SIGNALS:
-            if signal.getsignal(number) is signal.SIG_IGN and number is signal.SIGHUP:
+        for one in _SIGNALS:
+            if signal.getsignal(one) is signal.SIG_IGN and one is signal.SIGHUP:
                 continue  # nohup asked for that
-            loop.add_signal_handler(number, receive, number)
-            signal.signal(number, last_resort.signalled)  # beside the loop, which may be blocked
+            loop.add_signal_handler(one, receive, one)
+            signal.signal(one, last_resort.signalled)  # beside the loop, which may be blocked
         output.on_loss(lost)
         output.watch()
         code = 1
@@ -256,8 +257,7 @@ def log_level(verbose: int, quiet: bool, usual: str) -> str:
     """The level that ``-v``, ``-vv`` and ``-q`` ask for."""
     if quiet:
         return "ERROR"
-    levels = ("ERROR", "WARNING", "INFO", "DEBUG", "TRACE")
-    return levels[min(levels.index(usual) + verbose, len(levels) - 1)]
+    return (usual, "DEBUG", "TRACE")[min(verbose, 2)]
 
 
 def redacted(url: str) -> str:
@@ -303,10 +303,10 @@ async def outlasting(ask: Callable[[], Awaitable[T]], wait: float) -> T:
             left = deadline - clock.now()
             if left <= 0 or not error.passes:
                 if told and error.passes:
-                    error.args = (f"{error} (asked again and again for {wait:g} s)",)
+                    error.args = (f"{error} (asked again and again for {number(wait)} s)",)
                 raise
             if str(error) != told:
-                logger.info("waiting up to {:.3g} s for the store: {}", left, error)
+                logger.info("waiting up to {} s for the store: {}", number(round(left, 1)), error)
                 told = str(error)
         await clock.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311 - jitter is no secret
         pause = min(2 * pause, _LONGEST_PAUSE)

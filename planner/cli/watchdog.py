@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from barrier import Clock, SystemClock, supervise
 from barrier.log import logger
+from barrier.plain import number
 from barrier.printable import printable
 
 _UNTIL_READY = 0.05  # seconds between two looks whether this process has begun its work
@@ -144,6 +145,8 @@ async def _tell(work: Work, manager: ServiceManager, clock: Clock) -> None:
         if not hung:
             manager.tell(WATCHDOG="1", STATUS=work.status()[:_MAX_STATUS])
         elif not complained:
-            logger.error("no beat for the service manager: not tried for {:g} s: {}", work.patience, ", ".join(hung))
+            logger.error(
+                "no beat for the service manager: not tried for {} s: {}", number(work.patience), ", ".join(hung)
+            )
         complained = bool(hung)
         await clock.sleep(manager.watchdog_seconds / 3)  # one may come late, and one more may be lost

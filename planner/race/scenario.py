@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from barrier import Settings, supervise
 from barrier.errors import RankgateError
+from barrier.plain import number
 from planner.launcher import Launcher, ProcessState, Program, Restarts, exit_sentence
 from planner.planner import InstanceFailed
 from runner.engines.simulated import SimulatedConfig
@@ -93,7 +94,7 @@ class Run:
             raise RankgateError(f"the process of rank {KILLED} was gone before it could be killed")
         self._accident = True
         os.kill(pid, signal.SIGKILL)
-        self.tell(f"rank {KILLED} is connected; its process is killed, and comes back in {DOWN:g} s")
+        self.tell(f"rank {KILLED} is connected; its process is killed, and comes back in {number(DOWN)} s")
 
     def _changed(self, state: ProcessState) -> None:
         if state.phase not in ("pausing", "given up") or not state.last_exit:
@@ -111,7 +112,7 @@ class Run:
         async with supervise.alongside(ready) as waiting, supervise.alongside(self.launcher.given_up()) as hopeless:
             await asyncio.wait({waiting, hopeless}, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
-                self.tell("not Ready, and never will be" if hopeless.done() else f"not Ready within {LIMIT:g} s")
+                self.tell("not Ready, and never will be" if hopeless.done() else f"not Ready within {number(LIMIT)} s")
                 return None
             try:
                 waiting.result()

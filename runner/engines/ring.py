@@ -184,6 +184,8 @@ class Ring:
                 await after.drain()
 
     def _why_not(self, group: EngineGroup) -> str:
+        from barrier.plain import number  # noqa: PLC0415 - the engine's own process does without until something fails
+
         before, after = (group.rank - 1) % group.world_size, (group.rank + 1) % group.world_size
         own = group.endpoints[group.rank]
         if self._before is not None and (
@@ -196,4 +198,4 @@ class Ring:
             why = f"its neighbours are there, but the token did not come round to rank {group.rank}: a rank further on is missing"
         else:
             why = f"rank {group.rank} could not reach rank {after} at {group.endpoints[after]}"
-        return f"the ring did not come together within {group.deadline * _OWN_SHARE:g} s: {why}"
+        return f"the ring did not come together within {number(group.deadline * _OWN_SHARE)} s: {why}"

@@ -124,9 +124,11 @@ class Life(ABC):
 
 def _not_connected(group: EngineGroup) -> str:
     """What to say of a group that did not come together in time."""
+    from barrier.plain import number  # noqa: PLC0415 - the engine's own process does without until something fails
+
     after = (group.rank + 1) % group.world_size
     return (
-        f"engine of rank {group.rank} did not connect within {group.deadline:g} s: it waits at {group.endpoints[group.rank] or 'no endpoint'}, "
+        f"engine of rank {group.rank} did not connect within {number(group.deadline)} s: it waits at {group.endpoints[group.rank] or 'no endpoint'}, "
         f"and the next rank, {after}, at {group.endpoints[after] or 'no endpoint'}; each rank must be able to reach the next one's endpoint"
     )
 

@@ -185,6 +185,18 @@ async def test_the_demo(tmp_path: Path) -> None:
         assert PROMPT not in up.out
 
 
+async def test_the_whole_log_has_no_prompt(tmp_path: Path) -> None:
+    """At -vv every look, wake-up, report and log entry is told, of the planner and of the runners."""
+    arguments = ("--world-size", "2", "--layers", "2", "--prompt", PROMPT, "-vv")
+    async with Command(tmp_path, "up", *arguments) as up:
+        assert await up.code() == 0
+        assert "[simulated text] " in up.out
+        told = up.out + up.err
+        for what in ("looks: 2 × Ready", "rank 1 reports Ready", "TRACE   [demo rank 0 attempt 1", "log entry: "):
+            assert what in told, what
+        assert PROMPT not in told
+
+
 @pytest.mark.slow
 async def test_a_single_rank(tmp_path: Path) -> None:
     async with Command(tmp_path, "up", "--world-size", "1", "--layers", "2") as up:

@@ -352,7 +352,7 @@ def test_the_log_goes_line_by_line_to_a_sink_of_ours() -> None:
 
 
 def test_the_levels_of_v_and_q() -> None:
-    assert [log_level(count, False, "WARNING") for count in range(5)] == ["WARNING", "INFO", "DEBUG", "TRACE", "TRACE"]
+    assert [log_level(count, False, "WARNING") for count in range(5)] == ["WARNING", "DEBUG", "TRACE", "TRACE", "TRACE"]
     assert log_level(0, False, "INFO") == "INFO"
     assert log_level(3, True, "INFO") == "ERROR"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from barrier import EpochId, LogId, RankRule, Snapshot, TaskOutcome, Verdict
+from barrier import EpochId, LogId, RankRule, Snapshot, TaskOutcome, Verdict, plain
 from barrier.model import StepRecord
 from planner.decide import (
     Action,
@@ -260,7 +260,7 @@ def test_ranks_that_do_not_come_are_waited_for_without_an_end_and_named_ever_mor
     assert action.overdue
     assert action.until == NOW - away + 2 * told
     assert action.reason == (
-        f"no attempt is under way; demo: rank 1, rank 3 did not come within {told:g} s. Start the missing runners, or launch "
+        f"no attempt is under way; demo: rank 1, rank 3 did not come within {plain.number(told)} s. Start the missing runners, or launch "
         "with a smaller world_size; it waits on, and is taken up by itself when they come"
     )
     assert isinstance(

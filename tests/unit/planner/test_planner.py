@@ -483,7 +483,15 @@ async def test_the_prompt_is_in_no_log_line_whatever_happens(
             await made.run(text_of(instance.generate(secret * 100_000)))
         await write_request(store, made.keys, "gen with spaces", seconds=10, fields={"prompt": secret})
         await clock.advance(20)
-    assert len(log_lines) > 10, "nothing was captured"
+    for traced in (
+        "looks: 2 × Ready",
+        "wake-up on",
+        "rank 1 reports Connected",
+        "report 1 is written: Idle",
+        "log entry: ",
+    ):
+        assert any(traced in line for line in log_lines), f"-vv does not tell {traced!r}"
+    assert any(" for ranks 0 to 1" in line and "generate" in line for line in log_lines), "the text's entry is told"
     assert not [line for line in log_lines if "xyzzy" in line]
     assert "xyzzy" not in f"{refused.value} {failed.value} {too_long.value}"
 

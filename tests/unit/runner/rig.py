@@ -335,7 +335,9 @@ class Rig:
         return new
 
     def forget(self) -> None:
-        """Drop the history that was told so far."""
+        """Drop the history that was told so far, and the log, after a look into it."""
+        assert not any(PROMPT in line for line in self.log), "a prompt is in the log"
+        self.log.clear()
         self.history.clear()
         self._tell_from = 0
 
