@@ -5,7 +5,7 @@ A report is laid out so that a script can check it by comparing a prefix::
     2|<epoch number>-<nonce>|<status>|<applied>|<incarnation>|<floor>|<digest>|{"rank":0,…}
 
 What ranks that have arrived have alike stands first. ``-`` stands for "no epoch" and "no digest"; applied has 10 digits, floor 16.
-See DESIGN section 4.
+See docs/protocol.md, "Reports".
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ TABLE: tuple[Step, ...] = (
     Step("warm up followers", lambda n: all_ranks(n, "Loaded"), "StartWarmup", _followers, "load_stall"),
     Step("warm up leader", _followers_warm, "StartWarmup", _leader, "warmup_stall"),
 )
-"""DESIGN section 6. What follows, serving, waits for all ranks Ready or Running and has no end."""
+"""The table of docs/architecture.md. What follows, serving, waits for all ranks Ready or Running and has no end."""
 
 ALONE: tuple[Step, ...] = (
     Step("load", lambda n: all_ranks(n, "Idle"), "LoadModel", _everyone, "connect_stall"),

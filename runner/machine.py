@@ -35,7 +35,7 @@ ACCEPTS: Mapping[StatusName, frozenset[TaskKind]] = MappingProxyType(
         ).items()
     }
 )
-"""Which tasks a status accepts (DESIGN section 5)."""
+"""Which tasks a status accepts (docs/protocol.md)."""
 
 ORDER: tuple[StatusName, ...] = get_args(StatusName)
 """Statuses in the order in which a healthy runner passes them."""

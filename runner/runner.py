@@ -1,6 +1,6 @@
 """The runner of one rank: a thin shell that reads the task log, asks the judge, drives the engine and reports.
 
-The order of events is DESIGN section 5's:
+The order of events, as docs/protocol.md has it:
 
 - accepted: TaskStatusUpdated(Running), RunnerStatusUpdated(transitional), TaskAcknowledged in one step, then the work, then
   TaskStatusUpdated(Complete), RunnerStatusUpdated(stable) in one step;

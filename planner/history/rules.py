@@ -46,7 +46,7 @@ Rule: TypeAlias = Literal[
 - ``once at a rank``: a rank began one task of one epoch twice;
 - ``one epoch at a time``: two ranks were at work in different epochs at one instant;
 - ``rejection``: a refusal that was not exactly one TaskAcknowledged and then exactly one Failed;
-- ``order of events``: an accepted task that was not told in the order of DESIGN section 5, or was begun in the wrong status;
+- ``order of events``: an accepted task that was not told in the order of docs/protocol.md, or was begun in the wrong status;
 - ``one verdict``: an epoch with two, or with a dispatch after its verdict;
 - ``roster``: an incarnation in an epoch whose roster does not name it;
 - ``fencing``: an epoch whose number is not above every one before it, or a dispatch in one that was superseded;
@@ -105,7 +105,7 @@ _AT_WORK = frozenset({"Connecting", "Connected", "Loading", "Loaded", "WarmingUp
 
 
 def _required(step: str, rank: int, world_size: int) -> tuple[str, ...]:
-    """The statuses of which a rank must be in one when a step is dispatched (DESIGN section 6)."""
+    """The statuses of which a rank must be in one when a step is dispatched (docs/architecture.md)."""
     if step == _CONNECT or (step == _LOAD and world_size == 1):
         return ("Idle",)
     if step == _LOAD:
@@ -517,7 +517,7 @@ class _Walk:
             yield Breach("rejection", sentence, said.id, epoch_id, said.rank)
 
     def _task_id(self, epoch: EpochId, step: str) -> str:
-        """The id of a step's task, derived as DESIGN section 5 says: from instance, epoch and step."""
+        """The id of a step's task, derived as docs/protocol.md says: from instance, epoch and step."""
         digest = blake2b(f"{self._history.group}\0{epoch}\0{step}".encode(), digest_size=12).hexdigest()
         return f"{step.replace(' ', '-')[:80]}.{digest}"
 

@@ -29,7 +29,7 @@ def epoch_of(entry: ReferenceEntry) -> EpochId:
 
 
 def wanted(step: str, rank: int) -> tuple[str, ...]:
-    """The statuses in which a rank must be for a step to be dispatched (DESIGN section 6)."""
+    """The statuses in which a rank must be for a step to be dispatched (docs/architecture.md)."""
     if step == "warm up leader":
         return ("Loaded",) if rank == 0 else ("WarmingUp", "Ready")
     return {"connect": ("Idle",), "load": ("Connected",), "warm up followers": ("Loaded",)}.get(
