@@ -178,19 +178,34 @@ class Seen:
         )
 
     @property
+    def headed(self) -> object:
+        """What the heading says that does not change by itself."""
+        return self.snapshot.world_size, self.record and self.record.spec.model
+
+    @property
     def besides(self) -> tuple[str, ...]:
         """A line for each process that is there and that the instance has no use for now."""
+        return tuple(f"{who}, {what}" for who, what in self.others.values())
+
+    @property
+    def others(self) -> dict[tuple[str, int | None], tuple[str, str]]:
+        """The same by incarnation and rank: who it is, and what it does."""
         size = self.snapshot.world_size
-        waiting = [
-            f"spare: node {shown(spare.node)}, pid {spare.pid}, waits for {'any rank' if spare.rank is None else f'rank {spare.rank}'}"
-            f" for {spare.waited_ms / 1000:.0f} s"
+        waiting = {
+            (spare.incarnation, spare.rank): (
+                f"spare: node {shown(spare.node)}, pid {spare.pid}",
+                f"waits for {'any rank' if spare.rank is None else f'rank {spare.rank}'} for {spare.waited_ms / 1000:.0f} s",
+            )
             for spare in self.spares
-        ]
-        beyond = [
-            f"surplus: node {shown(report.node)}, pid {report.pid}, holds rank {report.rank}, and {self.name} has ranks 0 to {size - 1}"
+        }
+        beyond = {
+            (report.incarnation, report.rank): (
+                f"surplus: node {shown(report.node)}, pid {report.pid}",
+                f"holds rank {report.rank}, and {self.name} has ranks 0 to {size - 1}",
+            )
             for report in self.surplus
-        ]
-        return (*waiting, *beyond)
+        }
+        return waiting | beyond
 
     def as_json(self) -> dict[str, Any]:
         """What ``--json`` prints. Times in milliseconds."""
@@ -398,11 +413,42 @@ async def _watch_live(
 async def _watch_plainly(console: Console, observer: Observer, name: str) -> None:
     clock = SystemClock()
     began = clock.now()
+    before: Seen | None = None
+    trouble = ""
     with PlainShow(console, with_text=False) as show:
         while True:
-            seen = await observer.look(name)
-            show.update(replace(seen.picture, elapsed=clock.now() - began))
+            try:
+                seen = await observer.look_around(await observer.look(name))
+            except (StoreError, UnknownInstance) as error:  # told, and looked for again, as on the screen
+                show.at(clock.now() - began)
+                if str(error) != trouble:
+                    trouble = str(error)
+                    show.say(trouble)
+                await clock.sleep(TICK)
+                continue
+            trouble = ""
+            picture = replace(seen.picture, elapsed=clock.now() - began)
+            show.at(clock.now() - began)
+            if before is None or before.headed != seen.headed:
+                show.say(heading(replace(picture, elapsed=None)).plain)
+            show.update(picture)
+            for line in news(before, seen):
+                show.say(line)
+            before = seen
             await observer.wait(seen, TICK)
+
+
+def news(before: Seen | None, seen: Seen) -> list[str]:
+    """What is new beside the ranks' statuses, a line each: whether a planner is there, and who waits for a rank or has one too many."""
+    lines: list[str] = []
+    if seen.wanted and not seen.planned and (before is None or before.planned or not before.wanted):
+        lines.append(f"{seen.name}: {NOBODY_PLANS}")
+    elif seen.planned and before is not None and not before.planned:
+        lines.append(f"{seen.name}: a planner looks after it again")
+    known = before.others if before is not None else {}
+    lines += [f"{who}, {what}" for one, (who, what) in seen.others.items() if one not in known]
+    lines += [f"{who}, is not there any more" for one, (who, _) in known.items() if one not in seen.others]
+    return lines
 
 
 def overview(everything: list[Seen], namespace: str) -> RenderableType:

@@ -325,9 +325,9 @@ def render(picture: Picture, *, width: int, height: int) -> RenderableType:
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
-    """One line for every status that is new, neighbours together: ``ranks 0-2: Connected``."""
+    """One line for every status that is new, neighbours together: ``ranks 0-2: Connected``. Who was never here is not told as absent."""
     known = {row.first: row.status for row in before}
-    fresh = [row for row in after if row.status not in ("absent", known.get(row.first))]
+    fresh = [row for row in after if row.status != known.get(row.first, "absent")]
     lines: list[str] = []
     for status in dict.fromkeys(row.status for row in fresh):
         spans = [replace(row, note="", waited_for=False) for row in fresh if row.status == status]

@@ -132,9 +132,13 @@ class PlainShow:
         """End a line that is not complete."""
         self._end_line()
 
+    def at(self, elapsed: float) -> None:
+        """So many seconds since the beginning it is now."""
+        self._elapsed = elapsed
+
     def update(self, picture: Picture) -> None:
         """Tell what is new since the last picture."""
-        self._elapsed = picture.elapsed or 0.0
+        self.at(picture.elapsed or 0.0)
         number = attempt(picture.snapshot)
         if number > self._attempt:
             self._attempt = number

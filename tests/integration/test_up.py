@@ -736,20 +736,30 @@ async def test_spares_wait_and_are_shown_and_step_in(tmp_path: Path, store: Real
 
 @pytest.mark.slow
 async def test_watching_without_a_terminal_is_a_line_a_change(tmp_path: Path, store: RealServer) -> None:
-    day, watch = tmp_path / "day", tmp_path / "watch"
-    day.mkdir()
-    watch.mkdir()
+    day, watch, spare = tmp_path / "day", tmp_path / "watch", tmp_path / "spare"
+    for place in (day, watch, spare):
+        place.mkdir()
     async with operator(day, store.url):
         await ask(store.url, "launch", "blue", "--world-size", "2", "--layers", "2")
         async with Command(watch, "status", "blue", "--watch", url=store.url) as watching:
             await watching.says("blue serves")
+            assert "  blue · attempt 1 · 2 ranks · serving · simulated, 2 layers\n" in watching.out
+            waiting = ("runner", "--instance", "blue", "--world-size", "2", "--node", "box-7", "--lease", "1.5")
+            async with Command(spare, *waiting, "--heartbeat", "0.3", url=store.url) as extra:
+                who = f"spare: node 'box-7', pid {extra.process.pid}, "
+                await watching.says(f"{who}waits for any rank")
+                extra.send(signal.SIGTERM)
+            await watching.says(f"{who}is not there any more")
             await ask(store.url, "stop", "blue")
             await watching.says("blue, attempt 1: Stopped: stop was asked for")
+            store.kill()
+            await watching.says("no answer from the store")
+            await store.start()
             assert re.search(r"ranks? 0.*: Idle", watching.out)
             watching.send(signal.SIGINT)
             assert await watching.process.wait() == 130
             assert ESCAPE not in watching.raw
-            assert watching.err == ""
+            assert all(" WARNING " in line for line in watching.err.splitlines()), watching.err
 
 
 @pytest.mark.slow

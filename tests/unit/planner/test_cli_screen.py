@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from barrier import Verdict
 from barrier.spares import Spare
-from planner.cli.look import Seen, overview, unattended, whole_overview
+from planner.cli.look import Seen, news, overview, unattended, whole_overview
 from planner.cli.report import time_report
 from planner.cli.screen import (
     Picture,
@@ -490,11 +490,51 @@ def test_who_waits_and_who_is_surplus_is_shown() -> None:
         "spare: node 'box-4', pid 78, waits for rank 2 for 1 s",
         "surplus: node 'box-5', pid 9, holds rank 5, and demo has ranks 0 to 1",
     ]
-    many = replace(seen, spares=spares * 10)
+    many = replace(seen, spares=tuple(replace(spares[0], incarnation=f"a{n}") for n in range(20)))
     assert len(shown(render(many.picture, width=100, height=24), width=100)) <= 24
     told = seen.as_json()
     assert told["spares"][1] == {"node": "box-4", "pid": 78, "incarnation": "b", "rank": 2, "waited_ms": 1_000}
     assert (told["surplus"][0]["rank"], told["surplus"][0]["pid"]) == (5, 9)
+
+
+def test_what_is_new_beside_the_ranks_is_a_line_each() -> None:
+    """Where no table can be drawn; the waiting time of a spare is no news."""
+    spares = (Spare("a", "box-3\x1b[2J", 77, None, 32_400), Spare("b", "box-4", 78, 2, 1_000))
+    surplus = rank(5, "Idle", node="box-5", pid=9).report
+    assert surplus is not None
+    serving = seen_as("Ready", "Ready", dispatched=4)
+    crowded = replace(serving, spares=spares, surplus=(surplus,))
+    later = replace(crowded, spares=tuple(replace(one, waited_ms=one.waited_ms + 5_000) for one in spares))
+    alone = replace(serving, snapshot=replace(serving.snapshot, leader=None, leader_left_ms=0))
+    assert news(None, serving) == []
+    assert (
+        news(serving, crowded)
+        == news(None, crowded)
+        == [
+            "spare: node 'box-3\\x1b[2J', pid 77, waits for any rank for 32 s",
+            "spare: node 'box-4', pid 78, waits for rank 2 for 1 s",
+            "surplus: node 'box-5', pid 9, holds rank 5, and demo has ranks 0 to 1",
+        ]
+    )
+    assert news(crowded, later) == []
+    assert news(later, replace(serving, spares=spares[:1])) == [
+        "spare: node 'box-4', pid 78, is not there any more",
+        "surplus: node 'box-5', pid 9, is not there any more",
+    ]
+    assert (
+        news(None, alone)
+        == news(serving, alone)
+        == ["demo: no planner looks after it: start one with rankgate planner"]
+    )
+    assert news(alone, alone) == []
+    assert news(alone, serving) == ["demo: a planner looks after it again"]
+
+
+def test_a_rank_that_goes_is_told_and_one_that_never_came_is_not() -> None:
+    before, after = rows(seen_as("Ready", "-").picture), rows(seen_as("-", "-").picture)
+    assert changes([], before) == ["rank 0: Ready"]
+    assert changes(before, after) == ["rank 0: absent"]
+    assert changes(after, after) == []
 
 
 def test_json_for_programs() -> None:
