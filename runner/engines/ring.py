@@ -159,10 +159,16 @@ class Ring:
                 await asyncio.sleep(_RETRY_SECONDS)
         self._writers.add(writer)
         writer.write(f"{_GREETING} {group.token.hex()} {group.rank}\n".encode())
-        answer, _, why = (await reader.readuntil(b"\n")).decode("ascii", "replace").strip().partition(" ")
+        where = f"the endpoint of rank {after}, {group.endpoints[after]}"
+        try:
+            answer, _, why = (await reader.readuntil(b"\n")).decode("ascii", "replace").strip().partition(" ")
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            answer, why = "", ""
+        if answer == "no":
+            raise EngineFailure(f"rank {group.rank} was refused at {where}: {_printable(why)}")
         if answer != "ok":
             raise EngineFailure(
-                f"rank {group.rank} was refused at the endpoint of rank {after}, {group.endpoints[after]}: {why[:_LONGEST_LINE]}"
+                f"whoever rank {group.rank} met at {where}, is no engine of this ring, or ended before it had answered"
             )
         self._reached = True
         return writer
@@ -173,7 +179,12 @@ class Ring:
             if group.rank == 0:
                 after.write(news)
                 await after.drain()
-            found = await before.readexactly(len(news))
+            try:
+                found = await before.readexactly(len(news))
+            except (OSError, asyncio.IncompleteReadError):
+                raise EngineFailure(
+                    f"rank {group.rank} lost rank {(group.rank - 1) % group.world_size}, the one before it, while the ring came together"
+                ) from None
             if found != news:
                 raise EngineFailure(
                     f"rank {group.rank} got the token of another attempt from the rank before it: this ring is not only that of "
@@ -199,3 +210,8 @@ class Ring:
         else:
             why = f"rank {group.rank} could not reach rank {after} at {group.endpoints[after]}"
         return f"the ring did not come together within {number(group.deadline * _OWN_SHARE)} s: {why}"
+
+
+def _printable(text: str) -> str:
+    """What a stranger may have written, fit for a terminal."""
+    return "".join(one if one.isprintable() else "?" for one in text[:_LONGEST_LINE])

@@ -264,6 +264,62 @@ async def test_strangers_that_came_instead_are_counted_and_the_last_one_is_expla
     )
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x1b[31mok\n", b"\xff\xfe\n", b"\n", b"x" * 1_000, b"no", b""],
+    ids=str,
+)
+async def test_whoever_answers_in_the_place_of_a_rank_is_named_with_the_endpoint(answer: bytes) -> None:
+    said = await _met_a_stranger(answer)
+    assert "whoever rank 0 met at the endpoint of rank 1, 127.0.0.1:" in said
+    assert said.endswith(", is no engine of this ring, or ended before it had answered")
+
+
+async def test_what_a_stranger_gives_as_its_reason_is_bounded_and_printable() -> None:
+    said = await _met_a_stranger(b"no \x1b[31m\xff\x07 " + b"y" * 150 + b"\n")
+    assert "rank 0 was refused at the endpoint of rank 1, 127.0.0.1:" in said
+    assert said.endswith(f": ?[31m\ufffd? {'y' * 150}")
+
+
+async def _met_a_stranger(answer: bytes) -> str:
+    """What rank 0 says of somebody who answers so at the endpoint of rank 1."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(answer)
+        writer.close()
+
+    rings = [Ring(), Ring()]
+    where = groups(rings, deadline=2.0)
+    await rings[1].close()
+    async with await asyncio.start_server(respond, "127.0.0.1", int(where[0].endpoints[1].rpartition(":")[2])):
+        return (await why_not(rings, where, [0]))[0]
+
+
+async def test_a_rank_that_ends_in_the_middle_is_named() -> None:
+    """Rank 1 comes and goes again before the token has come round; rank 0 has reached it."""
+    rings = [Ring(), Ring()]
+    first, second = groups(rings)
+    await rings[1].close()
+
+    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"ok \n")
+        await writer.drain()
+        await reader.read(16)
+        writer.close()
+
+    async with await asyncio.start_server(welcome, "127.0.0.1", int(second.endpoints[1].rpartition(":")[2])):
+        joining = asyncio.create_task(rings[0].join(first))
+        reader, writer = await visit(first, 0)
+        writer.write(greeting(first, 1))
+        assert await reader.readline() == b"ok \n"
+        writer.close()
+        with pytest.raises(EngineFailure, match="rank 0 lost rank 1, the one before it, while the ring came together"):
+            await joining
+    await rings[0].close()
+
+
 # --- ports ----------------------------------------------------------------------------------------------------------------
 
 
