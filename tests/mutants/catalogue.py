@@ -971,7 +971,11 @@ PLANNERS: tuple[Mutation, ...] = (
         "absence-limit",
         "a limit for absence that was set ends the instance",
         "L4",
-        Edit(_DECIDE, "    if now >= ends:\n        reason = (", "    if False:\n        reason = ("),
+        Edit(
+            _DECIDE,
+            "    if limit is not None and now >= ends:\n        reason = (",
+            "    if False:\n        reason = (",
+        ),
         (DECISIONS,),
     ),
     Mutation(
