@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from sys import intern
 from typing import Any
 
 from barrier import supervise
@@ -59,16 +60,19 @@ def parse_id(text: str) -> tuple[int, int]:
 
 
 def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
-    """Read a hint; what cannot be read becomes a plain reason to look again."""
+    """Read a hint; what cannot be read becomes a plain reason to look again.
+
+    Thousands are held, and say the same few words: those are shared.
+    """
     place = parse_id(entry_id.decode())
     try:
         return Hint(
             id=place,
-            kind=fields[b"kind"].decode(),
+            kind=intern(fields[b"kind"].decode()),
             rank=int(fields.get(b"rank", b"-1")),
-            epoch=fields.get(b"epoch", b"-").decode(),
-            incarnation=fields.get(b"inc", b"").decode(),
-            status=fields.get(b"status", b"").decode(),
+            epoch=intern(fields.get(b"epoch", b"-").decode()),
+            incarnation=intern(fields.get(b"inc", b"").decode()),
+            status=intern(fields.get(b"status", b"").decode()),
             alarm=b"alarm" in fields,
         )
     except (KeyError, ValueError):

@@ -167,13 +167,11 @@ Quiet: TypeAlias = Annotated[bool, typer.Option("-q", "--quiet", help="Log error
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="INSTANCE", callback=_name, help="The instance's name.")]
 AnyName: TypeAlias = Annotated[
     str | None,
-    typer.Argument(
-        metavar="[INSTANCE]", callback=_name_or_none, help="One instance's ranks; all instances without it."
-    ),
+    typer.Argument(metavar="INSTANCE", callback=_name_or_none, help="One instance's ranks; all instances without it."),
 ]
 LaunchedName: TypeAlias = Annotated[
     str | None,
-    typer.Argument(metavar="[INSTANCE]", callback=_name_or_none, help="The instance's name; or pass --file."),
+    typer.Argument(metavar="INSTANCE", callback=_name_or_none, help="The instance's name; or pass --file."),
 ]
 NameOption: TypeAlias = Annotated[
     str, typer.Option("--instance", metavar="NAME", callback=_name, help="The instance's name.")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from loguru import logger
 
-from barrier import Barrier, Member, Opened, adopt
+from barrier import Barrier, Member, Opened, Settings, Store, adopt
 from barrier.testing import FakeStore
+from planner import InstanceFailed
 from planner.cli import commands, process
 from planner.cli.commands import ChangeRefused, Observer, launch_agreed, launch_unless_known
+from planner.cli.look import Target
 from planner.registry import InstanceRecord, OtherSpec
 from planner.spec import InstanceSpec
 from runner.messages import ModelSpec
@@ -207,3 +210,43 @@ async def test_a_planner_with_another_file_takes_nothing_down(observer: Observer
 def test_scripts_that_mean_it_say_so() -> None:
     script = (Path(__file__).parents[3] / "deploy" / "rolling-update.sh").read_text()
     assert "rankgate launch --yes --file" in script
+
+
+# --- where no planner runs ------------------------------------------------------------------------------------------------
+
+ALONE = "no planner looks after it: start one with rankgate planner"
+
+
+@pytest.fixture
+def target(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> Target:
+    @asynccontextmanager
+    async def connected(_: Target) -> AsyncGenerator[Store]:
+        yield adopt(store.client())
+
+    monkeypatch.setattr(Target, "store", connected)
+    return Target(url="redis://nowhere", namespace="rankgate", settings=Settings())
+
+
+async def test_a_launch_that_does_not_wait_says_that_no_planner_looks_after_it(
+    target: Target, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await commands.launch(target, SPEC, wait=False, seconds=1) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"; {ALONE}")
+
+
+async def test_a_launch_that_waits_says_so_when_it_ends(target: Target) -> None:
+    with pytest.raises(InstanceFailed, match=f"; {ALONE}$"):
+        await commands.launch(target, SPEC, wait=True, seconds=0.01)
+
+
+async def test_a_text_that_nobody_hands_out_is_refused(
+    store: FakeStore, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nobody(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(commands, "_nobody_plans_for", nobody)
+    await begin(store, SPEC)
+    await commands.launch(target, SPEC, wait=False, seconds=1)
+    with pytest.raises(InstanceFailed, match=f"demo does not answer: {ALONE}$"):
+        await commands.generate(target, "demo", "x", max_tokens=1, seconds=600)
