@@ -61,7 +61,7 @@ _UNTYPED_CONNECTION: Any = AbstractConnection
 _NO_SETINFO: dict[str, Any] = (
     {"driver_info": None}
     if "driver_info" in inspect.signature(_UNTYPED_CONNECTION).parameters
-    else {"lib_name": None, "lib_version": None}  # redis-py 7.0
+    else {"lib_name": None, "lib_version": None}  # redis-py 7.1
 )
 
 

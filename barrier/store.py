@@ -101,12 +101,26 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
             return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
         case driver.ReadOnlyError():
             return _demoted(where)
+        case driver.MovedError():  # of both, redis-py keeps a number and an address only
+            return StoreUnavailable(
+                f"the store at {where} has moved slot {error.slot_id} to {_new_node(error)}; the next call goes there"
+            )
+        case driver.AskError():
+            return StoreUnavailable(
+                f"the store at {where} is moving slot {error.slot_id} to {_new_node(error)}; "
+                "calls fail until all of its keys are there"
+            )
         case driver.ResponseError():
             return _from_reply(error, where)
         case driver.RedisError():
             return StoreUnavailable(f"the store at {where} failed: {said(error)}")
         case _:
             return None
+
+
+def _new_node(error: driver.AskError) -> str:
+    untyped: Any = error
+    return scrubbed(f"{untyped.host}:{untyped.port}")
 
 
 def _from_reply(error: driver.ResponseError, where: str) -> StoreError:

@@ -54,6 +54,8 @@ CASES: list[tuple[BaseException, type[StoreError]]] = [
         "NOGOODSLAVE no suitable replica",
         "FAILOVER in progress",
     )),
+    (driver.MovedError("1413 127.0.0.1:7001"), StoreUnavailable),
+    (driver.AskError("1413 127.0.0.1:7001"), StoreUnavailable),
     (driver.ExecAbortError("Transaction discarded because of previous errors."), StoreUnavailable),
     (driver.NoScriptError("No matching script."), StoreUnavailable),
     (TimeoutError(110, "Connection timed out"), StoreUnavailable),
@@ -74,6 +76,23 @@ def test_each_error_becomes_one_of_ours(raised: BaseException, ours: type[StoreE
     assert SHA not in said
     assert "user_script" not in said, "a script's position means nothing to the reader"
     assert "h:1" in said or "{a:b}:epoch" in said
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (driver.MovedError, "the store at h:1 has moved slot 1413 to 127.0.0.1:7001; the next call goes there"),
+        (
+            driver.AskError,
+            "the store at h:1 is moving slot 1413 to 127.0.0.1:7001; calls fail until all of its keys are there",
+        ),
+    ],
+)
+def test_a_slot_that_goes_to_another_node_is_told_in_words(raised: type[driver.AskError], sentence: str) -> None:
+    """Regression: it read `cannot answer now: 1413 127.0.0.1:7001`, for that is what the driver leaves of the reply."""
+    with pytest.raises(StoreUnavailable) as translation, translated("h:1"):
+        raise raised("1413 127.0.0.1:7001")
+    assert str(translation.value) == sentence
 
 
 def test_ours_pass_through_unchanged() -> None:
