@@ -15,6 +15,8 @@ _FIGURES = Figures()
 
 VERSION = "0.1.0"
 OTHER_VERSION = "0.1.1"
+PLANTED = "RANKGATE_TESTS_PLANTED"
+"""The word in each file that lies in the tree and must not be in the image."""
 IMAGE = f"rankgate-tested-{os.getpid()}"
 
 
@@ -51,6 +53,7 @@ def environment(folder: Path, secrets: Path) -> Generator[dict[str, str]]:
         pytest.exit(str(missing), returncode=2)
     environment = {"RANKGATE_IMAGE": IMAGE, "RANKGATE_VERSION": VERSION, **bases}
     try:
+        plant(folder)
         began = time.monotonic()
         build(folder, environment)
         _FIGURES.step("image built, without network", began)
@@ -67,6 +70,26 @@ def environment(folder: Path, secrets: Path) -> Generator[dict[str, str]]:
         images = docker("images", "-q", "--filter", f"reference={IMAGE}:*").split()
         if images:
             docker("rmi", "--force", *set(images))
+
+
+def plant(folder: Path) -> None:
+    """What people leave lying about, in every folder of the checkout, and what `deploy/secrets.sh` makes: each file holds a `PLANTED` word."""
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir()), folder / ".git", folder / "dist"]
+    names = (".env", "id_rsa", "notes.txt", "planner.env", "private-1.0-py3-none-any.whl", "server.key", "users.acl")
+    made = (
+        "rankgate.admin",
+        "rankgate.planner",
+        "rankgate.demo.rank-0",
+        "store-ca",
+        "store-cert",
+        "store-key",
+        "store-users",
+    )
+    secrets = folder / "deploy" / "secrets"
+    for path in [*(one / name for one in folders for name in names), *(secrets / name for name in made)]:
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text(f"{PLANTED}={path.parent.name}/{path.name}\n")
 
 
 def build(folder: Path, environment: dict[str, str]) -> None:

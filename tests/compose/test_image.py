@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from tests.compose.cluster import INSTANCE, ComposeCluster, docker, run
-from tests.compose.conftest import IMAGE, VERSION
+from tests.compose.conftest import IMAGE, PLANTED, VERSION
 
 pytestmark = [pytest.mark.anyio, pytest.mark.compose]
 
@@ -61,6 +61,30 @@ def test_nothing_is_in_the_image_that_does_not_belong(files: tarfile.TarFile) ->
     assert any(name.endswith("/barrier/lua/dispatch.lua") for name in names)
     strange = [name for name in names if DO_NOT_BELONG.search(name) and not name.startswith(LOOK_LIKE_IT)]
     assert strange == []
+
+
+def test_nothing_that_lay_about_in_the_tree_is_in_the_image(image: str, folder: Path, tmp_path: Path) -> None:
+    """Secrets, keys, wheels and a `.git` lay in every folder when it was built. Every layer is looked into, not only what shows at the end."""
+    planted = [path for path in folder.rglob("*") if path.is_file() and path.read_bytes().startswith(PLANTED.encode())]
+    assert {folder / ".git" / "id_rsa", folder / "deploy" / "secrets" / "store-key"} <= set(planted)
+    saved = tmp_path / "image.tar"
+    docker("save", "--output", str(saved), image)
+    read = 0
+    with tarfile.open(saved) as archive:
+        for layer in [one for one in archive if one.isfile() and one.size]:
+            content = archive.extractfile(layer)
+            assert content is not None
+            if not tarfile.is_tarfile(content):  # the image's own description
+                content.seek(0)
+                assert PLANTED.encode() not in content.read(), layer.name
+                continue
+            content.seek(0)
+            with tarfile.open(fileobj=content) as files:
+                for member in files:
+                    opened = files.extractfile(member) if member.isfile() else None
+                    assert opened is None or PLANTED.encode() not in opened.read(), member.name
+                    read += 1
+    assert read > 1_000, "the layers were found"
 
 
 def test_no_secret_is_in_the_image(files: tarfile.TarFile, image: str, secrets: Path) -> None:
