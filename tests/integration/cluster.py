@@ -149,9 +149,11 @@ class Cluster:
         """Start one process for every rank; they come up side by side."""
         return [await self.runner(instance, rank, world_size, engine, **options) for rank in range(world_size)]
 
-    async def planner(self) -> Process:
-        """Start a planner that looks after every instance that is wanted."""
-        return await self._start("planner", "planner")
+    async def planner(self, *, wait_for_store: float = 0.0) -> Process:
+        """Start a planner that looks after every instance that is wanted; it waits that many seconds for its store to begin with."""
+        return await self._start(
+            "planner", "planner", *(["--wait-for-store", str(wait_for_store)] if wait_for_store else [])
+        )
 
     async def _start(self, name: str, command: str, *arguments: str, warm: bool = False) -> Process:
         self._started += 1

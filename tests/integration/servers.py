@@ -34,6 +34,7 @@ from planner.embedded import (
     make_server_directory,
     quoted,
 )
+from tests.integration.address import Address
 
 Kind: TypeAlias = Literal["valkey", "redis"]
 
@@ -189,7 +190,8 @@ class RealSentinels:
     """A master, its replicas and the sentinels that watch them, all on loopback TCP.
 
     `replicas` and `sentinels` are counts. The sentinels call the master down after `down_after` ms without an answer. Entering
-    returns when every sentinel knows every replica and every other sentinel, so a failover can start at once.
+    returns when every sentinel knows every replica and every other sentinel, so a failover can start at once. With `fronted`, clients
+    reach every server and sentinel at an `Address` of its own (`fronts`, by the server's port), as behind a balancer.
     """
 
     master_name = "rankgate"
@@ -203,8 +205,11 @@ class RealSentinels:
         password: str | None = None,
         down_after: int = 500,
         config: Sequence[str] = (),
+        fronted: bool = False,
     ) -> None:
         self._kind: Kind = kind
+        self._fronted = fronted
+        self.fronts: dict[int, Address] = {}
         self._password = password
         self._down_after = down_after
         self._config = list(config)
@@ -218,11 +223,15 @@ class RealSentinels:
     @property
     def sentinel_addresses(self) -> list[tuple[str, int]]:
         """(host, port) of every sentinel."""
-        return [(LOOPBACK, sentinel.port) for sentinel in self.sentinels]
+        return [(LOOPBACK, self.public_port(sentinel)) for sentinel in self.sentinels]
+
+    def public_port(self, server: RealServer) -> int:
+        """Where clients find it."""
+        return self.fronts[server.port].port if self._fronted else server.port
 
     def server_at(self, port: int) -> RealServer:
         """The data server with this port, as a sentinel names it."""
-        return next(server for server in self.servers if server.port == port)
+        return next(server for server in self.servers if self.public_port(server) == port)
 
     async def __aenter__(self) -> RealSentinels:
         async with AsyncExitStack() as stack:
@@ -236,16 +245,31 @@ class RealSentinels:
         await self._stack.aclose()
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        master = await stack.enter_async_context(self._data_server([]))
+        master = await self._enter(stack, self._data_server)
         self.servers = [master]
         for _ in range(self._replica_count):
-            follow = [f"replicaof {LOOPBACK} {master.port}"]
-            self.servers.append(await stack.enter_async_context(self._data_server(follow)))
+            follow = f"replicaof {LOOPBACK} {master.port}"
+            if self._fronted:  # told, not configured: whoever is master when it is started again stays it
+                self.servers.append(await self._enter(stack, self._data_server))
+                await _tell(self.servers[-1].endpoint, follow)
+            else:
+                self.servers.append(await self._enter(stack, self._data_server, [follow]))
         self.sentinels = []
         for _ in range(self._sentinel_count):
-            self.sentinels.append(await stack.enter_async_context(self._sentinel(master)))
+            self.sentinels.append(await self._enter(stack, lambda _: self._sentinel(master)))
         for sentinel in self.sentinels:
             await _until(lambda sentinel=sentinel: self._is_complete(sentinel), "the sentinels to find one another")
+
+    async def _enter(
+        self, stack: AsyncExitStack, made: Callable[[Sequence[str]], RealServer], config: Sequence[str] = ()
+    ) -> RealServer:
+        if not self._fronted:
+            return await stack.enter_async_context(made(config))
+        front = await stack.enter_async_context(Address(0))
+        announced = [f"replica-announce-ip {LOOPBACK}", f"replica-announce-port {front.port}"]
+        server = made([*config, *announced])
+        front.target, self.fronts[server.port] = server.port, front
+        return await stack.enter_async_context(server)
 
     def _data_server(self, config: Sequence[str]) -> RealServer:
         secret = [f"masterauth {quoted(self._password)}"] if self._password else []
@@ -265,7 +289,7 @@ class RealSentinels:
             transport="tcp",
             sentinel=True,
             config=[
-                f"sentinel monitor {name} {LOOPBACK} {master.port} {quorum}",
+                f"sentinel monitor {name} {LOOPBACK} {self.public_port(master)} {quorum}",
                 *secret,
                 f"sentinel down-after-milliseconds {name} {self._down_after}",
                 f"sentinel failover-timeout {name} 5000",
@@ -284,12 +308,23 @@ class RealSentinels:
 
 
 class RealCluster:
-    """Three masters (`masters`) that share the slots evenly, on loopback TCP. Entering returns when all of them say that all is well."""
+    """Three masters (`masters`) that share the slots evenly, on loopback TCP. Entering returns when all of them say that all is well.
+
+    With `fronted`, clients reach every node at an `Address` of its own (`fronts`, by the node's port), as behind a balancer.
+    """
 
     def __init__(
-        self, *, kind: Kind = "redis", masters: int = 3, password: str | None = None, config: Sequence[str] = ()
+        self,
+        *,
+        kind: Kind = "redis",
+        masters: int = 3,
+        password: str | None = None,
+        config: Sequence[str] = (),
+        fronted: bool = False,
     ) -> None:
         self._kind: Kind = kind
+        self._fronted = fronted
+        self.fronts: dict[int, Address] = {}
         self._masters = masters
         self._password = password
         self._config = list(config)
@@ -299,7 +334,11 @@ class RealCluster:
     @property
     def addresses(self) -> str:
         """``host:port,host:port`` of every node."""
-        return ",".join(f"{LOOPBACK}:{server.port}" for server in self.servers)
+        return ",".join(f"{LOOPBACK}:{self.public_port(server)}" for server in self.servers)
+
+    def public_port(self, server: RealServer) -> int:
+        """Where clients find it."""
+        return self.fronts[server.port].port if self._fronted else server.port
 
     @property
     def url(self) -> str:
@@ -310,17 +349,41 @@ class RealCluster:
     async def __aenter__(self) -> RealCluster:
         async with AsyncExitStack() as stack:
             for _ in range(self._masters):
-                self.servers.append(await stack.enter_async_context(self._node()))
+                self.servers.append(await self._enter(stack))
             await self._form()
             self._stack = stack.pop_all()
         return self
+
+    async def add_replica(self, master: RealServer) -> RealServer:
+        """One more node, which follows that master; returns when it is in step."""
+        server = await self._enter(self._stack)
+        self.servers.append(server)
+        await _tell(server.endpoint, f"CLUSTER MEET {LOOPBACK} {master.port} {await self._bus_port(master)}")
+        for one in self.servers:
+            await _until(lambda one=one: self._is_well(one), "the cluster to know the replica")
+        name = await _tell(master.endpoint, "CLUSTER MYID", bulk=True)
+        await _tell(server.endpoint, f"CLUSTER REPLICATE {name}")
+
+        async def in_step() -> bool:
+            return "master_link_status:up" in await _tell(server.endpoint, "INFO replication", bulk=True)
+
+        await _until(in_step, "the replica to be in step")
+        return server
+
+    async def _enter(self, stack: AsyncExitStack) -> RealServer:
+        if not self._fronted:
+            return await stack.enter_async_context(self._node([]))
+        front = await stack.enter_async_context(Address(0))
+        server = self._node([f"cluster-announce-port {front.port}"])
+        front.target, self.fronts[server.port] = server.port, front
+        return await stack.enter_async_context(server)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
 
-    def _node(self) -> RealServer:
+    def _node(self, config: Sequence[str]) -> RealServer:
         secret = [f"masterauth {quoted(self._password)}"] if self._password else []
         with socket.socket() as free:  # the bus; by default it is 10,000 above the port, which may be taken
             free.bind((LOOPBACK, 0))
@@ -335,6 +398,7 @@ class RealCluster:
                 "cluster-node-timeout 2000",
                 f"cluster-announce-ip {LOOPBACK}",
                 *secret,
+                *config,
                 *self._config,
             ],
         )

@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,19 @@ import pytest
 import trustme
 from redis.asyncio import Redis
 
-from barrier import Barrier, Settings, Store, StoreError, SystemClock
+from barrier import Settings
 from barrier.keys import Keys
 from barrier.testing import wait_until
-from planner import InstanceSpec, ModelSpec
 from planner.embedded import LOOPBACK
-from planner.explain import is_serving
-from planner.registry import Registry
-from planner.requests import GenerationFailed, RequestQueue
 from tests.integration.address import Address
-from tests.integration.cluster import Cluster, Process, connected
+from tests.integration.cluster import Cluster, connected
 from tests.integration.servers import RealServer, free_port
+from tests.integration.serving import NAME, QUICK, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.redis]
 
-NAME, RANKS = "demo", 4
 SETTINGS = Settings(lease=6.0, heartbeat=1.0)
 WITHIN = 3 * SETTINGS.lease
-START_SECONDS = 90.0
-QUICK = {"connect_seconds": 0.02, "layer_seconds": 0.002, "warmup_seconds": 0.005, "token_seconds": 0.001}
 
 TEXTS = [
     "LOADING Redis is loading the dataset in memory",
@@ -46,57 +39,6 @@ TEXTS = [
     "upstream failure",
     "ERR unknown command 'EVALSHA'",
 ]
-
-
-@dataclass
-class World:
-    """A serving instance, and a client that goes by the same URL."""
-
-    store: Store
-    barrier: Barrier
-    processes: list[Process]
-    cluster: Cluster
-
-    async def text(self) -> str:
-        client = RequestQueue(self.store, Keys("rankgate", NAME), SystemClock())
-        return "".join([piece async for piece in client.generate("hello", max_tokens=4, seconds=4)])
-
-    async def serves(self) -> bool:
-        try:
-            return is_serving(await self.barrier.inspect()) and bool(await self.text())
-        except (StoreError, GenerationFailed):
-            return False
-
-    async def seconds_until_it_serves(self, kind: str) -> float:
-        """From now on; everybody is still there, and every rank lives in the process that it had."""
-        began = time.monotonic()
-        await wait_until(self.serves, f"the instance to serve after {kind}", WITHIN + START_SECONDS)
-        took = time.monotonic() - began
-        print(f"FIGURE {kind}: serves again after {took:.1f} s", flush=True)
-        assert [one.name for one in self.processes if not one.running] == [], self.cluster.logs()
-        ranks = (await self.barrier.inspect()).ranks
-        assert [view.report.pid for view in ranks if view.report] == [one.pid for one in self.processes[:RANKS]]
-        assert took <= WITHIN, self.cluster.logs()
-        return took
-
-
-@asynccontextmanager
-async def serving(url: str, folder: Path) -> AsyncGenerator[World]:
-    """Four runner processes, two planner processes, and the instance serves."""
-    async with Cluster(url, folder, SETTINGS) as cluster, connected(url, SETTINGS) as store:
-        barrier = Barrier(store, NAME, world_size=RANKS)
-        processes = await cluster.runners(NAME, RANKS, QUICK)
-        await Registry(store, "rankgate").launch(
-            InstanceSpec(name=NAME, world_size=RANKS, model=ModelSpec(model_id="simulated", total_layers=4))
-        )
-        processes += [await cluster.planner() for _ in range(2)]
-        world = World(store, barrier, processes, cluster)
-        try:
-            await wait_until(world.serves, "the instance to serve", START_SECONDS)
-            yield world
-        finally:
-            await barrier.close()
-            print(cluster.logs())  # shown where the test failed
 
 
 @asynccontextmanager
@@ -127,7 +69,7 @@ async def test_an_address_that_leads_to_another_master_while_old_connections_sta
         Address(first.port) as address,
     ):
         await follow(two, first.port)
-        async with serving(f"redis://{LOOPBACK}:{address.port}/0", tmp_path) as world:
+        async with serving(f"redis://{LOOPBACK}:{address.port}/0", tmp_path, SETTINGS) as world:
             await two.replicaof("no", "one")
             await one.replicaof(LOOPBACK, second.port)
             address.target = second.port
@@ -149,7 +91,7 @@ async def test_a_replica_that_is_away_where_writes_need_one(tmp_path: Path) -> N
     async with server_and_admin() as (server, admin), server_and_admin() as (_, replica):
         await follow(replica, server.port)
         await admin.config_set("min-replicas-to-write", 1)
-        async with serving(server.url, tmp_path) as world:
+        async with serving(server.url, tmp_path, SETTINGS) as world:
             await replica.replicaof("no", "one")
             await asyncio.sleep(2 * SETTINGS.lease)
             await follow(replica, server.port)
@@ -158,7 +100,7 @@ async def test_a_replica_that_is_away_where_writes_need_one(tmp_path: Path) -> N
 
 async def test_whatever_a_server_or_a_proxy_says_is_waited_out(tmp_path: Path) -> None:
     async with server_and_admin() as (server, _), Address(server.port) as address:
-        async with serving(f"redis://{LOOPBACK}:{address.port}/0", tmp_path) as world:
+        async with serving(f"redis://{LOOPBACK}:{address.port}/0", tmp_path, SETTINGS) as world:
             for said in TEXTS:
                 address.says = said
                 await asyncio.sleep(SETTINGS.lease + 1)
@@ -171,7 +113,7 @@ async def test_a_password_that_is_renewed_on_both_sides_one_after_the_other(tmp_
     file = tmp_path / "password"
     file.write_text("old\n")
     async with server_and_admin(password="old") as (server, admin):
-        async with serving(f"redis://{LOOPBACK}:{server.port}/0?password_file={file}", tmp_path) as world:
+        async with serving(f"redis://{LOOPBACK}:{server.port}/0?password_file={file}", tmp_path, SETTINGS) as world:
 
             async def of_the_file() -> None:
                 file.write_text("new\n")
@@ -205,7 +147,7 @@ async def test_certificates_and_their_authority_are_renewed(tmp_path: Path) -> N
     config = [f"tls-port {port}", "tls-auth-clients yes", *(f"{name} {theirs / file}" for name, file in files.items())]
     query = f"ssl_ca_certs={ours}/ca.pem&ssl_certfile={ours}/cert.pem&ssl_keyfile={ours}/key.pem"
     async with server_and_admin(config=config) as (_, admin):
-        async with serving(f"rediss://localhost:{port}/0?{query}", tmp_path) as world:
+        async with serving(f"rediss://localhost:{port}/0?{query}", tmp_path, SETTINGS) as world:
             renewed = trustme.CA()
             write(renewed, ours)
             await asyncio.sleep(2)
@@ -220,7 +162,7 @@ async def test_certificates_and_their_authority_are_renewed(tmp_path: Path) -> N
 async def test_idle_connections_that_a_balancer_forgets_fail_no_call(tmp_path: Path, resets: bool) -> None:
     async with server_and_admin() as (server, _), Address(server.port) as address:
         address.forgets_after, address.resets = 5.0, resets
-        async with serving(f"redis://{LOOPBACK}:{address.port}/0", tmp_path) as world:
+        async with serving(f"redis://{LOOPBACK}:{address.port}/0", tmp_path, SETTINGS) as world:
             for _ in range(3):
                 await asyncio.gather(*(world.barrier.inspect() for _ in range(4)))
                 before = address.forgotten
