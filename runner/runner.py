@@ -156,6 +156,8 @@ class Runner:
 
     def stop(self) -> None:
         """Ask `run` to tear down and return; safe from a signal handler of the event loop."""
+        if not self._leaving.is_set():
+            logger.info("instance {}: asked to end; the engine is closed and the rank given back", self._instance)
         self._leaving.set()
 
     async def run(self, *, wait_for_store: float = 0.0) -> None:

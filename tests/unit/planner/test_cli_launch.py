@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from barrier import Barrier, Member, Opened, Settings, Store, adopt
+from barrier import Barrier, Member, Opened, Settings, Store, StoreRefused, adopt
 from barrier.testing import FakeStore
 from planner import InstanceFailed
-from planner.cli import commands, process
+from planner.cli import commands, look, process
 from planner.cli.commands import ChangeRefused, Observer, launch_agreed, launch_unless_known
 from planner.cli.look import Target
 from planner.registry import InstanceRecord, OtherSpec
@@ -249,4 +249,21 @@ async def test_a_text_that_nobody_hands_out_is_refused(
     await begin(store, SPEC)
     await commands.launch(target, SPEC, wait=False, seconds=1)
     with pytest.raises(InstanceFailed, match=f"demo does not answer: {ALONE}$"):
-        await commands.generate(target, "demo", "x", max_tokens=1, seconds=600)
+        await commands.generate(target, "demo", "x", max_tokens=1, seconds=5)
+
+
+# --- spares ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_who_may_not_see_the_spares_sees_everything_else(
+    store: FakeStore, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user of an ACL file from before there were spares."""
+
+    async def refused(*_: object) -> None:
+        raise StoreRefused("no permission")
+
+    monkeypatch.setattr(look, "read_spares", refused)
+    await begin(store, SPEC)
+    (seen,) = await observer.look_at_all()
+    assert (seen.name, seen.spares, seen.surplus) == ("demo", (), ())

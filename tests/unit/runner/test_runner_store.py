@@ -326,5 +326,7 @@ async def test_stop_during_an_outage_does_not_wait_for_the_store() -> None:
         rig.runner.stop()
         await rig.ended()
         assert any("rank was not given back" in line for line in rig.log)
+        rig.runner.stop()
+        assert len([line for line in rig.log if "asked to end" in line]) == 1, "said once, at once"
         rig.store.heal()
         await rig.clock.advance(rig.member.settings.lease + 1)
