@@ -74,11 +74,12 @@ test-mlx-rounds: $(MLX_STAMP) ## two instances side by side, killed and left-ove
 	    $(ARGS) tests/mlx/test_mlx_attempts.py
 
 .PHONY: lint
-lint: $(STAMP) ## ruff, pyright and the import contracts
+lint: $(STAMP) ## ruff, pyright, the import contracts and the dependencies
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 	.venv/bin/lint-imports
+	.venv/bin/deptry .
 
 .PHONY: bench
 bench: $(STAMP) ## the benchmarks
