@@ -226,7 +226,7 @@ async def test_13_the_policy_is_a_pure_function() -> None:
     an_hour_later = decide(view, now=3_600.0)
     assert isinstance(an_hour_later, Wait)  # a rank that is away may come at any time, unless a limit is set
     assert an_hour_later.overdue
-    assert "did not come within 3600 s" in an_hour_later.reason
+    assert "did not come within 3,600 s" in an_hour_later.reason
 
     limited = replace(view, policy=Policy(assemble_timeout=60, absence_limit=3_600))
     assert isinstance(decide(limited, now=3_599.0), Wait)
