@@ -466,7 +466,8 @@ class World:
         views = [one for one in self.ranks if not one.silent and not one.ghost]
         said = {(one.epoch, one.status, one.applied) for one in views}
         epoch, status, _ = next(iter(said)) if len(views) == self.size and len(said) == 1 else (None, "Idle", 0)
-        over = epoch is not None and (epoch in self.charged or self.log.number > epoch.number)
+        ended = max((one.number for one in self.charged), default=0)
+        over = epoch is not None and (ended >= epoch.number or self.log.number > epoch.number)
         if epoch and told(status, 0) and not over:
             wrote = (action.epoch, action.steps) if isinstance(action, RestoreEpoch) else None
             self.rule(
