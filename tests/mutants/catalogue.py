@@ -16,6 +16,7 @@ from tests.mutants.harness import (
     PRETENDED,
     PROPERTY,
     RANK,
+    RESTORES,
     SECOND_LINE,
     SIMULATION,
     SPOILED,
@@ -75,7 +76,7 @@ def _restore_needs(what: str, old: str, new: str, guard: str, model: Edit | None
         f"`restore`: {guard}",
         "S2" if what == "digest" else "S4",
         Edit(_RESTORE, old, new),
-        (PROPERTY, EXHAUSTIVE) if model else (PROPERTY,),
+        (RESTORES, PROPERTY, EXHAUSTIVE) if model else (RESTORES, PROPERTY),
         model,
     )
 

@@ -107,6 +107,8 @@ DECISIONS = _property("property/test_decisions.py")
 """The planner's decisions, on random pictures."""
 DECIDED = _property("unit/planner/test_decide.py")
 """The planner's decisions, picture by picture."""
+RESTORES = _property("unit/barrier/test_restore_needs.py", "unit/barrier/test_absurd_floor.py")
+"""What `restore` wants of every rank, requirement by requirement."""
 BOUNDS = _property("property/test_bounds.py")
 """Streams that only a planner writes, and an outage of the store."""
 SECOND_LINE = _property("fuzz/test_second_line.py")
