@@ -99,7 +99,7 @@ CLAIMS = _property("unit/barrier/test_member_claim.py")
 """Who holds a rank, and for how long."""
 RANK = _property("property/test_rank.py")
 """One rank against a hostile store."""
-WRONG_SERVER = _property("setups/test_wrong_server.py")
+WRONG_SERVER = _property("unit/barrier/test_standing.py", "setups/test_wrong_server.py")
 """A store whose address leads to another server, whose secrets are renewed, and whose balancer forgets."""
 JUDGE = _property("property/test_judge.py")
 """What a runner's judge says of random tasks."""

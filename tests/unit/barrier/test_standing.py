@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 from redis import exceptions as driver
 
 from barrier import StoreRefused
 from barrier.connect import _client  # pyright: ignore[reportPrivateUsage]  nothing is sent
+from barrier.prompt import prompt
 from barrier.settings import Settings
 from barrier.standing import Standing, facts_of, is_about_the_server, signature_of
 
@@ -130,3 +134,32 @@ def test_the_password_is_read_for_each_connection_and_a_file_that_is_being_writt
     file.unlink()
     with pytest.raises(StoreRefused, match="cannot be read: No such file"):
         provider.get_credentials()
+
+
+@pytest.mark.anyio
+async def test_certificates_are_read_again_where_their_files_have_changed_and_only_there(tmp_path: Path) -> None:
+    """Nobody listens: the context with the certificates is made before the first byte is sent."""
+    authority = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(authority))
+    with socket.socket() as nobody:  # bound, and not listening: nobody else gets the port, and connecting is refused
+        nobody.bind(("127.0.0.1", 0))
+        url = f"rediss://127.0.0.1:{nobody.getsockname()[1]}/0?ssl_ca_certs={authority}"
+        pool = _client(url, Settings()).connection_pool
+        pool.connection_class = prompt(pool.connection_class)
+        connection: Any = pool.make_connection()
+
+        async def context() -> object:
+            with pytest.raises((driver.ConnectionError, OSError)):
+                await connection.connect()
+            return connection.ssl_context.context
+
+        first = await context()
+        assert first is not None
+        assert await context() is first
+        trustme.CA().cert_pem.write_to_path(str(tmp_path / "next"))
+        (tmp_path / "next").replace(
+            authority
+        )  # another file: written over within one tick of the clock it could look the same
+        renewed = await context()
+        assert renewed is not first
+        assert await context() is renewed
