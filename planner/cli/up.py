@@ -22,13 +22,16 @@ from barrier.printable import printable_text
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, Planner
 from planner.cli.look import TICK, Observer, UnknownInstance, look_again
 from planner.cli.options import DEFAULT_NAMESPACE, rank_span
-from planner.cli.process import Interrupts, configure_log, connect_store, redacted
+from planner.cli.process import Interrupts, configure_log, connect_store, outlasting, redacted
 from planner.cli.report import check_report, time_report
 from planner.cli.screen import Picture
 from planner.cli.show import Show, can_draw, make_show, people, tell
 from planner.embedded import EmbeddedServer
 from planner.history import NoSuchAttempt, read_history, timeline
 from planner.launcher import Launcher, ProcessState, Program, own_command, own_environment
+
+_OUTLASTED = 15.0
+"""Seconds of silence of the store that bringing everything up outlasts: a machine that is busy with that may answer late."""
 
 _STOP_SECONDS = 10.0
 """How long the ranks may take to tear down before their processes are ended all the same."""
@@ -139,9 +142,11 @@ class Cluster:
         if options.url is None:
             self._server = await stack.enter_async_context(EmbeddedServer())
         self._url = self._server.url if self._server else options.url or ""
-        self._store = await connect_store(self._url, options.settings)
+        # A server of somebody's own that is not there is told at once; the one that was started here is there, if late.
+        patience = _OUTLASTED if self._server else 0.0
+        self._store = await connect_store(self._url, options.settings, wait=patience)
         stack.push_async_callback(self._store.close)
-        await self._make_sure_that_nobody_else_has_it()
+        await outlasting(self._make_sure_that_nobody_else_has_it, _OUTLASTED)
         self._launcher = Launcher(
             programs(options, self._url), on_change=self._process_changed, on_line=self._runner_said
         )
@@ -149,7 +154,7 @@ class Cluster:
         self._interrupts.on_again(self._hurry)
         self._interrupts.on_first(self._end)
         planner = await stack.enter_async_context(Planner(self._store, namespace=options.namespace))
-        self._instance: Instance = await planner.launch(spec, wait=False)
+        self._instance: Instance = await outlasting(lambda: planner.launch(spec, wait=False), _OUTLASTED)
         stack.push_async_callback(self._stop_instance)
 
     async def _make_sure_that_nobody_else_has_it(self) -> None:
@@ -185,7 +190,8 @@ class Cluster:
         if can_draw(self._console):
             self._console.print("", Text(printable_text(self._text)), sep="\n")
         self._text = ""
-        history = await read_history(self._store, Keys(self._options.namespace, self._instance.name))
+        keys = Keys(self._options.namespace, self._instance.name)
+        history = await outlasting(lambda: read_history(self._store, keys), _OUTLASTED)
         try:
             lines, breaches = check_report(history)
             tell(self._console, ["", *time_report(timeline(history)), *lines])
