@@ -453,6 +453,7 @@ def test_a_mistake_of_ours_is_not_hidden_and_its_text_is_told_nowhere(capsys: py
         await mistaken_later()
         return 0
 
+    configure_log("WARNING")  # to the stderr of this test: that of an earlier one is closed
     with hearing() as heard:
         assert run(command) == 1
     heard.check("this command: ")
