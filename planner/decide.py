@@ -127,6 +127,9 @@ class View:
 
 FOREVER = float("inf")
 
+_NAMED = 8
+"""How many ranks a sentence names."""
+
 INVALID: RejectionCode = "Invalid"
 """The code of a refusal that no other attempt will change."""
 
@@ -449,11 +452,24 @@ def _stalled_serving(view: View, epoch: EpochRecord, now: float) -> Conclude | N
     if not is_serving(view.snapshot):
         return None
     stall = view.policy.generate_stall
-    still = [rank for rank in _running(view.snapshot) if now >= _last_sign(view.memory, rank) + stall]
+    limits = {rank.rank: _last_sign(view.memory, rank) + stall for rank in _running(view.snapshot)}
+    still = _still(view, limits, stall, now)
     if not still:
         return None
-    reason = f"{_names([rank.rank for rank in still])} generated nothing for {number(stall)} s"
-    return _abort(epoch, Verdict.aborted(reason, still[0].rank if len(still) == 1 else None))
+    reason = f"{_names(still)} generated nothing for {number(stall)} s"
+    return _abort(epoch, Verdict.aborted(reason, still[0] if len(still) == 1 else None))
+
+
+def _still(view: View, limits: Mapping[int, float], stall: float, now: float) -> list[int]:
+    """The ranks that stand still, where one has reached its limit: it, and those that cannot be told apart from it.
+
+    In a collective all stand still where one does. A move is known as late as the heartbeat and the look that told of it, so
+    limits that are that near to one another say nothing of who was first.
+    """
+    if all(now < limit for limit in limits.values()):
+        return []
+    near = now + min(2 * view.settings.heartbeat, stall / 4)
+    return [rank for rank, limit in limits.items() if limit <= near]
 
 
 def _running(snapshot: Snapshot) -> list[RankView]:
@@ -502,15 +518,13 @@ def _onward(view: View, epoch: EpochRecord, now: float) -> Action:
         ends = [since + view.policy.stable_after] if on_trial else []
         ends += [_last_sign(view.memory, rank) + view.policy.generate_stall for rank in _running(view.snapshot)]
         return Serve(min(ends, default=FOREVER), f"{view.spec.name} serves")
-    until, stalled = _patience(view, epoch, requirement, view.policy.warmup_stall, now)
+    until, stalled = _patience(view, epoch, requirement, "warmup_stall", now)
     return stalled or Wait(until, explain(view.snapshot, requirement), requirement)
 
 
 def _gate(view: View, epoch: EpochRecord, step: Step, now: float, why: str = "") -> Action:
     requirement = step.waits_for(epoch.world_size)
-    preparing = any(rank.report and rank.report.status == "Preparing" for rank in view.snapshot.ranks)
-    stall: float = view.policy.prepare_stall if preparing else getattr(view.policy, step.stall)
-    until, stalled = _patience(view, epoch, requirement, stall, now)
+    until, stalled = _patience(view, epoch, requirement, step.stall, now)
     if stalled is not None:
         return stalled
     sentence = explain(view.snapshot, requirement)
@@ -520,20 +534,28 @@ def _gate(view: View, epoch: EpochRecord, step: Step, now: float, why: str = "")
 
 
 def _patience(
-    view: View, epoch: EpochRecord, requirement: Requirement, stall: float, now: float
+    view: View, epoch: EpochRecord, requirement: Requirement, stall: str, now: float
 ) -> tuple[float, Conclude | None]:
     """Until when the ranks that are missing are waited for; and the end of the attempt, where one of them has stalled."""
+    usual: float = getattr(view.policy, stall)
     missing = [view.snapshot.ranks[rank] for rank in missing_ranks(view.snapshot, requirement)]
     if not missing:
-        return view.memory.progress_at + stall, None  # the dispatch may have been held up; no rank is late
-    until = min(_last_sign(view.memory, rank) + stall for rank in missing)
-    if now < until:
-        return until, None
-    still = [rank for rank in missing if now >= _last_sign(view.memory, rank) + stall]
-    culprit = min(still, key=_how_far).rank
-    who = "nothing moved" if len(still) == len(missing) else f"rank {culprit} did not move"
-    reason = f"{who} for {number(stall)} s: {explain(view.snapshot, requirement)}"
-    return until, _abort(epoch, Verdict.aborted(reason, culprit))
+        return view.memory.progress_at + usual, None  # the dispatch may have been held up; no rank is late
+    stalls = {rank.rank: view.policy.prepare_stall if _prepares(rank) else usual for rank in missing}
+    limits = {rank.rank: _last_sign(view.memory, rank) + stalls[rank.rank] for rank in missing}
+    first = min(limits, key=limits.__getitem__)
+    still = _still(view, limits, stalls[first], now)
+    if not still:
+        return limits[first], None
+    behind = min(_how_far(view.snapshot.ranks[rank]) for rank in still)
+    last = [rank for rank in still if _how_far(view.snapshot.ranks[rank]) == behind]
+    who = "nothing moved" if len(still) == len(missing) else f"{_names(last[:_NAMED])} did not move"
+    reason = f"{who} for {number(stalls[first])} s: {explain(view.snapshot, requirement)}"
+    return limits[first], _abort(epoch, Verdict.aborted(reason, last[0] if len(last) == 1 else None))
+
+
+def _prepares(rank: RankView) -> bool:
+    return rank.report is not None and rank.report.status == "Preparing"
 
 
 def _how_far(rank: RankView) -> tuple[int, float]:

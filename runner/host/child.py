@@ -61,6 +61,8 @@ def _leave() -> NoReturn:
     The engine has closed, and everybody waits for its process to be gone. What was registered with `atexit` is still called.
     """
     try:
+        sys.stdout.flush()
+        sys.stderr.flush()
         atexit._run_exitfuncs()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - as the interpreter would
     finally:
         os._exit(0)

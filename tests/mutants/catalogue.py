@@ -1039,7 +1039,7 @@ PLANNERS: tuple[Mutation, ...] = (
         "stall",
         "an attempt in which nothing moves is ended",
         "L2",
-        Edit(_DECIDE, "    if now < until:", "    if True:"),
+        Edit(_DECIDE, "    if all(now < limit for limit in limits.values()):", "    if True:"),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
@@ -1059,6 +1059,27 @@ PLANNERS: tuple[Mutation, ...] = (
             "    return memory.progress_at",
         ),
         (DECISIONS,),
+    ),
+    Mutation(
+        "stall-alike",
+        "ranks that fell still together are not told apart by who was seen to move last",
+        "L4",
+        Edit(_DECIDE, "    near = now + min(2 * view.settings.heartbeat, stall / 4)", "    near = now"),
+        (DECIDED, DECISIONS),
+    ),
+    Mutation(
+        "stall-tie",
+        "nobody is blamed where several ranks are equally far behind",
+        "L4",
+        Edit(_DECIDE, "last[0] if len(last) == 1 else None", "last[0]"),
+        (DECIDED,),
+    ),
+    Mutation(
+        "stall-preparing",
+        "only a rank that prepares has the time for preparing",
+        "L2",
+        Edit(_DECIDE, "view.policy.prepare_stall if _prepares(rank) else usual", "view.policy.prepare_stall"),
+        (DECIDED, DECISIONS),
     ),
     Mutation(
         "stall-asked",

@@ -533,8 +533,10 @@ class World:
             self.rule((failure == "permanent") == (("failed for good", blamed) in faults), f"{failure}, but {faults}")
             self.rule(not faults or blamed in {rank for _, rank in faults}, f"rank {blamed} is blamed for {faults}")
             self.rule(action.verdict.code in self.codes(blamed, faults), f"{action.verdict.code!r} for {faults}")
-            guilty = blamed in stuck or (generating and len(stuck) > 1 and blamed is None)
-            self.rule(bool(faults) or guilty, f"rank {blamed} is blamed, but {stuck} stood still")
+            # Who fell still within two heartbeats of it cannot be told apart from it.
+            near = {rank for rank in asked if self.still(rank) >= patience - min(2 * SETTINGS.heartbeat, patience / 4)}
+            guilty = near == {blamed} if len(near) == 1 else blamed is None or (blamed in near and not generating)
+            self.rule(bool(faults) or guilty, f"rank {blamed} is blamed, but {near} stood still")
             self.seen["stalled"] += not faults
             return
         self.rule(not faults, f"the attempt goes on in spite of {faults}")

@@ -642,6 +642,39 @@ def test_a_rank_that_stands_still_is_noticed_while_the_others_move(
     )
 
 
+@pytest.mark.parametrize(
+    ("statuses", "moved", "asked_at"),
+    [
+        (("WarmingUp", "WarmingUp", "WarmingUp"), {0: NOW + 0.1, 1: NOW - 1, 2: NOW - 1}, NOW),
+        (("Running", "Running"), {0: NOW, 1: NOW + 0.3}, NOW - 9),
+    ],
+)
+def test_ranks_that_fell_still_together_cannot_be_told_apart_and_none_is_blamed(
+    statuses: tuple[str, ...], moved: dict[int, float], asked_at: float
+) -> None:
+    """In a collective all stand still where one does. Who was seen to move last, by less than a heartbeat or two, says nothing."""
+    still = memory(progress_at=max(moved.values()), moved=moved, asked_at=asked_at)
+    policy = Policy(warmup_stall=10, generate_stall=10)
+    assert concluded(picture(*statuses, dispatched=4), now=NOW + 10, policy=policy, remembered=still).culprit is None
+
+
+def test_of_ranks_that_fell_still_together_the_one_that_is_furthest_behind_is_blamed() -> None:
+    told = picture("Loaded", "WarmingUp", "Loaded", dispatched=3)
+    still = memory(progress_at=NOW + 0.3, moved={1: NOW - 1, 2: NOW + 0.3}, asked_at=NOW - 1)
+    assert concluded(told, now=NOW + 20, policy=Policy(warmup_stall=10), remembered=still).culprit == 2
+
+
+def test_only_a_rank_that_prepares_has_the_time_for_preparing() -> None:
+    told = picture("Preparing", "Idle", ranks={1: {"epoch": None, "floor": 0}})
+    still = memory(progress_at=NOW + 55, moved={0: NOW + 55, 1: NOW}, asked_at=NOW)
+    patient = Policy(prepare_stall=900, connect_stall=60)
+    assert goes_on(act(told, now=NOW + 59.999, policy=patient, remembered=still))
+    assert concluded(told, now=NOW + 60, policy=patient, remembered=still).culprit == 1
+    hasty = Policy(prepare_stall=5, connect_stall=60)
+    moving = memory(progress_at=NOW + 58, moved={0: NOW + 58, 1: NOW}, asked_at=NOW)
+    assert goes_on(act(told, now=NOW + 59.999, policy=hasty, remembered=moving)), "rank 1 does not prepare"
+
+
 def test_patience_begins_anew_with_what_is_asked() -> None:
     told = picture("Loaded", "WarmingUp", "Loaded", dispatched=3)
     waited = memory(progress_at=NOW + 9, moved={0: NOW, 1: NOW + 9, 2: NOW}, asked_at=NOW + 8)
