@@ -55,6 +55,8 @@ _FOR_EVER = -1  # what PTTL says of a key without a lifetime
 _LONGEST_LEASE_MS = 600_000
 _UNSAID_EVENTS = 1_000
 
+_trace = logger.opt(lazy=True).trace
+
 
 @dataclass(frozen=True, slots=True)
 class EpochAnnounced:
@@ -781,7 +783,7 @@ class Member:
                             continue  # a log that went back says it again
                         entry = replace(entry, missed=entry.previous > self._report.applied)
                         self._report = self._report._replace(applied=entry.id.n)
-                logger.opt(lazy=True).trace("log entry: {}", partial(_told, entry))
+                _trace("log entry: {}", partial(_told, entry))
                 yield entry
         finally:
             await supervise.end(reading)

@@ -10,9 +10,8 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import takewhile
-from sys import intern
 from typing import Any
 
 from barrier import supervise
@@ -25,8 +24,13 @@ from barrier.store import Store, stream_entries
 _BATCH = 2_000
 _BUFFERED = 20_000
 _LONGEST_WORD = 32
+_SHARED_WORDS = 1_024
+_LONGEST_SHARED = 80  # bytes: the epoch's number, its nonce, an incarnation, any status name of ours
 _TURNS = 4
 """Turns of the event loop from a hint to what a planner sends because of it. Asking for the next hints takes its turn after that."""
+
+
+_trace = logger.opt(lazy=True).trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +63,29 @@ def parse_id(text: str) -> tuple[int, int]:
     return int(milliseconds), int(sequence or 0)
 
 
+def _word(raw: bytes) -> str:
+    return _shared(raw) if len(raw) <= _LONGEST_SHARED else raw.decode()
+
+
+@lru_cache(maxsize=_SHARED_WORDS)
+def _shared(raw: bytes) -> str:
+    return raw.decode()
+
+
 def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
     """Read a hint; what cannot be read becomes a plain reason to look again.
 
-    Thousands are held, and say the same few words: those are shared.
+    Thousands are held, and say the same few words: those are shared, as many as a bound allows, for a rank may write any word.
     """
     place = parse_id(entry_id.decode())
     try:
         return Hint(
             id=place,
-            kind=intern(fields[b"kind"].decode()),
+            kind=_word(fields[b"kind"]),
             rank=int(fields.get(b"rank", b"-1")),
-            epoch=intern(fields.get(b"epoch", b"-").decode()),
-            incarnation=intern(fields.get(b"inc", b"").decode()),
-            status=intern(fields.get(b"status", b"").decode()),
+            epoch=_word(fields.get(b"epoch", b"-")),
+            incarnation=_word(fields.get(b"inc", b"")),
+            status=_word(fields.get(b"status", b"")),
             alarm=b"alarm" in fields,
         )
     except (KeyError, ValueError):
@@ -274,7 +287,7 @@ class Wakeups:
         for key, entries in stream_entries(reply):
             for entry_id, fields in entries:
                 hint = decode_hint(entry_id, fields)
-                logger.opt(lazy=True).trace("wake-up on {}", partial(_told, key, hint))
+                _trace("wake-up on {}", partial(_told, key, hint))
                 if key in self._cursors:
                     self._cursors[key] = hint.id
                     self._remember(key, hint)

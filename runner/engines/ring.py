@@ -165,10 +165,12 @@ class Ring:
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             answer, why = "", ""
         if answer == "no":
-            raise EngineFailure(f"rank {group.rank} was refused at {where}: {_printable(why)}")
+            from barrier.printable import printable  # noqa: PLC0415 - as in _why_not
+
+            raise EngineFailure(f"rank {group.rank} was refused at {where}: {printable(why, _LONGEST_LINE)}")
         if answer != "ok":
             raise EngineFailure(
-                f"whoever rank {group.rank} met at {where}, is no engine of this ring, or ended before it had answered"
+                f"rank {group.rank} met no engine of this ring at {where}, or one that ended before it had answered"
             )
         self._reached = True
         return writer
@@ -210,8 +212,3 @@ class Ring:
         else:
             why = f"rank {group.rank} could not reach rank {after} at {group.endpoints[after]}"
         return f"the ring did not come together within {number(group.deadline * _OWN_SHARE)} s: {why}"
-
-
-def _printable(text: str) -> str:
-    """What a stranger may have written, fit for a terminal."""
-    return "".join(one if one.isprintable() else "?" for one in text[:_LONGEST_LINE])

@@ -285,6 +285,24 @@ def test_any_fields_are_a_hint(fields: dict[bytes, bytes]) -> None:
     assert decode_hint(b"7-1", fields).id == (7, 1)
 
 
+def hint_that_says(status: bytes) -> Hint:
+    return decode_hint(b"7-1", {b"kind": b"report", b"rank": b"0", b"status": status})
+
+
+def test_hints_share_their_words() -> None:
+    first, second = (hint_that_says(b"Run" + b"ning") for _ in range(2))
+    assert first.status is second.status
+
+
+def test_nothing_is_held_of_the_words_that_a_hostile_rank_makes_up() -> None:
+    first = hint_that_says(b"first word")
+    for number in range(2_000):
+        hint_that_says(b"word %d" % number)
+    assert hint_that_says(b"first word").status is not first.status, "it is held after 2,000 others"
+    long = b"x" * 100_000
+    assert hint_that_says(long).status is not hint_that_says(long).status, "a long word is held"
+
+
 # --- the barrier's watch ------------------------------------------------------------------------------------------------
 
 
