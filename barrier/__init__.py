@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from barrier.arrivals import Break, RankRule, Requirement, all_ranks, find_break, missing_ranks
     from barrier.barrier import Barrier, Wake
     from barrier.clock import Clock, SystemClock
-    from barrier.connect import adopt, connect
     from barrier.errors import (
         ClaimLost,
         HeartbeatFailed,
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
         StoreUnavailable,
         StoreUnsuitable,
     )
-    from barrier.explain import explain, explain_key
-    from barrier.ids import EpochId, LogId
     from barrier.member import (
         EpochAnnounced,
         Garbage,
@@ -44,8 +39,10 @@ if TYPE_CHECKING:
         TaskEntry,
         VerdictAnnounced,
     )
-    from barrier.model import EpochRecord, Leadership, RankView, Snapshot, Verdict
-    from barrier.outcomes import (
+    from barrier.protocol.explain import explain, explain_key
+    from barrier.protocol.ids import EpochId, LogId
+    from barrier.protocol.model import EpochRecord, Leadership, RankView, Snapshot, Verdict
+    from barrier.protocol.outcomes import (
         Aborted,
         Already,
         CheckOutcome,
@@ -71,9 +68,11 @@ if TYPE_CHECKING:
         Unknown,
         WaitOutcome,
     )
-    from barrier.report import Report, TaskOutcome
+    from barrier.protocol.report import Report, TaskOutcome
+    from barrier.protocol.requirement import Break, RankRule, Requirement, all_ranks, find_break, missing_ranks
     from barrier.settings import Settings
-    from barrier.store import Store
+    from barrier.store.connect import adopt, connect
+    from barrier.store.store import Store
 
 __all__ = [
     "Aborted",
@@ -151,10 +150,17 @@ __all__ = [
 _HOME = {
     name: module
     for module, names in {
-        "barrier.arrivals": ("Break", "RankRule", "Requirement", "all_ranks", "find_break", "missing_ranks"),
+        "barrier.protocol.requirement": (
+            "Break",
+            "RankRule",
+            "Requirement",
+            "all_ranks",
+            "find_break",
+            "missing_ranks",
+        ),
         "barrier.barrier": ("Barrier", "Wake"),
         "barrier.clock": ("Clock", "SystemClock"),
-        "barrier.connect": ("adopt", "connect"),
+        "barrier.store.connect": ("adopt", "connect"),
         "barrier.errors": (
             "ClaimLost",
             "HeartbeatFailed",
@@ -170,8 +176,8 @@ _HOME = {
             "StoreUnavailable",
             "StoreUnsuitable",
         ),
-        "barrier.explain": ("explain", "explain_key"),
-        "barrier.ids": ("EpochId", "LogId"),
+        "barrier.protocol.explain": ("explain", "explain_key"),
+        "barrier.protocol.ids": ("EpochId", "LogId"),
         "barrier.member": (
             "EpochAnnounced",
             "Garbage",
@@ -182,8 +188,8 @@ _HOME = {
             "TaskEntry",
             "VerdictAnnounced",
         ),
-        "barrier.model": ("EpochRecord", "Leadership", "RankView", "Snapshot", "Verdict"),
-        "barrier.outcomes": (
+        "barrier.protocol.model": ("EpochRecord", "Leadership", "RankView", "Snapshot", "Verdict"),
+        "barrier.protocol.outcomes": (
             "Aborted",
             "Already",
             "CheckOutcome",
@@ -209,9 +215,9 @@ _HOME = {
             "Unknown",
             "WaitOutcome",
         ),
-        "barrier.report": ("Report", "TaskOutcome"),
+        "barrier.protocol.report": ("Report", "TaskOutcome"),
         "barrier.settings": ("Settings",),
-        "barrier.store": ("Store",),
+        "barrier.store.store": ("Store",),
     }.items()
     for name in names
 }
@@ -226,14 +232,3 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
         raise AttributeError(f"module 'barrier' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
-
-
-class _Package(ModuleType):
-    """Two functions have the name of their module. The package's attribute is the function, whichever is imported first."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (isinstance(value, ModuleType) and _HOME.get(name) == f"barrier.{name}"):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -10,16 +10,13 @@ from typing import Any, TypeAlias, TypeVar
 from loguru import logger
 from redis.asyncio import Redis
 
-from barrier import scripts
-from barrier.arrivals import Requirement, all_ranks, find_break, missing_ranks, needed_from
 from barrier.clock import Clock, SystemClock
-from barrier.connect import adopt
 from barrier.errors import InvalidName, InvalidSettings, StoreError
-from barrier.explain import explain
-from barrier.ids import EpochId, LogId, new_nonce
-from barrier.keys import Keys, valid_digest, valid_step, valid_world_size
-from barrier.model import EpochRecord, Leadership, Snapshot, Verdict
-from barrier.outcomes import (
+from barrier.protocol.explain import explain
+from barrier.protocol.ids import EpochId, LogId, new_nonce
+from barrier.protocol.model import EpochRecord, Leadership, Snapshot, Verdict
+from barrier.protocol.names import valid_digest, valid_step, valid_world_size
+from barrier.protocol.outcomes import (
     Aborted,
     Already,
     CheckOutcome,
@@ -43,9 +40,14 @@ from barrier.outcomes import (
     Unknown,
     WaitOutcome,
 )
+from barrier.protocol.requirement import Requirement, all_ranks, find_break, missing_ranks, needed_from
+from barrier.protocol.wakeup import Hint, decode_hint
 from barrier.settings import Settings
-from barrier.store import Store
-from barrier.wakeups import Hint, Subscription, Wakeups, decode_hint
+from barrier.store import verbs
+from barrier.store.connect import adopt
+from barrier.store.keys import Keys
+from barrier.store.store import Store
+from barrier.store.wakeups import Subscription, Wakeups
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 MAX_NOTES_BYTES = 64 * 1024
@@ -156,7 +158,7 @@ class Barrier:
         await self.store.verify()
         self._acts = True
         asked_at = self.clock.now()
-        outcome = await scripts.lead(
+        outcome = await verbs.lead(
             self.store, self.keys, holder=self.holder, floor=self._term_floor, lease=self.settings.lease
         )
         match outcome:
@@ -174,7 +176,7 @@ class Barrier:
     async def resign(self) -> None:
         """Give leadership back, so that a standby need not wait for the lease."""
         self.leadership = None
-        await scripts.lead(self.store, self.keys, holder=self.holder, floor=0, lease=None)
+        await verbs.lead(self.store, self.keys, holder=self.holder, floor=0, lease=None)
 
     # --- the verbs ----------------------------------------------------------------------------------------------------
 
@@ -211,7 +213,7 @@ class Barrier:
             leadership = await self._authority()
             if isinstance(leadership, Fenced):
                 return leadership
-            outcome = await scripts.open_epoch(
+            outcome = await verbs.open_epoch(
                 self.store,
                 self.keys,
                 leadership=leadership,
@@ -242,7 +244,7 @@ class Barrier:
         leadership = await self._authority()
         if isinstance(leadership, Fenced):
             return leadership
-        outcome = await scripts.restore(
+        outcome = await verbs.restore(
             self.store,
             self.keys,
             leadership=leadership,
@@ -295,7 +297,7 @@ class Barrier:
         )
         if isinstance(args, Fenced):
             return args
-        return self._note(args, await scripts.dispatch(self.store, self.keys, **args))
+        return self._note(args, await verbs.dispatch(self.store, self.keys, **args))
 
     async def conclude(self, epoch: EpochId, verdict: Verdict) -> ConcludeOutcome:
         """End the epoch for all ranks. The first verdict wins; `Concluded.verdict` is that one."""
@@ -303,7 +305,7 @@ class Barrier:
         if isinstance(leadership, Fenced):
             return leadership
         seen_n = self._seen_n if self._current == epoch else 0
-        return await scripts.conclude(
+        return await verbs.conclude(
             self.store, self.keys, leadership=leadership, epoch=epoch, verdict=verdict, seen_n=seen_n
         )
 
@@ -344,7 +346,7 @@ class Barrier:
         """
         await self.store.verify()
         cursor = self._kept.cursor if self._kept is not None else (0, 0)
-        read = scripts.inspect if self._acts else scripts.look
+        read = verbs.inspect if self._acts else verbs.look
         snapshot = await read(self.store, self.keys, world_size=await self._size(), floor=self._floor)
         self._floor = max(self._floor, snapshot.floor)
         if snapshot.epoch is not None:
@@ -378,7 +380,7 @@ class Barrier:
 
         async def look() -> CheckOutcome:
             size = await self._size()
-            return await scripts.check(self.store, self.keys, epoch=epoch, requirement=requirement, world_size=size)
+            return await verbs.check(self.store, self.keys, epoch=epoch, requirement=requirement, world_size=size)
 
         async def watch(snapshot: Snapshot, seconds: float) -> Wake:
             return await self.watch(snapshot, requirement, seconds)
@@ -470,7 +472,7 @@ class Barrier:
                 hints, outcome = await self._leave_dispatch(args, tally.place, left, try_first=not tried)
                 tried = True
                 if outcome is None:  # the script is not there, or the connection: the ordinary way brings both along
-                    outcome = self._note(args, await scripts.dispatch(self.store, self.keys, **args))
+                    outcome = self._note(args, await verbs.dispatch(self.store, self.keys, **args))
                     return Wake.DISTURBED if isinstance(outcome, NotReady) else outcome
             else:
                 async with self._subscribe(snapshot) as subscription:
@@ -483,14 +485,14 @@ class Barrier:
                 return Wake.DISTURBED
         if tally.missing:
             return Wake.QUIET
-        return self._note(args, await scripts.dispatch(self.store, self.keys, **args))
+        return self._note(args, await verbs.dispatch(self.store, self.keys, **args))
 
     async def _leave_dispatch(
-        self, args: scripts.DispatchArgs, place: tuple[int, int], seconds: float, *, try_first: bool
+        self, args: verbs.DispatchArgs, place: tuple[int, int], seconds: float, *, try_first: bool
     ) -> tuple[list[Hint], DispatchOutcome | None]:
         if self._gate_reader is None:
             self._gate_reader = self.store.reader()
-        entries, outcome = await scripts.dispatch_when_pushed(
+        entries, outcome = await verbs.dispatch_when_pushed(
             self.store,
             self._gate_reader,
             self.keys,
@@ -582,7 +584,7 @@ class Barrier:
         *,
         repeatable: bool = False,
         endpoints: bool = False,
-    ) -> scripts.DispatchArgs | Fenced:
+    ) -> verbs.DispatchArgs | Fenced:
         leadership = await self._authority(take=False)
         if isinstance(leadership, Fenced):
             return leadership
@@ -608,7 +610,7 @@ class Barrier:
             "known_n": known_n if known_attempt == attempt else 0,
         }
 
-    def _note(self, args: scripts.DispatchArgs, outcome: DispatchOutcome) -> DispatchOutcome:
+    def _note(self, args: verbs.DispatchArgs, outcome: DispatchOutcome) -> DispatchOutcome:
         """Remember what was dispatched, and where in the log it stands."""
         match outcome:
             case Dispatched(entry) | Already(entry):

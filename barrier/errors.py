@@ -14,8 +14,8 @@
     └── PartFailed            a mistake of ours ended a part of this process; its frames are in the log
         └── HeartbeatFailed   … the heartbeat of a rank, which accepts nothing any more
 
-Expected outcomes (timed out, aborted, superseded…) are values in `barrier.model`. A driver's error is translated once, in
-`barrier.store`, with ``from``.
+Expected outcomes (timed out, aborted, superseded…) are values in `barrier.protocol.outcomes`. A driver's error is translated once, in
+`barrier.store.store`, with ``from``.
 
 Whoever runs on waits out every `StoreError` but `StoreCorrupt`: a failover ends, a secret is renewed, an administrator sets a policy
 right. So the list of what is permanent is the closed one, and an answer that nobody has ever seen is waited out.

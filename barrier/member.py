@@ -26,7 +26,6 @@ from redis.exceptions import WatchError
 
 from barrier import supervise
 from barrier.clock import Clock, SystemClock
-from barrier.connect import adopt
 from barrier.errors import (
     ClaimLost,
     HeartbeatFailed,
@@ -36,16 +35,18 @@ from barrier.errors import (
     StoreCorrupt,
     StoreError,
 )
-from barrier.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
-from barrier.keys import Keys, shown, valid_digest, valid_endpoint, valid_status, valid_world_size
 from barrier.log import LogContext, logger
-from barrier.model import Verdict
 from barrier.plain import number
-from barrier.prompt import GAP, Template, pack
-from barrier.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
+from barrier.protocol.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
+from barrier.protocol.model import Verdict
+from barrier.protocol.names import shown, valid_digest, valid_endpoint, valid_status, valid_world_size
+from barrier.protocol.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
 from barrier.spares import Seat, Spare
-from barrier.store import Store, is_spoiled, stream_entries
+from barrier.store.connect import adopt
+from barrier.store.connection import GAP, Template, pack
+from barrier.store.keys import Keys
+from barrier.store.store import Store, is_spoiled, stream_entries
 
 _ROSTER_CHUNK = 64  # as in lua/prelude.lua
 ENDPOINTS_CHUNK = 64

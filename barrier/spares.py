@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from barrier.errors import StoreError
-from barrier.keys import SPARE_SEATS, Keys
-from barrier.report import Report, UndecodableReport
-from barrier.store import Store
+from barrier.protocol.report import Report, UndecodableReport
+from barrier.store.keys import SPARE_SEATS, Keys
+from barrier.store.store import Store
 
 _NODE_CHARS = 64
 

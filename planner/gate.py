@@ -37,9 +37,9 @@ from barrier import (
     supervise,
 )
 from barrier.errors import InvalidName
-from barrier.keys import shown
 from barrier.log import logger
-from barrier.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
+from barrier.protocol.names import shown
+from barrier.protocol.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
 from planner.lifecycle import Step, StepName, predecessor, steps_for
 from planner.spec import InstanceSpec, Policy
 from planner.tasks import task_for

@@ -14,12 +14,12 @@ from redis.asyncio import Redis
 
 from barrier import Barrier, Clock, Settings, Snapshot, StoreError, SystemClock, adopt, supervise
 from barrier.errors import RankgateError
-from barrier.ids import new_nonce
-from barrier.keys import Keys
 from barrier.log import logger
 from barrier.plain import number
-from barrier.store import Store
-from barrier.wakeups import Wakeups
+from barrier.protocol.ids import new_nonce
+from barrier.store.keys import Keys
+from barrier.store.store import Store
+from barrier.store.wakeups import Wakeups
 from planner.explain import explain_instance
 from planner.loop import InstanceLoop, State
 from planner.registry import InstanceRecord, Registry

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import WatchError
 
 from barrier.errors import RankgateError, StoreCorrupt
-from barrier.keys import Keys, NamespaceKeys
 from barrier.log import logger
-from barrier.store import Store, is_spoiled
+from barrier.store.keys import Keys, NamespaceKeys
+from barrier.store.store import Store, is_spoiled
 from planner.spec import InstanceSpec
 
 MAX_CHANGES = 1_000

@@ -12,11 +12,11 @@ from typing import Any
 
 from barrier import Barrier, Clock, EpochId, Snapshot, StoreError, supervise
 from barrier.errors import InvalidName, RankgateError
-from barrier.keys import Keys
 from barrier.log import logger
-from barrier.outcomes import Already, Dispatched
 from barrier.plain import number
-from barrier.store import Store, is_spoiled, stream_entries
+from barrier.protocol.outcomes import Already, Dispatched
+from barrier.store.keys import Keys
+from barrier.store.store import Store, is_spoiled, stream_entries
 from planner.lifecycle import SERVING
 from planner.spec import InstanceSpec
 from planner.tasks import generation_task

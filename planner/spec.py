@@ -9,8 +9,8 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from barrier.errors import InvalidSettings
-from barrier.keys import shown, valid_name, valid_world_size
 from barrier.plain import number
+from barrier.protocol.names import shown, valid_name, valid_world_size
 from planner.policy import PATIENCE, Policy
 from runner.model import ModelSpec
 from runner.worded import Worded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from barrier.ids import EpochId
+from barrier.protocol.ids import EpochId
 from planner.lifecycle import Step
 from planner.policy import Policy
 from planner.spec import InstanceSpec

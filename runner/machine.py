@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
 from barrier.errors import InvalidName
-from barrier.ids import EpochId
-from barrier.report import TaskOutcome
+from barrier.protocol.ids import EpochId
+from barrier.protocol.report import TaskOutcome
 from runner.messages import Rejection, RejectionCode, StatusName, Task, TaskKind
 
 _ALWAYS: frozenset[TaskKind] = frozenset({"CancelTask", "Shutdown"})

@@ -38,9 +38,9 @@ from barrier import (
     VerdictAnnounced,
     supervise,
 )
-from barrier.keys import valid_endpoint
 from barrier.log import logger
 from barrier.plain import number
+from barrier.protocol.names import valid_endpoint
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineHost
 from runner.machine import (
@@ -177,7 +177,10 @@ class Runner:
             StoreError: the store could not be reached to begin with. Later outages are waited out.
         """
         with self._member.about.applied():
-            await self._run(wait_for_store)
+            try:
+                await self._run(wait_for_store)
+            finally:
+                self._leaving.set()  # whoever asks for the end of what has ended is told nothing
 
     async def _run(self, wait_for_store: float) -> None:
         try:

@@ -23,14 +23,14 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from barrier import scripts
-from barrier.arrivals import RankRule, Requirement
-from barrier.ids import EpochId
-from barrier.keys import Keys
-from barrier.model import Leadership, Verdict
-from barrier.outcomes import Following, Leading, Opened
-from barrier.report import Report
-from barrier.store import Store
+from barrier.protocol.ids import EpochId
+from barrier.protocol.model import Leadership, Verdict
+from barrier.protocol.outcomes import Following, Leading, Opened
+from barrier.protocol.report import Report
+from barrier.protocol.requirement import RankRule, Requirement
+from barrier.store import verbs
+from barrier.store.keys import Keys
+from barrier.store.store import Store
 from barrier.testing import reference as ref
 
 WORLD_SIZE = 2
@@ -114,7 +114,7 @@ class Twins:
         self.epochs = [EpochId(1, "f" * 32)]
         self.calls: list[Call] = []
 
-    async def call(self, call: Call) -> Any:  # noqa: ANN401  one of `barrier.outcomes`, or None
+    async def call(self, call: Call) -> Any:  # noqa: ANN401  one of `barrier.protocol.outcomes`, or None
         """Carry out one call on both; returns the answer.
 
         Raises:
@@ -136,7 +136,7 @@ class Twins:
         Raises:
             Difference: they differ.
         """
-        seen = await scripts.inspect(self.store, self.keys, world_size=WORLD_SIZE)
+        seen = await verbs.inspect(self.store, self.keys, world_size=WORLD_SIZE)
         with self.store.errors():
             entries = await self.store.commands.xrange(self.keys.tasks)
         state, record, stored = self.state, self.state.record, seen.epoch
@@ -226,26 +226,26 @@ class Twins:
                 lease = LEASE_SECONDS if call.kind == "lead" else 0.0
                 return (
                     lambda now: ref.lead(state, now, holder=call.holder, floor=call.n, lease_ms=round(lease * 1000)),
-                    lambda: scripts.lead(store, keys, holder=call.holder, floor=call.n, lease=lease or None),
+                    lambda: verbs.lead(store, keys, holder=call.holder, floor=call.n, lease=lease or None),
                 )
             case "open":
                 same = by | {"nonce": NONCES[call.nonce], "floor": call.n, "ordinal": call.n}
                 same |= {"digest": call.digest, "notes": "x"}
                 return (
                     lambda now: ref.open_epoch(state, now, **same),
-                    lambda: scripts.open_epoch(store, keys, world_size=WORLD_SIZE, **same),
+                    lambda: verbs.open_epoch(store, keys, world_size=WORLD_SIZE, **same),
                 )
             case "restore":
                 same = by | {"epoch": epoch, "status": call.status, "steps": ["connect"], "ordinal": call.n}
                 same |= {"digest": call.digest, "notes": "x", "floor": call.n}
                 return (
                     lambda now: ref.restore(state, now, **same),
-                    lambda: scripts.restore(store, keys, world_size=WORLD_SIZE, **same),
+                    lambda: verbs.restore(store, keys, world_size=WORLD_SIZE, **same),
                 )
             case "check":
                 return (
                     lambda now: ref.check(state, now, epoch=epoch, requirement=call.needs),
-                    lambda: scripts.check(store, keys, epoch=epoch, requirement=call.needs, world_size=WORLD_SIZE),
+                    lambda: verbs.check(store, keys, epoch=epoch, requirement=call.needs, world_size=WORLD_SIZE),
                 )
             case "dispatch":
                 same = by | {"epoch": epoch, "step": call.step, "payload": "{}", "requirement": call.needs}
@@ -253,14 +253,14 @@ class Twins:
                 same |= {"seen_n": call.n, "known_n": call.n}
                 return (
                     lambda now: ref.dispatch(state, now, **same),
-                    lambda: scripts.dispatch(store, keys, to=(0, WORLD_SIZE - 1), world_size=WORLD_SIZE, **same),
+                    lambda: verbs.dispatch(store, keys, to=(0, WORLD_SIZE - 1), world_size=WORLD_SIZE, **same),
                 )
             case "conclude":
                 same = by | {"epoch": epoch, "verdict": Verdict.aborted(f"because of {call.holder}", call.rank)}
                 same |= {"seen_n": call.n}
                 return (
                     lambda _: ref.conclude(state, **same),
-                    lambda: scripts.conclude(store, keys, **same),
+                    lambda: verbs.conclude(store, keys, **same),
                 )
             case _:
                 raise AssertionError(f"{call.kind} is not a verb")

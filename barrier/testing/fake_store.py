@@ -25,7 +25,7 @@ if find_spec("lupa") is None:  # fakeredis works without, and then knows no scri
 from redis import exceptions as driver
 from redis.asyncio import ConnectionPool, Redis
 
-from barrier.prompt import PromptConnection
+from barrier.store.connection import StoreConnection
 from barrier.testing.fake_server import ServerSocket, WatchedDatabase
 from barrier.testing.faults import FaultPlan, FaultyConnection, unpack_commands
 from barrier.testing.manual_clock import ManualClock
@@ -266,7 +266,7 @@ class FakeStore:
         self._connections.add(connection)
 
 
-class _Delivery(PromptConnection):
+class _Delivery(StoreConnection):
     """The last part of the way to the server: hands commands over unpacked, where fakeredis would parse them in Python."""
 
     takes_standing = False

@@ -17,10 +17,10 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from barrier.clients import refuse_unusable
 from barrier.clock import Clock, SystemClock
-from barrier.prompt import PromptConnection
-from barrier.scripts import VERBS, script
+from barrier.store.clients import refuse_unusable
+from barrier.store.connection import StoreConnection
+from barrier.store.script import VERBS, script
 from barrier.testing.names import command_name
 
 Action: TypeAlias = Callable[[], Awaitable[object] | object]
@@ -178,7 +178,7 @@ class FaultPlan:
         return self
 
 
-class FaultyConnection(PromptConnection):
+class FaultyConnection(StoreConnection):
     """A connection that follows a plan. Mixed in before a real connection class."""
 
     _pending: list[_Fault]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 from redis.asyncio import Redis
 
-from barrier.scripts import VERBS
+from barrier.store.script import VERBS
 
 _SENT_WITHOUT_A_METHOD = frozenset(
     {"asking", "auth", "client", "cluster", "config", "del", "discard", "exec", "function", "hello", "memory", "multi"}

@@ -1,6 +1,6 @@
 """The barrier's verbs in plain Python, small enough to read in one sitting: what `barrier/lua` must do, and the oracle in tests.
 
-A state is a value: every verb takes one and returns the next with the answer, which is the outcome that `barrier.scripts`
+A state is a value: every verb takes one and returns the next with the answer, which is the outcome that `barrier.store.verbs`
 returns for the same call. States are hashable, so that a search can visit each once. Time is an argument, in milliseconds.
 """
 
@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from barrier.arrivals import Requirement
-from barrier.ids import EpochId, LogId
-from barrier.model import Leadership, Verdict
-from barrier.outcomes import (
+from barrier.protocol.ids import EpochId, LogId
+from barrier.protocol.model import Leadership, Verdict
+from barrier.protocol.outcomes import (
     Aborted,
     Already,
     CheckOutcome,
@@ -36,6 +35,7 @@ from barrier.outcomes import (
     Unconcluded,
     Unknown,
 )
+from barrier.protocol.requirement import Requirement
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from typing import Any
 from redis.asyncio import Redis
 
 from barrier.clock import Clock
-from barrier.ids import EpochId
 from barrier.member import EpochAnnounced, LogEntry, Member, NotPromised, Promised, TaskEntry
-from barrier.report import TaskOutcome
+from barrier.protocol.ids import EpochId
+from barrier.protocol.report import TaskOutcome
 from barrier.settings import Settings
-from barrier.store import Store
+from barrier.store.store import Store
 from barrier.testing.fake_store import FakeStore
 
 _lives = itertools.count(1)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from barrier.acl import (
+from barrier.errors import InvalidSettings
+from barrier.protocol.names import valid_world_size
+from barrier.store.acl import (
     NOBODY,
     AclUser,
     admin_user,
@@ -22,8 +24,7 @@ from barrier.acl import (
     planner_user,
     rank_user,
 )
-from barrier.errors import InvalidSettings
-from barrier.keys import Keys, valid_world_size
+from barrier.store.keys import Keys
 from planner.cli.process import complain
 
 _LONGEST = 512

@@ -12,7 +12,7 @@ import typer
 
 from barrier import InvalidSettings, Settings
 from barrier.errors import RankgateError
-from barrier.keys import MAX_WORLD_SIZE
+from barrier.protocol.names import MAX_WORLD_SIZE
 from planner import cli
 from planner.cli.once import OnceTyper
 from planner.cli.options import (

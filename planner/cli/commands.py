@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from barrier import Settings, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
-from barrier.keys import Keys
 from barrier.log import logger
 from barrier.plain import number
 from barrier.printable import printable, printable_text
+from barrier.store.keys import Keys
 from planner import InstanceFailed, InstanceSpec, Planner, Policy
 from planner.cli.health import ProcessState, keeping_state
 from planner.cli.look import NOBODY_PLANS, TICK, Observer, Seen, Target

@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from barrier import Barrier, Settings, Store, StoreRefused, SystemClock, supervise
 from barrier.errors import RankgateError
-from barrier.keys import Keys
 from barrier.log import logger
 from barrier.printable import printable
-from barrier.report import Report, UndecodableReport
+from barrier.protocol.report import Report, UndecodableReport
 from barrier.spares import read_spares
+from barrier.store.keys import Keys
 from planner.cli.process import connect_store
 from planner.registry import Registry
 

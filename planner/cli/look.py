@@ -16,10 +16,11 @@ from rich.text import Text
 
 from barrier import Barrier, Settings, Snapshot, Store, StoreError, StoreRefused, SystemClock
 from barrier.errors import RankgateError
-from barrier.keys import Keys, shown
 from barrier.printable import printable
-from barrier.report import Report
+from barrier.protocol.names import shown
+from barrier.protocol.report import Report
 from barrier.spares import Spare, read_spares, read_surplus
+from barrier.store.keys import Keys
 from planner.cli.process import connect_store
 from planner.cli.screen import Picture, attempt, heading, render, rows, table
 from planner.cli.show import PlainShow, can_draw, people, tell

@@ -11,8 +11,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import typer
 
 from barrier import InvalidName, InvalidSettings, Settings
-from barrier.keys import MAX_WORLD_SIZE, shown, valid_name
 from barrier.plain import number
+from barrier.protocol.names import MAX_WORLD_SIZE, shown, valid_name
 
 DEFAULT_NAMESPACE = "rankgate"
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from loguru import Record
 
     from barrier import Store
-    from barrier.fitness import Role
+    from barrier.store.fitness import Role
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

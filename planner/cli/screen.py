@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from barrier import Snapshot, missing_ranks
-from barrier.model import RankView
 from barrier.printable import printable, printable_text
+from barrier.protocol.model import RankView
 from planner.explain import explain_instance, is_serving
 from planner.lifecycle import next_step, serving_requirement
 

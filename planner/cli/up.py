@@ -16,9 +16,9 @@ from rich.text import Text
 
 from barrier import Barrier, Settings, Snapshot, StoreError, SystemClock, supervise
 from barrier.errors import RankgateError
-from barrier.keys import Keys
 from barrier.log import logger
 from barrier.printable import printable_text
+from barrier.store.keys import Keys
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, Planner
 from planner.cli.look import TICK, Observer, UnknownInstance, look_again
 from planner.cli.options import DEFAULT_NAMESPACE, rank_span

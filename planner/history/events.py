@@ -11,10 +11,11 @@ from typing import Any, Literal, TypeAlias
 from pydantic import ValidationError
 
 from barrier.errors import InvalidName
-from barrier.ids import INCARNATION_WIDTH, EpochId, LogId
-from barrier.keys import Keys, valid_status, valid_step
-from barrier.model import Verdict
-from barrier.store import Store
+from barrier.protocol.ids import INCARNATION_WIDTH, EpochId, LogId
+from barrier.protocol.model import Verdict
+from barrier.protocol.names import valid_status, valid_step
+from barrier.store.keys import Keys
+from barrier.store.store import Store
 from runner.messages import (
     MalformedMessage,
     Rejection,

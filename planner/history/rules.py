@@ -12,7 +12,7 @@ from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from barrier.ids import EpochId, LogId
+from barrier.protocol.ids import EpochId, LogId
 from planner.history.events import (
     EpochConcluded,
     EpochOpened,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from barrier.errors import RankgateError
-from barrier.ids import EpochId
-from barrier.model import Verdict
+from barrier.protocol.ids import EpochId
+from barrier.protocol.model import Verdict
 from planner.history.events import EpochConcluded, EpochOpened, EpochRestored, History, RankSaid, StepDispatched
 from planner.history.rules import kind_of
 from runner.messages import (

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 from barrier import Barrier, Store, StoreError
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from planner.history import EpochConcluded, EpochOpened, StepDispatched, find_breaches, kind_of, read_history
 from planner.launcher import Program, own_command, own_environment
 from planner.planner import InstanceFailed, Planner

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, TypeAlias
 
 from barrier import EpochId, Store
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from planner.race.scenario import LIMIT, MODEL, PUBLISH, WORLD_SIZE
 from runner.messages import ConnectToGroup, LoadModel, StartWarmup, Task, decode_task, encode
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 
 from barrier import Barrier, EpochId, Opened, Store, Verdict
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from planner.history import History, find_breaches, read_history
 from planner.launcher import Program, own_environment
 from planner.race.figures import RunFigures

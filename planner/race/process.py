@@ -13,7 +13,7 @@ from loguru import logger
 from redis.exceptions import ResponseError
 
 from barrier import EpochId, Member, Store, connect
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from planner.launcher import leave_with_parent
 from planner.race.mail import publish, tasks_for
 from planner.race.scenario import SETTINGS, WORLD_SIZE, Role, engine_config

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from barrier import Clock, EpochId, Member, Settings, StoreUnavailable, TaskEntry, TaskOutcome
 from barrier.member import Event, PromiseOutcome
-from barrier.store import Store
+from barrier.store.store import Store
 from barrier.testing import FakeStore, wait_until
 from barrier.testing.names import one_of
 from runner.machine import Invalid, NotYet, Refusal, Stale

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from barrier import Store, scripts
-from barrier.outcomes import DispatchOutcome
+from barrier import Store
+from barrier.protocol.outcomes import DispatchOutcome
+from barrier.store import script, verbs
 
 _ANSWER = "return { 'DISPATCHED', id }"
 _TOLD = """
@@ -28,14 +29,14 @@ def telling_script() -> Generator[list[float]]:
 
     Gives the list to which each dispatch adds its time, in seconds of the machine's clock.
     """
-    real, understood = scripts.script, vars(scripts)["_dispatched"]
+    real, understood = script.script, vars(verbs)["_dispatched"]
     dispatch = real("dispatch")
     assert dispatch.text.count(_ANSWER) == 1
     text = dispatch.text.replace(_ANSWER, _TOLD)
     telling = replace(dispatch, text=text, sha=hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
     began: list[float] = []
 
-    def telling_or_real(name: str) -> scripts.Script:
+    def telling_or_real(name: str) -> script.Script:
         return telling if name == "dispatch" else real(name)
 
     def note(reply: Sequence[Any]) -> DispatchOutcome:
@@ -44,7 +45,7 @@ def telling_script() -> Generator[list[float]]:
             began.append(float(at))
         return understood(reply)
 
-    with patch.object(scripts, "script", telling_or_real), patch.object(scripts, "_dispatched", note):
+    with patch.object(script, "script", telling_or_real), patch.object(verbs, "_dispatched", note):
         yield began
 
 

@@ -25,7 +25,7 @@ from barrier import (
     Wake,
     connect,
 )
-from barrier.outcomes import DispatchOutcome, ReleaseOutcome
+from barrier.protocol.outcomes import DispatchOutcome, ReleaseOutcome
 from tests.benchmarks.commits import Commits, telling_script
 from tests.benchmarks.group import PATIENCE, Absent, Readers, load_task, now, open_epoch, readers
 from tests.benchmarks.readers import SETTINGS

@@ -15,9 +15,9 @@ from typing import Any
 from redis.asyncio import ConnectionPool, Redis
 
 from barrier import Barrier, EpochId, Opened, Report, Store
-from barrier.ids import new_incarnation
-from barrier.prompt import PromptConnection
-from barrier.scripts import VERBS, script
+from barrier.protocol.ids import new_incarnation
+from barrier.store.connection import StoreConnection
+from barrier.store.script import VERBS, script
 from barrier.testing.faults import unpack_commands
 from runner.messages import LoadModel, ModelSpec, derive_task_id, encode
 from tests.benchmarks.readers import LEASE
@@ -123,7 +123,7 @@ async def readers(url: str, group: str, ranks: range, world_size: int) -> AsyncG
 _HANDSHAKE = ("AUTH", "CLIENT", "HELLO", "SELECT")
 
 
-class CountingConnection(PromptConnection):
+class CountingConnection(StoreConnection):
     """Counts round trips by what they begin with: a command, or the name of a verb's script."""
 
     def __init__(self, *, tally: Counter[str], **kwargs: Any) -> None:

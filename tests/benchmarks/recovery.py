@@ -28,7 +28,7 @@ from barrier import (
     VerdictAnnounced,
     connect,
 )
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner import GenerationFailed, Instance, InstanceSpec, Planner, Policy
 from planner.registry import Registry

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from barrier import Barrier, Concluded, Dispatched, EpochId, NotReady, Opened, Store, Verdict, connect
-from barrier.scripts import script
+from barrier.store.script import script
 from tests.benchmarks.group import Absent, load_task, open_epoch
 from tests.benchmarks.readers import SETTINGS
 from tests.benchmarks.stats import Samples

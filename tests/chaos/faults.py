@@ -18,7 +18,7 @@ import psutil
 from redis.exceptions import RedisError, ResponseError
 
 from barrier import StoreError
-from barrier.keys import NamespaceKeys
+from barrier.store.keys import NamespaceKeys
 from barrier.testing import wait_until
 from planner.explain import is_serving
 from runner.messages import MAX_MESSAGE_BYTES, ConnectToGroup, LoadModel, StartWarmup, derive_task_id, encode
@@ -208,9 +208,9 @@ async def replace_runner(world: World, rng: random.Random) -> Effect | None:
         if not stays.running:
             raise AssertionError(f"both processes of {old.name} have left: {old.log(3)} | {new.log(3)}")
         group.processes[rank] = stays
-        if stays is new or "no answer from the store" not in new.log(100):
-            world.expected.discard(stays.pid)
-        # Otherwise the store may have the claim of one that left before it was told so: then the old one leaves, too.
+        if stays is old and "no answer from the store" in new.log(100):
+            world.doubtful.add(old.pid)  # the store may have the claim of the new one: then the old one leaves, too
+        world.expected.discard(stays.pid)
         if leaves.code != 1:
             raise AssertionError(f"{leaves.name} (pid {leaves.pid}) ended with {leaves.code}: {leaves.log(3)}")
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from barrier import Store, StoreError
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from planner.history import History, read_history
 
 MARK = b"chaos"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from barrier import EpochId, Verdict
-from barrier.ids import LogId
+from barrier.protocol.ids import LogId
 from planner.history import EpochConcluded, History
 from tests.chaos.checker import judge_journal, judge_verdicts
 from tests.chaos.faults import Injected

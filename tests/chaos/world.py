@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from barrier import Barrier, Settings, Store, StoreError, SystemClock, connect
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner import GenerationFailed, InstanceSpec, ModelSpec
 from planner.explain import is_serving
@@ -162,6 +162,8 @@ class World:
         self.planners: list[Process] = []
         self.expected: set[int] = set()
         """Pids of processes that may end: they were killed, or replaced."""
+        self.doubtful: set[int] = set()
+        """Pids of runners whose rank another one may have claimed, which then left before it was told so."""
         self.replaced: set[int] = set()
         """Pids of runners that were stopped while another process took their rank."""
         self.ended: list[Ended] = []
@@ -321,6 +323,8 @@ class World:
         excuse = ""
         if process.code == 1 and recently and not served:
             excuse = "it started while its store was away, and said so"
+        elif process.code == 1 and process.pid in self.doubtful and "holds this rank now" in words:
+            excuse = "it was replaced by one that had left before it was told that it had the rank"
         self.expected.add(process.pid)
         self.ended.append(Ended(process.name, process.code or 0, excuse, words))
 

@@ -20,8 +20,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from barrier import Settings, Store, StoreError, SystemClock, connect
-from barrier.ids import EpochId
-from barrier.keys import Keys
+from barrier.protocol.ids import EpochId
+from barrier.store.keys import Keys
 from planner.cli.look import Observer, Seen, UnknownInstance
 from planner.history import History, RankSaid, find_breaches, read_history
 from planner.requests import RequestQueue

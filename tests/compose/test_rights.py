@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from barrier.keys import Keys, NamespaceKeys
-from barrier.scripts import script
+from barrier.store.keys import Keys, NamespaceKeys
+from barrier.store.script import script
 from tests.compose.cluster import BOUND, INSTANCE, NAMESPACE, ROOT, ComposeCluster, docker
 
 pytestmark = [pytest.mark.anyio, pytest.mark.compose]

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from barrier import Store, Verdict, adopt, connect, outcomes, scripts
+from barrier import Store, Verdict, adopt, connect
+from barrier.protocol import outcomes
+from barrier.store import script
 from barrier.testing import FakeStore, ManualClock, conformance
 from barrier.testing import reference as ref
 from tests.integration.servers import RealCluster, RealServer
@@ -88,9 +90,9 @@ async def test_the_histories_reach_every_answer_of_every_verb() -> None:
             else:
                 seen["lead" if call.kind == "resign" else call.kind].add(names[type(answer)])
     await store.close()
-    for verb in scripts.VERBS:
+    for verb in script.VERBS:
         if verb != "inspect":
-            assert seen[verb] == set(scripts.script(verb).replies), verb
+            assert seen[verb] == set(script.script(verb).replies), verb
 
 
 def wrong_dispatch(state: ref.ReferenceState, _: int, **__: Any) -> Any:

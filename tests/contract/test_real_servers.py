@@ -25,7 +25,7 @@ from barrier import (
     Verdict,
     connect,
 )
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import ScriptedRank, scripted_ranks, wait_until
 from tests.integration.servers import Kind, RealSentinels, RealServer
 
@@ -70,7 +70,7 @@ async def test_replies_that_nobody_read_are_not_taken_for_those_of_the_next_call
             raise RuntimeError("a mistake of ours")
 
         with monkeypatch.context() as broken:
-            broken.setattr("barrier.store._reply", gives_up)
+            broken.setattr("barrier.store.store._reply", gives_up)
             with pytest.raises(RuntimeError, match="a mistake of ours"):
                 await store.exchange([("ECHO", "first"), ("ECHO", "second")])
         assert await store.exchange([("ECHO", "third")]) == [b"third"]

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from barrier import EpochId, EpochRecord, Leadership, LogId, RankView, Report, Settings, Snapshot, Verdict, all_ranks
-from barrier.model import StepRecord
-from barrier.outcomes import Already, Dispatched, Following, Leading, Opened, Released, Restored
-from barrier.report import TaskOutcome
+from barrier.protocol.model import StepRecord
+from barrier.protocol.outcomes import Already, Dispatched, Following, Leading, Opened, Released, Restored
+from barrier.protocol.report import TaskOutcome
 from barrier.testing import reference
 from barrier.testing.reference import ReferenceEntry, ReferenceReport, ReferenceState
 from planner.decide import Conclude, OpenEpoch, RestoreEpoch, Serve, View, decide

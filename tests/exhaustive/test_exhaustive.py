@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from barrier import EpochId, Leadership, LogId, all_ranks
-from barrier.outcomes import Dispatched
+from barrier.protocol.outcomes import Dispatched
 from barrier.testing import reference
 from barrier.testing.reference import ReferenceLeader, ReferenceRecord, ReferenceReport, ReferenceState
 from tests.exhaustive.model import Bounds

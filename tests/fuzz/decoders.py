@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from barrier import EpochId, Settings, TaskOutcome
 from barrier.errors import InvalidName, InvalidSettings
-from barrier.ids import LogId
-from barrier.keys import Keys, valid_digest, valid_name, valid_status, valid_step, valid_world_size
 from barrier.member import Garbage, decode_entry
-from barrier.model import Verdict
-from barrier.report import Report, UndecodableReport
-from barrier.scripts import _fields, _record  # pyright: ignore[reportPrivateUsage]  what reads a record has no other door
-from barrier.wakeups import decode_hint
+from barrier.protocol.ids import LogId
+from barrier.protocol.model import Verdict
+from barrier.protocol.names import valid_digest, valid_name, valid_status, valid_step, valid_world_size
+from barrier.protocol.report import Report, UndecodableReport
+from barrier.protocol.wakeup import decode_hint
+from barrier.store.keys import Keys
+from barrier.store.picture import as_fields, read_record
 from planner.history.events import _decode as _decode_history  # pyright: ignore[reportPrivateUsage]  as above
 from planner.recovery import decode_notes
 from planner.registry import _decode as _decode_instance  # pyright: ignore[reportPrivateUsage]  as above
@@ -116,9 +117,9 @@ def _read_entry(raw: bytes) -> object:
     return entry
 
 
-def _read_record(raw: bytes) -> object:
+def _parse_record(raw: bytes) -> object:
     parts = raw.split(b"\0")
-    record, why = _record(_fields(parts[: len(parts) // 2 * 2]), 2)
+    record, why = read_record(as_fields(parts[: len(parts) // 2 * 2]), 2)
     if record is None and _mapping(raw) and not why:
         raise Unfaithful("a record that is there and cannot be read must say why")
     if record is not None and (len(record.roster) != 2 or record.world_size != 2):
@@ -275,7 +276,7 @@ DECODERS: Mapping[str, Decoder] = MappingProxyType(
                 (),
                 (_flat({"kind": "report", "rank": 1, "epoch": EPOCH, "inc": INCARNATION, "status": "Idle"}),),
             ),
-            Decoder("epoch record", _read_record, (), (_flat(_RECORD),)),
+            Decoder("epoch record", _parse_record, (), (_flat(_RECORD),)),
             Decoder("notes", _read_notes, (), (b'{"charges": {"-1": 2, "0": 1}}',)),
             Decoder(
                 "history line",

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
-from barrier.keys import NamespaceKeys
+from barrier.store.keys import NamespaceKeys
 from barrier.testing import FakeStore, ManualClock
 from planner import GenerationFailed, InstanceFailed, Planner
 from planner.history import StepDispatched, find_breaches, read_history

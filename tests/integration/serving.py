@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from barrier import Barrier, Settings, Store, StoreError, SystemClock
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner import InstanceSpec, ModelSpec
 from planner.explain import is_serving

@@ -22,7 +22,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from barrier import Settings
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner.embedded import LOOPBACK
 from tests.integration.address import Address

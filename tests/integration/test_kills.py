@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from barrier import Barrier, EpochId, Report, Settings, Snapshot, Store, SystemClock
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner import GenerationFailed, Instance, InstanceSpec, ModelSpec, Planner, Policy
 from planner.history import (

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from barrier import Settings, Store
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner import InstanceSpec, ModelSpec, Planner, Policy
 from planner.history import EpochOpened, History, find_breaches, read_history, timeline

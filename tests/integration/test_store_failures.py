@@ -15,7 +15,7 @@ import trustme
 from redis.asyncio import Redis
 
 from barrier import Settings
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner.embedded import LOOPBACK
 from tests.integration.address import Address

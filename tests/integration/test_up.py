@@ -18,7 +18,7 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner.launcher import own_command, own_environment
 from tests.integration.servers import RealServer

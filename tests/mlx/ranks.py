@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from barrier import Member
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore
 from runner import EngineSpec, ProcessHost, Runner
 from runner.messages import decode_task

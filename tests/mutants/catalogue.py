@@ -35,11 +35,11 @@ _DISPATCH = "barrier/lua/dispatch.lua"
 _CONCLUDE = "barrier/lua/conclude.lua"
 _LEAD = "barrier/lua/lead.lua"
 _MEMBER = "barrier/member.py"
-_PROMPT = "barrier/prompt.py"
-_STANDING = "barrier/standing.py"
-_ARRIVALS = "barrier/arrivals.py"
+_CONNECTION = "barrier/store/connection.py"
+_STANDING = "barrier/store/standing.py"
+_REQUIREMENT = "barrier/protocol/requirement.py"
 _BARRIER = "barrier/barrier.py"
-_SCRIPTS = "barrier/scripts.py"
+_PICTURE = "barrier/store/picture.py"
 _MACHINE = "runner/machine.py"
 _RUNNER = "runner/runner.py"
 _MESSAGES = "runner/messages.py"
@@ -445,7 +445,7 @@ SCRIPTS: tuple[Mutation, ...] = (
         "floor-absurd-picture",
         "a planner does not adopt a number that nobody can have given",
         "S10",
-        Edit(_SCRIPTS, "    if said <= highest:\n", "    if True:\n"),
+        Edit(_PICTURE, "    if said <= highest:\n", "    if True:\n"),
         (PROPERTY,),
     ),
     # --- restore ----------------------------------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ RANKS: tuple[Mutation, ...] = (
         "what one rank has not read stays in the task log",
         "S3",
         Edit(
-            _ARRIVALS,
+            _REQUIREMENT,
             "return LogId(epoch.id.number, min(read) + 1) if min(read) else None",
             "return LogId(epoch.id.number, max(read) + 1) if max(read) else None",
         ),
@@ -851,7 +851,7 @@ PLANNERS: tuple[Mutation, ...] = (
         "a rank that failed ends the attempt for all",
         "S6",
         Edit(
-            _ARRIVALS,
+            _REQUIREMENT,
             "    if report.epoch == epoch.id and report.incarnation == mine and report.status in failed:",
             "    if False:",
         ),
@@ -861,7 +861,7 @@ PLANNERS: tuple[Mutation, ...] = (
         "break-restarted",
         "a rank that was restarted ends the attempt for all",
         "S6",
-        Edit(_ARRIVALS, "    if report.incarnation > mine:", "    if False:"),
+        Edit(_REQUIREMENT, "    if report.incarnation > mine:", "    if False:"),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
@@ -869,7 +869,7 @@ PLANNERS: tuple[Mutation, ...] = (
         "an earlier life that comes back late breaks nothing at once",
         "S6",
         Edit(
-            _ARRIVALS,
+            _REQUIREMENT,
             "    if report.incarnation < mine:\n        return None",
             '    if report.incarnation < mine:\n        return 1, Break(f"{who} was restarted", view.rank)',
         ),
@@ -879,14 +879,14 @@ PLANNERS: tuple[Mutation, ...] = (
         "break-promised",
         "a report that promised a later epoch proves that the store went back",
         "S6",
-        Edit(_ARRIVALS, "    if report.floor > epoch.id.number or (", "    if False and ("),
+        Edit(_REQUIREMENT, "    if report.floor > epoch.id.number or (", "    if False and ("),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "break-log",
         "a log of a later epoch proves that the record went back",
         "S6",
-        Edit(_ARRIVALS, "    if snapshot.log_end.number > epoch.id.number:", "    if False:"),
+        Edit(_REQUIREMENT, "    if snapshot.log_end.number > epoch.id.number:", "    if False:"),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
@@ -1165,7 +1165,7 @@ PLANNERS: tuple[Mutation, ...] = (
         "a record whose roster does not fit its size counts as missing",
         "S4",
         Edit(
-            _SCRIPTS,
+            _PICTURE,
             "        if recorded_size != world_size or len(joined) != recorded_size * INCARNATION_WIDTH:",
             "        if False:",
         ),
@@ -1463,7 +1463,7 @@ CONNECTIONS: tuple[Mutation, ...] = (
         "wrong-server",
         "a reply about the server ends the connections to it",
         "L7",
-        Edit(_PROMPT, "                standing.doubt(self)", "                pass"),
+        Edit(_CONNECTION, "                standing.doubt(self)", "                pass"),
         (WRONG_SERVER,),
     ),
     Mutation(
@@ -1477,14 +1477,14 @@ CONNECTIONS: tuple[Mutation, ...] = (
         "judged-anew",
         "each new connection's server is judged",
         "L7",
-        Edit(_PROMPT, "                standing.judge(facts_of(info), self._host_error())", "                pass"),
+        Edit(_CONNECTION, "                standing.judge(facts_of(info), self._host_error())", "                pass"),
         (WRONG_SERVER,),
     ),
     Mutation(
         "idle-connection",
         "a connection that lay idle is not used again",
         "L7",
-        Edit(_PROMPT, " or idle > IDLE_SECONDS", ""),
+        Edit(_CONNECTION, " or idle > IDLE_SECONDS", ""),
         (WRONG_SERVER,),
     ),
     Mutation(
@@ -1502,7 +1502,7 @@ CONNECTIONS: tuple[Mutation, ...] = (
         "certificate-renewed",
         "certificates are read again where their files have changed",
         "L7",
-        Edit(_PROMPT, "            if signature != self._signature:", "            if self._signature is None:"),
+        Edit(_CONNECTION, "            if signature != self._signature:", "            if self._signature is None:"),
         (WRONG_SERVER,),
     ),
 )

@@ -39,9 +39,9 @@ def test_every_guard_stands_where_the_list_says_and_can_be_taken_out(mutation: M
 
 
 def test_a_guard_that_has_changed_is_told() -> None:
-    edit = Edit("barrier/keys.py", "no such text", "")
+    edit = Edit("barrier/store/keys.py", "no such text", "")
     with pytest.raises(
-        Rotten, match=r"^mutation 'gone': its text is 0 times in barrier/keys.py, and must be there once"
+        Rotten, match=r"^mutation 'gone': its text is 0 times in barrier/store/keys.py, and must be there once"
     ):
         edit.applied_to((ROOT / edit.file).read_text("utf-8"), "gone")
     with pytest.raises(Rotten, match=r"is 2 times in"):

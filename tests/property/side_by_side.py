@@ -9,9 +9,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from barrier import EpochId, Leadership, RankRule, Report, Verdict, scripts
-from barrier.keys import Keys
-from barrier.store import Store
+from barrier import EpochId, Leadership, RankRule, Report, Verdict
+from barrier.store import verbs
+from barrier.store.keys import Keys
+from barrier.store.store import Store
 from barrier.testing import FakeStore, ManualClock
 from barrier.testing import reference as ref
 
@@ -147,11 +148,11 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
         case "lead" | "resign":
             lease_ms = LEASE_MS if kind == "lead" else 0
             both.state, answer = ref.lead(both.state, now, holder=a["who"], floor=a["n"], lease_ms=lease_ms)
-            real = await scripts.lead(
+            real = await verbs.lead(
                 both.store, both.keys, holder=a["who"], floor=a["n"], lease=lease_ms / 1000 if lease_ms else None
             )
             same(answer, real, kind)
-            if isinstance(real, scripts.Leading):
+            if isinstance(real, verbs.Leading):
                 both.leaderships.append(real.leadership)
         case "open":
             arguments: dict[str, Any] = {
@@ -162,9 +163,9 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
                 "digest": a["digest"],
             }
             both.state, answer = ref.open_epoch(both.state, now, notes="x", **arguments)
-            real = await scripts.open_epoch(both.store, both.keys, world_size=WORLD, notes="x", **arguments)
+            real = await verbs.open_epoch(both.store, both.keys, world_size=WORLD, notes="x", **arguments)
             same(answer, real, kind)
-            if isinstance(real, scripts.Opened):
+            if isinstance(real, verbs.Opened):
                 both.epochs.append(real.epoch)
         case "restore":
             arguments: dict[str, Any] = {
@@ -180,10 +181,10 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
                 "floor": epoch.number if a["bound"] else 0,
             }
             both.state, answer = ref.restore(both.state, now, **arguments)
-            same(answer, await scripts.restore(both.store, both.keys, world_size=WORLD, **arguments), kind)
+            same(answer, await verbs.restore(both.store, both.keys, world_size=WORLD, **arguments), kind)
         case "check":
             both.state, answer = ref.check(both.state, now, epoch=epoch, requirement=a["rules"])
-            real = await scripts.check(both.store, both.keys, epoch=epoch, requirement=a["rules"], world_size=WORLD)
+            real = await verbs.check(both.store, both.keys, epoch=epoch, requirement=a["rules"], world_size=WORLD)
             same(answer, real, kind)
         case "dispatch":
             arguments: dict[str, Any] = {
@@ -196,12 +197,12 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
             arguments |= {"attempt": a["attempt"], "after": a["after"], "repeatable": a["repeatable"]}
             arguments |= {"seen_n": a["n"], "known_n": a["n"] if a["bound"] else 0}
             both.state, answer = ref.dispatch(both.state, now, **arguments)
-            same(answer, await scripts.dispatch(both.store, both.keys, to=(0, 1), world_size=WORLD, **arguments), kind)
+            same(answer, await verbs.dispatch(both.store, both.keys, to=(0, 1), world_size=WORLD, **arguments), kind)
         case "conclude":
             verdict = Verdict.aborted(f"because of {a['who']}", a["rank"])
             arguments: dict[str, Any] = {"leadership": leadership, "epoch": epoch, "verdict": verdict, "seen_n": a["n"]}
             both.state, answer = ref.conclude(both.state, **arguments)
-            same(answer, await scripts.conclude(both.store, both.keys, **arguments), kind)
+            same(answer, await verbs.conclude(both.store, both.keys, **arguments), kind)
         case _:
             raise AssertionError(kind)
 
@@ -233,8 +234,8 @@ async def say(both: SideBySide, rank: int, a: dict[str, Any], epoch: EpochId | N
 
 async def compare(both: SideBySide) -> None:
     """The model's state is what `inspect` sees, entry by entry of the log."""
-    seen = await scripts.inspect(both.store, both.keys, world_size=WORLD)
-    looked = await scripts.look(both.store, both.keys, world_size=WORLD)
+    seen = await verbs.inspect(both.store, both.keys, world_size=WORLD)
+    looked = await verbs.look(both.store, both.keys, world_size=WORLD)
     same(seen, replace(looked, log_end=seen.log_end), "what plain reads show, and what the script does")
     record = both.state.record
     assert seen.unreadable == ""

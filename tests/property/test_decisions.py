@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from barrier import EpochId, EpochRecord, LogId, RankView, Report, Settings, Snapshot, TaskOutcome, Verdict, arrivals
-from barrier.model import StepRecord
+from barrier import EpochId, EpochRecord, LogId, RankView, Report, Settings, Snapshot, TaskOutcome, Verdict
+from barrier.protocol import requirement
+from barrier.protocol.model import StepRecord
 from planner import decide as brain
 from planner.decide import Conclude, Finished, GiveUp, OpenEpoch, PassGate, RestoreEpoch, Serve, Wait
 from planner.recovery import ABSENT, LOST, Memory, encode_notes, hold, observe
@@ -313,7 +314,7 @@ class World:
         attempt, step = self.attempt, asked.step.name
         if attempt is None or step in attempt.steps or self.log.number > attempt.id.number:
             return
-        late, passed = self.late_for(step), not arrivals.missing_ranks(self.picture(), asked.requirement)
+        late, passed = self.late_for(step), not requirement.missing_ranks(self.picture(), asked.requirement)
         self.rule(not (passed and late), f"{step} went out although ranks {late} had not arrived")
         self.rule(passed or bool(late), f"{step} was kept back although all ranks had arrived")
         if passed:

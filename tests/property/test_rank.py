@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
-from barrier import ClaimLost, EpochId, LogId, Member, Promised, Report, Settings, StoreError, Verdict, adopt, scripts
-from barrier.keys import Keys
+from barrier import ClaimLost, EpochId, LogId, Member, Promised, Report, Settings, StoreError, Verdict, adopt
 from barrier.member import EpochAnnounced, LogEntry, TaskEntry, VerdictAnnounced
-from barrier.model import Snapshot
+from barrier.protocol.model import Snapshot
+from barrier.store import verbs
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, StoreSnapshot
 
 TIMES = Settings(lease=3, heartbeat=1, reader_block=1)
@@ -382,7 +383,7 @@ def test_the_search_lays_a_record_out_as_planners_do() -> None:
         world = World()
         await world.happen(Step("open", above=5))
         async with world.fake.client() as client:
-            return await scripts.inspect(adopt(client), KEYS, world_size=RANK + 1)
+            return await verbs.inspect(adopt(client), KEYS, world_size=RANK + 1)
 
     seen = asyncio.run(opened())
     epoch = seen.epoch

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from barrier import Settings, Store, adopt, connect
-from barrier.outcomes import Dispatched, Opened
+from barrier.protocol.outcomes import Dispatched, Opened
 from barrier.testing import FakeStore, ManualClock
 from barrier.testing.conformance import NONCES, REQUIREMENTS, WORLD_SIZE, Call, Twins
 from tests.integration.servers import Kind, RealServer

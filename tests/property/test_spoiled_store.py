@@ -12,9 +12,10 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from barrier import Settings, StoreCorrupt, Verdict, adopt, scripts
-from barrier.outcomes import Dispatched, Released, Unknown
-from barrier.report import SCHEMA
+from barrier import Settings, StoreCorrupt, Verdict, adopt
+from barrier.protocol.outcomes import Dispatched, Released, Unknown
+from barrier.protocol.report import SCHEMA
+from barrier.store import verbs
 from barrier.testing import FakeStore, ManualClock
 from tests.property.side_by_side import PRELUDES, WORLD, SideBySide, begun, carry_out, steps
 
@@ -119,7 +120,7 @@ class Trial:
 
     async def unusable(self, what: str, word: str = "") -> None:
         """A record that nobody may act on: it counts as missing for those who look, and nothing is released."""
-        seen = await scripts.inspect(self.both.store, self.both.keys, world_size=WORLD)
+        seen = await verbs.inspect(self.both.store, self.both.keys, world_size=WORLD)
         assert seen.epoch is None, f"{what}, and the planner sees {seen.epoch}"
         assert word in seen.unreadable, f"{what}: {seen.unreadable}"
         assert seen.unreadable
@@ -185,7 +186,7 @@ class Trial:
         match verb:
             case "open":
                 del named["epoch"]
-                return await scripts.open_epoch(
+                return await verbs.open_epoch(
                     both.store,
                     both.keys,
                     nonce=a["nonce"],
@@ -197,7 +198,7 @@ class Trial:
                     **named,
                 )
             case "restore":
-                return await scripts.restore(
+                return await verbs.restore(
                     both.store,
                     both.keys,
                     status="Idle",
@@ -210,13 +211,13 @@ class Trial:
                     **named,
                 )
             case "conclude":
-                return await scripts.conclude(both.store, both.keys, verdict=Verdict.stopped(), seen_n=0, **named)
+                return await verbs.conclude(both.store, both.keys, verdict=Verdict.stopped(), seen_n=0, **named)
             case "check":
                 del named["leadership"]
-                return await scripts.check(both.store, both.keys, requirement=rules, world_size=size, **named)
+                return await verbs.check(both.store, both.keys, requirement=rules, world_size=size, **named)
             case _:
                 # A step of its own: whether it was dispatched before does not come into it.
-                return await scripts.dispatch(
+                return await verbs.dispatch(
                     both.store,
                     both.keys,
                     step="another",

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import trustme
 from redis.asyncio import Redis
 
-from barrier.acl import acl_file, admin_user, all_users, hashed
-from barrier.keys import Keys
+from barrier.store.acl import acl_file, admin_user, all_users, hashed
+from barrier.store.keys import Keys
 from planner.embedded import LOOPBACK
 from tests.integration.servers import Kind, RealCluster, RealSentinels, RealServer
 

@@ -17,7 +17,7 @@ from redis import exceptions as driver
 from redis.asyncio import Redis
 
 from barrier import ClaimLost, EpochId, Member, RankTaken, Report, Settings, Store, StoreError, connect
-from barrier.keys import Keys, NamespaceKeys
+from barrier.store.keys import Keys, NamespaceKeys
 from planner import InstanceSpec, Planner, Policy
 from planner.history import read_history
 from runner import InlineHost, Runner

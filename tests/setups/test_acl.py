@@ -25,10 +25,10 @@ from barrier import (
     Verdict,
     connect,
 )
-from barrier.acl import AclUser, observer_user, planner_user, rank_user
-from barrier.keys import Keys, NamespaceKeys
-from barrier.scripts import script
 from barrier.spares import read_spares, read_surplus
+from barrier.store.acl import AclUser, observer_user, planner_user, rank_user
+from barrier.store.keys import Keys, NamespaceKeys
+from barrier.store.script import script
 from barrier.testing import ScriptedRank, wait_until
 from tests.integration.servers import Kind
 from tests.setups.places import Setup, acl

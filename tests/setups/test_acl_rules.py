@@ -12,8 +12,8 @@ import pytest
 from loguru import logger
 
 from barrier import InvalidName
-from barrier.acl import NOBODY, acl_file, admin_user, all_users, hashed, observer_user, planner_user, rank_user
-from barrier.keys import Keys
+from barrier.store.acl import NOBODY, acl_file, admin_user, all_users, hashed, observer_user, planner_user, rank_user
+from barrier.store.keys import Keys
 from planner.cli.app import run_app
 
 KEYS = Keys("rankgate", "demo")

@@ -26,9 +26,9 @@ from barrier import (
     adopt,
     connect,
 )
-from barrier.cluster import first_key
-from barrier.keys import Keys
-from barrier.prompt import pack
+from barrier.store.cluster import first_key
+from barrier.store.connection import pack
+from barrier.store.keys import Keys
 from barrier.testing import wait_until
 from planner.cli.process import redacted
 from planner.embedded import LOOPBACK

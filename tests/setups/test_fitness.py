@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 
 from barrier import Barrier, Settings, Store, StoreRefused, StoreUnsuitable, adopt, connect
-from barrier.acl import hashed, observer_user, planner_user, rank_user
-from barrier.keys import Keys
+from barrier.store.acl import hashed, observer_user, planner_user, rank_user
+from barrier.store.keys import Keys
 from planner.embedded import LOOPBACK
 from tests.integration.servers import RealServer
 from tests.setups.places import administered

@@ -33,9 +33,9 @@ from barrier import (
     VerdictAnnounced,
     connect,
 )
-from barrier.keys import Keys
+from barrier.store.keys import Keys
+from barrier.store.wakeups import Wakeups
 from barrier.testing import ScriptedRank, wait_until
-from barrier.wakeups import Wakeups
 from planner import InstanceSpec, Planner
 from planner.history import find_breaches, read_history
 from runner import InlineHost, Runner

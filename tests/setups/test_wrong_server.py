@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import barrier.prompt
+import barrier.store.connection
 from barrier import Member, Settings, StoreError, StoreUnavailable, StoreUnsuitable, connect
 from barrier.testing import wait_until
 from planner.embedded import LOOPBACK
@@ -95,7 +95,7 @@ async def test_a_server_that_would_lose_keys_is_not_used_though_a_good_one_was_t
 @pytest.mark.parametrize("resets", [True, False], ids=["with a reset", "without a word"])
 async def test_a_burst_after_idleness_fails_no_call(monkeypatch: pytest.MonkeyPatch, resets: bool) -> None:
     """Regression: 3 of 4 calls failed, on connections that a balancer had forgotten."""
-    monkeypatch.setattr(barrier.prompt, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(barrier.store.connection, "IDLE_SECONDS", 0.5)
     async with RealServer(transport="tcp") as server, Address(server.port) as address:
         address.forgets_after, address.resets = 2.0, resets
         store = await connect(f"redis://{LOOPBACK}:{address.port}/0", settings=LONG)

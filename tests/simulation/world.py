@@ -15,7 +15,7 @@ from typing import Any
 from loguru import logger
 
 from barrier import ClaimLost, RankTaken, Settings, StoreError, adopt
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan
 from barrier.testing.fake_store import StoreSnapshot
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, ModelSpec, Planner, Policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from barrier import Verdict
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore
 
 

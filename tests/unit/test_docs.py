@@ -10,8 +10,8 @@ from typing import get_args
 
 import pytest
 
-from barrier.keys import Keys
-from barrier.report import SCHEMA
+from barrier.protocol.report import SCHEMA
+from barrier.store.keys import Keys
 from planner.lifecycle import TABLE
 from runner.machine import ACCEPTS
 from runner.messages import RejectionCode

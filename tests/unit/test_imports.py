@@ -130,16 +130,3 @@ def test_ctrl_c_while_it_imports_leaves_no_traceback() -> None:
     said = told(code)
     assert said.returncode == 130
     assert said.stderr == ""
-
-
-@pytest.mark.parametrize("first", ["barrier.connect", "barrier.explain", "barrier"])
-def test_a_function_that_has_the_name_of_its_module_is_the_function(first: str) -> None:
-    code = f"import {first}\nfrom barrier import connect, explain\nimport barrier\nprint(callable(connect), callable(explain), callable(barrier.connect))"
-    assert told(code).stdout == "True True True\n"
-
-
-@pytest.mark.parametrize("package", ["barrier", "runner", "planner"])
-def test_every_public_name_is_there(package: str) -> None:
-    code = f"import {package}\nfor name in {package}.__all__: getattr({package}, name)\nfrom {package} import *"
-    said = told(code)
-    assert said.returncode == 0, said.stderr

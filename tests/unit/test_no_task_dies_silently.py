@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from barrier import Barrier, HeartbeatFailed, Opened, PartFailed, RankTaken, Settings, adopt
+from barrier.protocol.wakeup import Hint
+from barrier.store.wakeups import Wakeups
 from barrier.testing import FakeStore, ManualClock, wait_until
 from barrier.testing.waiting import settle
-from barrier.wakeups import Hint, Wakeups
 from planner import InstanceFailed, LoadGate
 from planner.cli import commands, health, up
 from planner.cli.health import ProcessState
@@ -878,7 +879,7 @@ OWNED: dict[str, str] = {
 TESTED = {
     "barrier/member.py heartbeat": "test_a_rank_whose_heartbeat_died_says_so_and_accepts_nothing",
     "barrier/member.py tasks": "test_a_task_log_that_cannot_be_read_by_our_own_fault_ends_the_reading_by_name",
-    "barrier/wakeups.py _restart": "test_wakeups_begin_anew_and_whoever_waits_looks_for_itself",
+    "barrier/store/wakeups.py _restart": "test_wakeups_begin_anew_and_whoever_waits_looks_for_itself",
     "planner/planner.py __aenter__": "test_the_watch_over_the_desired_state_goes_on_after_a_mistake",
     "planner/planner.py run": "test_a_planner_that_takes_up_all_instances_goes_on_after_a_mistake",
     "planner/planner.py _plan": "test_a_mistake_in_planning_ends_every_wait_and_the_log_has_its_frames",

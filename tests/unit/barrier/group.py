@@ -21,7 +21,7 @@ from barrier import (
     Snapshot,
     Verdict,
 )
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, scripted_ranks
 
 NONCE = "0" * 32

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from barrier import EpochId, NotReady, Opened, Restored, explain
-from barrier.scripts import DAY_MS
+from barrier.store.picture import DAY_MS
 from tests.unit.barrier.group import NONCE, Group
 
 pytestmark = pytest.mark.anyio

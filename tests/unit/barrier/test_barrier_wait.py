@@ -28,7 +28,7 @@ from barrier import (
     Verdict,
     Wake,
 )
-from barrier.outcomes import DispatchOutcome, ReleaseOutcome, WaitOutcome
+from barrier.protocol.outcomes import DispatchOutcome, ReleaseOutcome, WaitOutcome
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank
 from tests.unit.barrier.group import NONCE, Group, started_group
 

@@ -18,9 +18,9 @@ from barrier import (
     Verdict,
     VerdictAnnounced,
     all_ranks,
-    scripts,
 )
-from barrier.outcomes import CheckOutcome
+from barrier.protocol.outcomes import CheckOutcome
+from barrier.store import verbs
 from barrier.testing import FakeStore, FaultPlan
 from tests.unit.barrier.group import NONCE, Group, started_group
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 async def check(group: Group, epoch: EpochId, status: str = "Connected", world_size: int = 3) -> CheckOutcome:
     before = group.store.contents()
-    outcome = await scripts.check(
+    outcome = await verbs.check(
         group.barrier.store,
         group.keys,
         epoch=epoch,

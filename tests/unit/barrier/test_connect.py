@@ -19,7 +19,7 @@ from barrier import (
     adopt,
     connect,
 )
-from barrier.store import check_info
+from barrier.store.store import check_info
 from barrier.testing import FakeStore, FaultPlan
 
 pytestmark = pytest.mark.anyio

@@ -26,9 +26,9 @@ from barrier import (
     Unknown,
     Verdict,
     all_ranks,
-    scripts,
 )
-from barrier.outcomes import DispatchOutcome
+from barrier.protocol.outcomes import DispatchOutcome
+from barrier.store import verbs
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from tests.unit.barrier.group import NONCE, Group, epoch_of, started_group
 from tests.unit.barrier.test_report import reports
@@ -223,7 +223,7 @@ async def test_the_script_counts_exactly_the_reports_that_python_counts(clock: M
         for report in cases:
             await group.barrier.store.commands.set(group.keys.rank(0), report.encode(), px=60_000)
             right = (report.epoch, report.incarnation, report.status) == (epoch, mine.incarnation, "Connected")
-            outcome = await scripts.check(
+            outcome = await verbs.check(
                 group.barrier.store,
                 group.keys,
                 epoch=epoch,
@@ -456,7 +456,7 @@ async def test_a_store_that_went_back_to_an_earlier_epoch_is_unknown(group: Grou
 
 async def test_another_world_size_than_the_records_is_unknown(group: Group) -> None:
     epoch = await group.all_connected()
-    outcome = await scripts.dispatch(
+    outcome = await verbs.dispatch(
         group.barrier.store,
         group.keys,
         leadership=group.leadership,

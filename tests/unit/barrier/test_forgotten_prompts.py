@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from barrier import Dispatched, LogId
-from barrier.arrivals import needed_from
+from barrier.protocol.requirement import needed_from
 from barrier.testing import FaultPlan
 from tests.unit.barrier.group import Group
 

@@ -7,8 +7,9 @@ from unittest.mock import patch
 
 import pytest
 
-from barrier import Barrier, InvalidName, LogId, Report, Unknown, Verdict, all_ranks, missing_ranks, scripts
-from barrier.report import MAX_REPORT_BYTES
+from barrier import Barrier, InvalidName, LogId, Report, Unknown, Verdict, all_ranks, missing_ranks
+from barrier.protocol.report import MAX_REPORT_BYTES
+from barrier.store import picture, verbs
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from tests.unit.barrier.group import Group, started_group
 
@@ -192,8 +193,8 @@ async def test_whoever_looks_sees_a_rank_key_of_the_wrong_type_as_missing(group:
 async def test_of_a_report_that_is_too_long_no_more_is_read_than_shows_it(group: Group) -> None:
     """A rank may write what it likes into its own key; whoever looks must not wait for all of that."""
     await group.barrier.store.commands.set(group.keys.rank(1), b"x" * 5_000_000, px=60_000)
-    for _, read in (("script", scripts.inspect), ("plain", scripts.look)):
-        with patch.object(scripts.Report, "decode", side_effect=Report.decode) as decode:
+    for _, read in (("script", verbs.inspect), ("plain", verbs.look)):
+        with patch.object(picture.Report, "decode", side_effect=Report.decode) as decode:
             seen = await read(group.barrier.store, group.keys, world_size=3)
         assert max(len(call.args[0]) for call in decode.call_args_list) == MAX_REPORT_BYTES + 1
         assert "at most 16,384 are read" in seen.ranks[1].undecodable

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from barrier import ClaimLost, InvalidName, Member, RankTaken, Report, Settings, StoreCorrupt, StoreUnavailable
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import Group, started_group
 

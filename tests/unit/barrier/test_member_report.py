@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from barrier import ClaimLost, InvalidName, Member, Report, StoreFull, StoreUnavailable, StoreUnsuitable, TaskOutcome
-from barrier.report import MAX_OUTCOMES
+from barrier.protocol.report import MAX_OUTCOMES
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import Group, started_group
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barrier import EpochId, InvalidName, LogId
-from barrier.ids import INCARNATION_WIDTH, new_incarnation, new_nonce
-from barrier.keys import MAX_WORLD_SIZE, Keys, shown, valid_status, valid_step, valid_world_size
+from barrier.protocol.ids import INCARNATION_WIDTH, new_incarnation, new_nonce
+from barrier.protocol.names import MAX_WORLD_SIZE, shown, valid_status, valid_step, valid_world_size
+from barrier.store.keys import Keys
 
 HOSTILE = [
     "",

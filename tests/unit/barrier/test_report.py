@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from barrier import EpochId, InvalidName, Report, TaskOutcome
-from barrier.report import MAX_OUTCOMES, MAX_REPORT_BYTES, SCHEMA, UndecodableReport
+from barrier.protocol.report import MAX_OUTCOMES, MAX_REPORT_BYTES, SCHEMA, UndecodableReport
 
 hexadecimal = st.binary(min_size=14, max_size=14).map(bytes.hex)
 epochs = st.builds(EpochId, st.integers(0, 10**16 - 1), st.binary(min_size=16, max_size=16).map(bytes.hex))

@@ -20,7 +20,7 @@ from barrier import (
     StoreUnavailable,
     Superseded,
 )
-from barrier.outcomes import RestoreOutcome
+from barrier.protocol.outcomes import RestoreOutcome
 from barrier.testing import FakeStore, FaultPlan
 from tests.unit.barrier.group import NONCE, Group, epoch_of, started_group
 

@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 
-from barrier import member, scripts
-from barrier.ids import INCARNATION_WIDTH
-from barrier.report import MAX_APPLIED, MAX_REPORT_BYTES, SCHEMA
-from barrier.scripts import DAY_MS, VERBS, script
+from barrier import member
+from barrier.protocol.ids import INCARNATION_WIDTH
+from barrier.protocol.report import MAX_APPLIED, MAX_REPORT_BYTES, SCHEMA
+from barrier.store import script as script_module
+from barrier.store import verbs
+from barrier.store.picture import DAY_MS
+from barrier.store.script import VERBS, script
 from barrier.testing import reference
 
-inside: Any = scripts
-"""The module with what it keeps to itself."""
+inside: Any = verbs
+calling: Any = script_module
+"""The modules with what they keep to themselves."""
 
 FOLDER = files("barrier") / "lua"
 PRELUDE = (FOLDER / "prelude.lua").read_text("utf-8")
@@ -96,7 +100,7 @@ def test_every_word_of_the_header_is_answered_somewhere_and_no_other(verb: str) 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "inspect"])
 def test_the_python_side_reads_every_word_of_the_header(verb: str) -> None:
-    source = inspect.getsource(getattr(scripts, PUBLIC_NAME.get(verb, verb)))
+    source = inspect.getsource(getattr(verbs, PUBLIC_NAME.get(verb, verb)))
     source += inspect.getsource(inside._refusal) + inspect.getsource(inside._dispatched)
     for word in script(verb).replies:
         assert f'"{word}"' in source
@@ -141,17 +145,17 @@ def test_no_script_scans_or_uses_what_a_cluster_forbids() -> None:
 
 
 def test_arguments_go_by_name_into_the_headers_order() -> None:
-    ordered = inside._ordered(("b", "a", "rule..."), {"a": 1, "rule": ["x", "y"], "b": 2})
+    ordered = calling._ordered(("b", "a", "rule..."), {"a": 1, "rule": ["x", "y"], "b": 2})
     assert ordered == ["2", "1", "x", "y"]
 
 
 def test_a_call_that_does_not_match_the_header_breaks_at_once() -> None:
     with pytest.raises(LookupError, match="the header declares"):
-        inside._ordered(("a", "b"), {"a": 1})
+        calling._ordered(("a", "b"), {"a": 1})
     with pytest.raises(LookupError):
-        inside._ordered(("a", "b"), {"a": 1, "c": 2})
+        calling._ordered(("a", "b"), {"a": 1, "c": 2})
 
 
 def test_a_script_without_a_header_is_told() -> None:
     with pytest.raises(LookupError, match="the script has no KEYS header"):
-        inside._header("return 1", "KEYS")
+        calling._header("return 1", "KEYS")

@@ -10,8 +10,8 @@ import pytest
 from loguru import logger
 
 from barrier import Member, NotPromised, RankTaken, Settings
-from barrier.keys import SPARE_SEATS, Keys
 from barrier.spares import read_spares, read_surplus
+from barrier.store.keys import SPARE_SEATS, Keys
 from barrier.testing import FakeStore, ManualClock
 from tests.unit.barrier.group import Group, started_group
 
@@ -229,8 +229,8 @@ async def test_a_seat_that_was_taken_away_is_not_taken_back(group: Group) -> Non
 
 
 def test_a_rank_has_one_seat_to_which_its_user_has_the_right() -> None:
-    from barrier.acl import rank_user
     from barrier.spares import seats_for
+    from barrier.store.acl import rank_user
 
     for rank in (0, 5, SPARE_SEATS, SPARE_SEATS + 5):
         (seat,) = seats_for(KEYS, rank)

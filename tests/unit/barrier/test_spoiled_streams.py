@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from barrier import Concluded, Dispatched, EpochId, Member, Opened, Restored, Snapshot, StoreUnavailable, Verdict
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from tests.unit.barrier.group import Group
 
 pytestmark = pytest.mark.anyio

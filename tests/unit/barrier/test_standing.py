@@ -11,10 +11,10 @@ import trustme
 from redis import exceptions as driver
 
 from barrier import StoreRefused
-from barrier.connect import _client  # pyright: ignore[reportPrivateUsage]  nothing is sent
-from barrier.prompt import prompt
 from barrier.settings import Settings
-from barrier.standing import Standing, facts_of, is_about_the_server, signature_of
+from barrier.store.connect import _client  # pyright: ignore[reportPrivateUsage]  nothing is sent
+from barrier.store.connection import store_connection
+from barrier.store.standing import Standing, facts_of, is_about_the_server, signature_of
 
 WRONG_SERVER: list[BaseException] = [
     driver.ReadOnlyError("You can't write against a read only replica."),
@@ -145,7 +145,7 @@ async def test_certificates_are_read_again_where_their_files_have_changed_and_on
         nobody.bind(("127.0.0.1", 0))
         url = f"rediss://127.0.0.1:{nobody.getsockname()[1]}/0?ssl_ca_certs={authority}"
         pool = _client(url, Settings()).connection_pool
-        pool.connection_class = prompt(pool.connection_class)
+        pool.connection_class = store_connection(pool.connection_class)
         connection: Any = pool.make_connection()
 
         async def context() -> object:

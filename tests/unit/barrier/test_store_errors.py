@@ -16,7 +16,7 @@ from barrier import (
     StoreUnavailable,
     StoreUnsuitable,
 )
-from barrier.store import translated
+from barrier.store.store import translated
 
 SHA = "0123456789abcdef" * 2 + "01234567"
 

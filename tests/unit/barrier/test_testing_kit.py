@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from redis import exceptions as driver
 
-from barrier import Barrier, EpochAnnounced, Leading, Opened, RankTaken, StoreUnavailable, scripts
+from barrier import Barrier, EpochAnnounced, Leading, Opened, RankTaken, StoreUnavailable
+from barrier.store import script
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, scripted_ranks, wait_until
 from barrier.testing.faults import unpack_commands
 from tests.unit.barrier.group import Group, started_group
@@ -687,7 +688,7 @@ def test_the_library_does_not_import_its_test_kit() -> None:
 
 
 def test_every_verb_has_a_name_that_a_plan_understands() -> None:
-    for verb in scripts.VERBS:
+    for verb in script.VERBS:
         FaultPlan().lose_reply(verb)
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from barrier import Barrier, Settings, Store, Wake, adopt, all_ranks
+from barrier.protocol.wakeup import Hint, decode_hint, parse_id
+from barrier.store.wakeups import Wakeups
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank
-from barrier.wakeups import Hint, Wakeups, decode_hint, parse_id
 from tests.unit.barrier.group import Group
 
 pytestmark = pytest.mark.anyio

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from barrier import EpochId, Member, NotReady, StoreCorrupt, Verdict, all_ranks, scripts
-from barrier.keys import Keys
+from barrier import EpochId, Member, NotReady, StoreCorrupt, Verdict, all_ranks
+from barrier.store import verbs
+from barrier.store.keys import Keys
 from tests.unit.barrier.group import Group
 
 pytestmark = pytest.mark.anyio
@@ -30,7 +31,7 @@ VERBS: dict[str, tuple[Verb, set[str]]] = {
         {KEYS.epoch, KEYS.leader, KEYS.tasks},
     ),
     "check": (
-        lambda group, epoch: scripts.check(
+        lambda group, epoch: verbs.check(
             group.barrier.store, group.keys, epoch=epoch, requirement=all_ranks(3, "Connected"), world_size=3
         ),
         {KEYS.epoch},

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from barrier import Member, Settings, TaskEntry
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import InstanceSpec, Planner, Policy
 from runner import EngineFailure, EngineGroup, GenerationRequest, InlineHost, Runner

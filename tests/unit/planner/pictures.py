@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from barrier import EpochId, EpochRecord, LogId, RankView, Report, Settings, Snapshot, TaskOutcome, Verdict
-from barrier.model import StepRecord
+from barrier.protocol.model import StepRecord
 from planner.decide import View
 from planner.lifecycle import steps_for
 from planner.recovery import Memory

@@ -27,8 +27,8 @@ from barrier import (
     StoreUnsuitable,
     adopt,
 )
-from barrier.connect import _client  # pyright: ignore[reportPrivateUsage]  nothing is sent
-from barrier.fitness import Role
+from barrier.store.connect import _client  # pyright: ignore[reportPrivateUsage]  nothing is sent
+from barrier.store.fitness import Role
 from barrier.testing import FakeStore, wait_until
 from planner.cli import main, process
 from planner.cli.commands import launch_unless_known

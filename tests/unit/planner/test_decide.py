@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barrier import EpochId, LogId, RankRule, Snapshot, TaskOutcome, Verdict, plain
-from barrier.model import StepRecord
+from barrier.protocol.model import StepRecord
 from planner.decide import (
     Action,
     Conclude,

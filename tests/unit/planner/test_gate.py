@@ -29,7 +29,7 @@ from barrier import (
     Unknown,
     Verdict,
 )
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import LoadGate, ModelSpec
 from planner.lifecycle import StepName

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from barrier import Barrier, Dispatched, EpochId, LogId, Opened, Settings, Verdict
-from barrier.ids import new_incarnation
-from barrier.keys import Keys
-from barrier.store import Store
+from barrier.protocol.ids import new_incarnation
+from barrier.store.keys import Keys
+from barrier.store.store import Store
 from barrier.testing import FakeStore, scripted_ranks
 from planner.history import (
     EpochConcluded,

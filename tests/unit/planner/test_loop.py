@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from barrier import Barrier, Leading, Opened, Settings, adopt
-from barrier.keys import NamespaceKeys
+from barrier.store.keys import NamespaceKeys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import Instance, InstanceFailed, InstanceSpec, Planner, Policy
 from planner.registry import Registry

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from barrier import Settings
+from barrier.protocol.wakeup import Hint, decode_hint
 from barrier.testing import FakeStore, ManualClock
-from barrier.wakeups import Hint, decode_hint
 from planner import Planner, Policy
 from tests.unit.planner.cluster import Cluster, cluster
 

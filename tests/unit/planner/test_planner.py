@@ -14,7 +14,7 @@ from loguru import logger
 from redis.asyncio import Redis
 
 from barrier import InvalidName, InvalidSettings, Settings, StoreCorrupt, StoreUnavailable
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, ModelSpec, Planner, Policy
 from runner.machine import Invalid, Stale

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from barrier import adopt
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, ManualClock
 from planner.requests import RequestQueue
 from tests.unit.planner.cluster import WORDS, cluster, text_of

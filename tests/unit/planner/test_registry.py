@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from barrier import InvalidName, Store, StoreCorrupt, StoreUnavailable, adopt
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner.registry import FORGET_AFTER, InstanceRecord, Registry
 from runner.messages import ModelSpec

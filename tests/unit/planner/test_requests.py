@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from barrier import Barrier, EpochId, Leading, Opened, StoreUnavailable, TaskOutcome, Verdict, adopt
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, scripted_ranks, wait_until
 from planner.requests import GenerationFailed, RequestQueue
 from runner.messages import Chunk, TaskKind, decode_chunk, decode_task, encode

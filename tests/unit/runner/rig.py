@@ -27,8 +27,8 @@ from barrier import (
     TaskOutcome,
     Verdict,
 )
-from barrier.ids import new_nonce
 from barrier.member import PromiseOutcome
+from barrier.protocol.ids import new_nonce
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from barrier.testing.waiting import settle
 from runner import Runner

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from barrier import EpochId
-from barrier.keys import valid_step
+from barrier.protocol.names import valid_step
 from runner.messages import (
     MAX_MESSAGE_BYTES,
     MAX_PROMPT_CHARS,

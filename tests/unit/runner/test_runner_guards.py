@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from barrier import EpochAnnounced, adopt
-from barrier.keys import Keys
+from barrier.store.keys import Keys
 from barrier.testing import FakeStore, ManualClock
 from barrier.testing.waiting import settle
 from planner.requests import RequestQueue

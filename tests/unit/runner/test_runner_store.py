@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from barrier import ClaimLost, EpochAnnounced, EpochId, Member, RankTaken, StoreUnavailable
-from barrier.ids import new_incarnation
+from barrier.protocol.ids import new_incarnation
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from barrier.testing.waiting import settle
 from runner import Runner
@@ -315,6 +315,19 @@ async def test_stop_while_it_waits_for_its_rank() -> None:
         runner.stop()
         await asyncio.wait_for(running, 5)
         assert engine.calls == ["start", "host shut_down"]
+        await second.close()
+
+
+async def test_a_runner_that_ended_by_itself_is_not_said_to_have_been_asked() -> None:
+    """Regression: one that could not claim its rank said first that it was asked to end, and gave a rank back that it never had."""
+    async with runner_rig() as rig:
+        second = Member(rig.store.client("second"), "demo", rank=0, world_size=2, clock=rig.clock)
+        runner = Runner(second, ScriptedHost(ScriptedEngine()), clock=rig.clock)
+        rig.store.partition("second")
+        with pytest.raises(StoreUnavailable):
+            await runner.run()
+        runner.stop()
+        assert not any("asked to end" in line for line in rig.log)
         await second.close()
 
 

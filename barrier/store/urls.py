@@ -22,8 +22,8 @@ from redis.asyncio.connection import (
 )
 
 from barrier.errors import InvalidSettings
-from barrier.keys import shown
 from barrier.log import logger
+from barrier.protocol.names import shown
 
 OURS = ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file", "sentinel_tls")
 """What a URL may say after its ``?`` that is not redis-py's."""

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from barrier.ids import EpochId, LogId
-from barrier.report import Report
+from barrier.protocol.ids import EpochId, LogId
+from barrier.protocol.report import Report
 
 FailureClass: TypeAlias = Literal["transient", "permanent"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from redis import exceptions as driver
 
 from barrier import Member, StoreUnavailable
-from barrier.prompt import GAP, Arguments, Template, pack
+from barrier.store.connection import GAP, Arguments, Template, pack
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from tests.unit.barrier.group import Group
 

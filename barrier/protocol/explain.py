@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from barrier.arrivals import Requirement, missing_ranks
-from barrier.model import RankView, Snapshot
 from barrier.printable import printable
+from barrier.protocol.model import RankView, Snapshot
+from barrier.protocol.requirement import Requirement, missing_ranks
 
 
 def explain(snapshot: Snapshot, requirement: Requirement) -> str:

@@ -20,9 +20,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.crc import key_slot
 
 from barrier.errors import StoreError
-from barrier.prompt import PromptConnection
-from barrier.standing import is_about_the_server
-from barrier.wording import said
+from barrier.store.connection import StoreConnection
+from barrier.store.standing import is_about_the_server
+from barrier.store.wording import said
 
 Address: TypeAlias = tuple[str, int]
 
@@ -137,7 +137,7 @@ class ClusterMap:
         return [(first, last, (master[0].decode() or address[0], master[1])) for first, last, master, *_ in reply]
 
 
-class ClusterConnection(PromptConnection):
+class ClusterConnection(StoreConnection):
     """One connection for a pool: a connection to each node that it has had to do with.
 
     A call without a key (EXEC after WATCH, UNWATCH, INFO) goes where the last one went.
@@ -198,7 +198,7 @@ class ClusterConnection(PromptConnection):
         """Whether something is left over, or a node hung up. Such a node's connection is closed, and made anew when needed."""
         for address, node in list(self._nodes.items()):
             try:
-                overdue = isinstance(node, PromptConnection) and node.overdue
+                overdue = isinstance(node, StoreConnection) and node.overdue
                 clean = node.is_connected and not overdue and not await node.can_read()
             except (driver.ConnectionError, OSError):
                 clean = False

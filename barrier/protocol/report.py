@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from barrier.errors import InvalidName
-from barrier.ids import EpochId
-from barrier.keys import shown, valid_status
+from barrier.protocol.ids import EpochId
+from barrier.protocol.names import shown, valid_status
 
 SCHEMA = "2"
 MAX_REPORT_BYTES = 16 * 1024

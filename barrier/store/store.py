@@ -21,11 +21,11 @@ from barrier.errors import (
     StoreUnavailable,
     StoreUnsuitable,
 )
-from barrier.fitness import check_commands, check_kind, is_fake
 from barrier.log import logger
-from barrier.prompt import at_rest, pack
 from barrier.settings import Settings
-from barrier.wording import host_is_unknown, said, scrubbed
+from barrier.store.connection import at_rest, pack
+from barrier.store.fitness import check_commands, check_kind, is_fake
+from barrier.store.wording import host_is_unknown, said, scrubbed
 
 MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
 SAFE_POLICY = "noeviction"

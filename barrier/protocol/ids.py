@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 
 from barrier.errors import InvalidName
-from barrier.keys import shown
+from barrier.protocol.names import shown
 
 INCARNATION_WIDTH = 28
 

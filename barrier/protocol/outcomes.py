@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from barrier.ids import EpochId, LogId
-from barrier.model import Leadership, Verdict
+from barrier.protocol.ids import EpochId, LogId
+from barrier.protocol.model import Leadership, Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from barrier.errors import InvalidName
-from barrier.keys import MAX_WORLD_SIZE, SPARE_SEATS, Keys, NamespaceKeys, valid_name, valid_world_size
+from barrier.protocol.names import MAX_WORLD_SIZE, valid_name, valid_world_size
+from barrier.store.keys import SPARE_SEATS, Keys, NamespaceKeys
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 

@@ -33,18 +33,18 @@ from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from barrier.clients import refuse_unusable
-from barrier.cluster import Address, ClusterMap, ClusterPool
-from barrier.diagnosis import diagnosed
 from barrier.errors import InvalidSettings, StoreError
-from barrier.fitness import Role, check_kind, check_rights
-from barrier.keys import shown
-from barrier.prompt import prompt
-from barrier.sentinel import MasterConnection
+from barrier.protocol.names import shown
 from barrier.settings import Settings
-from barrier.standing import IDLE_SECONDS, PasswordFile, Standing, user_of
-from barrier.store import Store, check_info, translated
-from barrier.urls import OURS, YES, check_tls_files, options
+from barrier.store.clients import refuse_unusable
+from barrier.store.cluster import Address, ClusterMap, ClusterPool
+from barrier.store.connection import store_connection
+from barrier.store.diagnosis import diagnosed
+from barrier.store.fitness import Role, check_kind, check_rights
+from barrier.store.sentinel import MasterConnection
+from barrier.store.standing import IDLE_SECONDS, PasswordFile, Standing, user_of
+from barrier.store.store import Store, check_info, translated
+from barrier.store.urls import OURS, YES, check_tls_files, options
 
 _INTERNAL = ("himport_registry", "maint_", "orig_", "maintenance_")
 """Connection arguments that redis-py adds for itself and that must not be handed to a second pool."""
@@ -167,19 +167,19 @@ def _derive(redis: Redis, settings: Settings, standing: Standing, *, read_second
     }
     if isinstance(pool, ClusterPool):
         cluster: ClusterMap = kwargs.pop("cluster")
-        kwargs |= {"node_class": prompt(cluster.node_class, standing), **_careful(settings)}
+        kwargs |= {"node_class": store_connection(cluster.node_class, standing), **_careful(settings)}
         return Redis.from_pool(ClusterPool(cluster, **kwargs))
     if _is_sentinel(pool):
         # Told, or TLS to the servers would be forgotten.
         made: type[AbstractConnection] = pool.connection_class
         checked = type(f"Checked{made.__name__}", (MasterConnection, made), {})
-        kwargs |= {"connection_class": prompt(checked, standing)}
+        kwargs |= {"connection_class": store_connection(checked, standing)}
         kwargs |= {"ask_every": settings.lease, **_careful(settings)}
         kwargs.pop("connection_pool", None)
         return Redis.from_pool(SentinelConnectionPool(pool.service_name, pool.sentinel_manager, **kwargs))
     if pool.connection_class in (Connection, SSLConnection):
         kwargs |= _careful(settings)
-    return Redis.from_pool(ConnectionPool(connection_class=prompt(pool.connection_class, standing), **kwargs))
+    return Redis.from_pool(ConnectionPool(connection_class=store_connection(pool.connection_class, standing), **kwargs))
 
 
 def _careful(settings: Settings) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _client(url: str, settings: Settings) -> Redis:
     kwargs.pop("db", None)
     patient = {"socket_timeout": settings.command_seconds, "socket_connect_timeout": settings.command_seconds}
     asking: dict[str, Any] = {**kwargs, **patient, **_NO_SETINFO, "retry": Retry(NoBackoff(), 0), "protocol": 2}
-    made: Any = prompt(node_class)
+    made: Any = store_connection(node_class)
     _checked(ConnectionPool(connection_class=made, **asking), parts.scheme)
     return Redis.from_pool(ClusterPool(ClusterMap(addresses, made, asking), **kwargs, protocol=2))
 
@@ -338,7 +338,7 @@ def _sentinel_client(
     sentinel = Sentinel(addresses, sentinel_kwargs=asking)
     # Else a reader that is told to end while it looks for the master reads on for ever.
     for asked in sentinel.sentinels:
-        asked.connection_pool.connection_class = prompt(asked.connection_pool.connection_class, Standing())
+        asked.connection_pool.connection_class = store_connection(asked.connection_pool.connection_class, Standing())
     untyped: Any = sentinel
     client: Redis = untyped.master_for(service, **kwargs, **({"ssl": True} if over_tls else {}))
     pool: Any = client.connection_pool

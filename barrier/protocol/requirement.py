@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from barrier.errors import InvalidName
-from barrier.ids import LogId
-from barrier.keys import valid_status
-from barrier.model import EpochRecord, FailureClass, RankView, Snapshot
 from barrier.printable import printable
+from barrier.protocol.ids import LogId
+from barrier.protocol.model import EpochRecord, FailureClass, RankView, Snapshot
+from barrier.protocol.names import valid_status
 
 
 @dataclass(frozen=True, slots=True)

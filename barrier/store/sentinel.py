@@ -7,14 +7,14 @@ from typing import Any
 
 from redis import exceptions as driver
 
-from barrier.cluster import Address
 from barrier.errors import StoreUnsuitable
 from barrier.log import logger
-from barrier.prompt import PromptConnection
-from barrier.wording import said
+from barrier.store.cluster import Address
+from barrier.store.connection import StoreConnection
+from barrier.store.wording import said
 
 
-class MasterConnection(PromptConnection):
+class MasterConnection(StoreConnection):
     """Mixed in before a connection of redis-py that asks Sentinel for the master: talks to a master, and to the present one.
 
     A new connection asks the server for its role, since a sentinel may name a master that has just been demoted. An old one asks the

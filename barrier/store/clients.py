@@ -10,8 +10,8 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 
 from barrier.errors import InvalidSettings
-from barrier.fitness import is_fake
-from barrier.prompt import PromptConnection
+from barrier.store.connection import StoreConnection
+from barrier.store.fitness import is_fake
 
 _BY_NAME = (
     ("FakeStore", "pass its client()"),
@@ -35,7 +35,7 @@ def refuse_unusable(client: object) -> None:
     pool: Any = getattr(client, "connection_pool", None)
     usable = isinstance(client, Redis) and not isinstance(client, Pipeline) and isinstance(pool, ConnectionPool)
     # The test kit's own connections are made of fakeredis', and hand commands over in their own way.
-    if usable and (not is_fake(pool) or issubclass(pool.connection_class, PromptConnection)):
+    if usable and (not is_fake(pool) or issubclass(pool.connection_class, StoreConnection)):
         return
     kind: Any = client if isinstance(client, type) else type(client)
     library = kind.__module__.partition(".")[0]

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from redis import exceptions as driver
 
-from barrier.acl import SESSION, observer_user, planner_user, rank_user
 from barrier.errors import StoreRefused, StoreUnsuitable
-from barrier.keys import Keys, NamespaceKeys, shown
+from barrier.protocol.names import shown
+from barrier.store.acl import SESSION, observer_user, planner_user, rank_user
+from barrier.store.keys import Keys, NamespaceKeys
 
 if TYPE_CHECKING:
-    from barrier.store import Store
+    from barrier.store.store import Store
 
 Role: TypeAlias = Literal["planner", "rank", "observer"]
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Iterable
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -18,86 +17,16 @@ from barrier import supervise
 from barrier.clock import Clock
 from barrier.errors import StoreCorrupt, StoreError
 from barrier.log import logger
-from barrier.printable import printable
-from barrier.store import Store, stream_entries
+from barrier.protocol.wakeup import Hint, decode_hint, parse_id, told
+from barrier.store.store import Store, stream_entries
 
 _BATCH = 2_000
 _BUFFERED = 20_000
-_LONGEST_WORD = 32
-_SHARED_WORDS = 1_024
-_LONGEST_SHARED = 80  # bytes: the epoch's number, its nonce, an incarnation, any status name of ours
 _TURNS = 4
 """Turns of the event loop from a hint to what a planner sends because of it. Asking for the next hints takes its turn after that."""
 
 
 _trace = logger.opt(lazy=True).trace
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """Something may have changed.
-
-    Attributes:
-        id: its place in the stream, comparable with other hints of the group.
-        kind: ``report`` (a rank's status changed), ``opened``, ``restored``, ``verdict``, ``request``, or ``lost`` where the
-            connection broke and hints may be missing.
-        rank: for a report, whose.
-        epoch: for a report, ``<number>-<nonce>``, or ``-``.
-        incarnation: for a report, whose life.
-        status: for a report, the status name.
-        alarm: for a report, whether it carries a failure or a rejection.
-    """
-
-    id: tuple[int, int]
-    kind: str
-    rank: int = -1
-    epoch: str = "-"
-    incarnation: str = ""
-    status: str = ""
-    alarm: bool = False
-
-
-def parse_id(text: str) -> tuple[int, int]:
-    """A stream id as a comparable pair."""
-    milliseconds, _, sequence = text.partition("-")
-    return int(milliseconds), int(sequence or 0)
-
-
-def _word(raw: bytes) -> str:
-    return _shared(raw) if len(raw) <= _LONGEST_SHARED else raw.decode()
-
-
-@lru_cache(maxsize=_SHARED_WORDS)
-def _shared(raw: bytes) -> str:
-    return raw.decode()
-
-
-def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
-    """Read a hint; what cannot be read becomes a plain reason to look again.
-
-    Thousands are held, and say the same few words: those are shared, as many as a bound allows, for a rank may write any word.
-    """
-    place = parse_id(entry_id.decode())
-    try:
-        return Hint(
-            id=place,
-            kind=_word(fields[b"kind"]),
-            rank=int(fields.get(b"rank", b"-1")),
-            epoch=_word(fields.get(b"epoch", b"-")),
-            incarnation=_word(fields.get(b"inc", b"")),
-            status=_word(fields.get(b"status", b"")),
-            alarm=b"alarm" in fields,
-        )
-    except (KeyError, ValueError):
-        return Hint(id=place, kind="lost")
-
-
-def _told(key: str, hint: Hint) -> str:
-    """For the log. Foreign words are cut: nothing keeps a rank from writing whatever it likes into a hint."""
-    if hint.kind != "report":
-        return f"{key}: {printable(hint.kind, _LONGEST_WORD)}"
-    alarm = ", with a failure or a rejection" if hint.alarm else ""
-    return f"{key}: rank {hint.rank} reports {printable(hint.status, _LONGEST_WORD)}{alarm}"
 
 
 class Subscription:
@@ -287,7 +216,7 @@ class Wakeups:
         for key, entries in stream_entries(reply):
             for entry_id, fields in entries:
                 hint = decode_hint(entry_id, fields)
-                _trace("wake-up on {}", partial(_told, key, hint))
+                _trace("wake-up on {}", partial(told, key, hint))
                 if key in self._cursors:
                     self._cursors[key] = hint.id
                     self._remember(key, hint)

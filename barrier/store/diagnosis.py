@@ -14,11 +14,11 @@ from redis import exceptions as driver
 from redis.asyncio import SSLConnection
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from barrier.cluster import ClusterPool
 from barrier.errors import StoreError, StoreUnavailable, StoreUnsuitable
-from barrier.fitness import sentinel_form
-from barrier.keys import shown
-from barrier.wording import host_is_unknown, said
+from barrier.protocol.names import shown
+from barrier.store.cluster import ClusterPool
+from barrier.store.fitness import sentinel_form
+from barrier.store.wording import host_is_unknown, said
 
 _LONGEST_LINE = 80
 

@@ -17,7 +17,7 @@ from redis import exceptions as driver
 from redis.asyncio.connection import AbstractConnection
 
 from barrier.errors import StoreError
-from barrier.standing import IDLE_SECONDS, Standing, facts_of, is_about_the_server, signature_of
+from barrier.store.standing import IDLE_SECONDS, Standing, facts_of, is_about_the_server, signature_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def _packed(words: Sequence[Any]) -> bytes:
     return packed
 
 
-class PromptConnection(AbstractConnection):
+class StoreConnection(AbstractConnection):
     """Mixed in before a connection class of redis-py; see `prompt`."""
 
     standing: Standing | None = None
@@ -234,17 +234,17 @@ def at_rest(connection: AbstractConnection) -> bool:
 
     redis-py makes sure each time, by an asynchronous read of nothing: a tenth of the time between an arrival and the wire.
     """
-    return isinstance(connection, PromptConnection) and connection.at_rest
+    return isinstance(connection, StoreConnection) and connection.at_rest
 
 
-def prompt(made: type[AbstractConnection], standing: Standing | None = None) -> type[AbstractConnection]:
+def store_connection(made: type[AbstractConnection], standing: Standing | None = None) -> type[AbstractConnection]:
     """The same kind of connection, sending promptly; one that has its own way of sending is left as it is.
 
     With a `standing`, unless it is of a kind that takes none.
     """
     if made.send_packed_command is AbstractConnection.send_packed_command:
-        made = type(f"Prompt{made.__name__}", (PromptConnection, made), {})
-    if standing is None or not issubclass(made, PromptConnection) or not made.takes_standing:
+        made = type(f"Store{made.__name__}", (StoreConnection, made), {})
+    if standing is None or not issubclass(made, StoreConnection) or not made.takes_standing:
         return made
     bound: Any = type(made.__name__, (made,), {"standing": standing})
     return bound

@@ -1,0 +1,1 @@
+"""What ranks and planners say to one another, and what follows from it. No module in here waits, or knows a store."""

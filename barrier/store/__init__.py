@@ -1,0 +1,1 @@
+"""All that knows redis-py: connections, scripts, keys, wake-ups."""
