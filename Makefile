@@ -89,6 +89,10 @@ bench: $(STAMP) ## the benchmarks
 bench-mlx: $(MLX_STAMP) ## how long two MLX ranks are away when one engine is killed, by what they do meanwhile
 	$(MLX_PY) -m pytest -m bench -s $(ARGS) tests/benchmarks/test_mlx_recovery.py
 
+.PHONY: recording
+recording: $(STAMP) ## record docs/recording.svg, the terminal in the README, from the real command
+	$(PY) -m tests.pictures
+
 .PHONY: wheel
 wheel: $(STAMP) ## build dist/rankgate-*.whl
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -57,6 +57,10 @@ deploy/systemd/rankgate-runner@.service
 deploy/systemd/rankgate-runner@.service.d/gpu.conf.example
 deploy/systemd/runner.env.example
 deploy/wheels/.gitignore
+docs/connect.md
+docs/deploy.md
+docs/engines.md
+docs/operate.md
 EOF
 } >"$room/files"
 tar -C "$root" -c -f "$room/files.tar" -T "$room/files"

@@ -84,7 +84,9 @@ def test_work_in_an_epoch_after_a_rank_connected_in_a_higher_one() -> None:
     lines = sorted([*first[:-1], *second, late], key=lambda line: line.t)
     breaches = judge_journal(lines, SIZES).breaches
     assert breaches == ("demo: rank 1 did warmed  in epoch 5, after a rank had begun to connect in epoch 6",)
-    assert judge_journal(lines, SIZES, replaced=[PIDS[1]]).breaches == ()  # its engine may run on: the README says so
+    assert (
+        judge_journal(lines, SIZES, replaced=[PIDS[1]]).breaches == ()
+    )  # its engine may run on: docs/operate.md says so
 
 
 def concluded(culprit: int | None, at: float) -> History:

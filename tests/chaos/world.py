@@ -288,7 +288,7 @@ class World:
     def other_planner_knows(self, place: int) -> bool:
         """Whether the desired state outlives the planner at that place: the other one has it, or the store has it again.
 
-        The README says that what the store and every planner forget at once is gone. A planner that has been running since before
+        docs/operate.md says that what the store and every planner forget at once is gone. A planner that has been running since before
         the store forgot has it in memory; one that was started since gets it as soon as the other one has written it back.
         """
         if self._forgetting:

@@ -17,24 +17,28 @@ EXAMPLES = dict(
 
 
 README = (ROOT / "README.md").read_text("utf-8")
+DEPLOY = (ROOT / "docs/deploy.md").read_text("utf-8")
 
 
 def test_every_way_to_deploy_has_its_three_lines_in_one_place() -> None:
-    section = README.partition("\n## Ways to deploy\n")[2].partition("\n## ")[0]
+    assert "[docs/deploy.md](docs/deploy.md)" in README
+    section = DEPLOY.partition("# Deploy\n")[2].partition("\n## ")[0]
     for word in ("docker compose", "systemd", "NixOS", "deploy/ROLLOUT.md", "deploy/airgap/README.md", "rankgate up"):
         assert word in section
     blocks = re.findall(r"```\n(.*?)\n```", section, flags=re.DOTALL)
     assert [len(block.splitlines()) for block in blocks] == [3] * 5
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
-    named = set(re.findall(r"\bdeploy/[\w./-]*[\w-]", README)) - {"deploy/secrets"}  # which deploy/secrets.sh fills
+def test_every_file_of_deploy_that_is_named_is_there() -> None:
+    named = set(re.findall(r"(?<!/)\bdeploy/[\w./-]*[\w-]", README + DEPLOY)) - {
+        "deploy/secrets"
+    }  # which deploy/secrets.sh fills
     assert len(named) > 8
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def test_without_a_registry_the_settings_are_those_of_env() -> None:
-    (line,) = re.findall(r"^export (BASE=.*)$", README, flags=re.MULTILINE)
+    (line,) = re.findall(r"^export (BASE=.*)$", DEPLOY, flags=re.MULTILINE)
     settings = (ROOT / ".env").read_text()
     made = (ROOT / "deploy/airgap/bases.sh").read_text()
     for word in line.split():
