@@ -11,11 +11,15 @@ every step pass the gate first, which asks the store and not the planner's memor
 
 Ranks report through `barrier.Member` (or are runners of ours) and read their tasks from the group's log, where a task that passes
 is put at the very instant at which all ranks have arrived. To send tasks in a way of your own, use `LoadGate.arrived`.
+
+Ranks that connect by themselves need no "connect": only "load" is passed then. A rank may report ``Connected``, or
+``RunnerConnected`` as the runners of other systems do, and so for every status.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from redis.asyncio import Redis
 
@@ -27,6 +31,8 @@ from barrier import (
     Fenced,
     Leading,
     Opened,
+    Released,
+    Requirement,
     Settings,
     Store,
     StoreError,
@@ -44,6 +50,9 @@ from planner.lifecycle import Step, StepName, predecessor, steps_for
 from planner.spec import InstanceSpec, Policy
 from planner.tasks import task_for
 from runner.messages import ModelSpec, Task, encode
+
+_OTHER_PREFIX = "Runner"
+"""What other systems begin a status with that is one of ours but for that."""
 
 _CLOSED = Unknown("no attempt was opened here: call open() first, and go on only if it answers Opened")
 
@@ -90,6 +99,7 @@ class LoadGate:
         )
         self._renewing: asyncio.Task[None] | None = None
         self.epoch: EpochId | None = None
+        self._passed: set[str] = set()
 
     async def __aenter__(self) -> LoadGate:
         """Make sure that the guarantees hold on this store."""
@@ -136,6 +146,7 @@ class LoadGate:
                         return outcome
             if isinstance(outcome, Opened):
                 self.epoch = outcome.epoch
+                self._passed.clear()
                 await self._stop_renewing()
                 self._renewing = supervise.restarted(
                     self._renew,
@@ -173,16 +184,20 @@ class LoadGate:
         if task is None and leadership is not None:
             task = task_for(row, self._spec, self.epoch, leadership.term, Policy())
         payload = task if isinstance(task, str) else encode(task).decode() if task is not None else ""
-        return await self._barrier.release(
+        before = predecessor(row, size)
+        outcome = await self._barrier.release(
             self.epoch,
             row.name,
             payload,
-            row.waits_for(size),
+            self._requirement(row),
             timeout=timeout,
             to=row.to(size),
-            after=predecessor(row, size),
+            after=before if before in self._passed else "",  # ranks may have come there by themselves
             endpoints=row.wants_endpoints,
         )
+        if isinstance(outcome, Released):
+            self._passed.add(row.name)
+        return outcome
 
     async def arrived(self, step: StepName, *, timeout: float) -> WaitOutcome:  # noqa: ASYNC109  by the injected clock
         """Wait as `pass_step` does, and dispatch nothing.
@@ -193,11 +208,18 @@ class LoadGate:
         row = self._row(step)
         if self.epoch is None:
             return _CLOSED
-        return await self._barrier.wait(self.epoch, row.waits_for(self._spec.world_size), timeout=timeout)
+        return await self._barrier.wait(self.epoch, self._requirement(row), timeout=timeout)
 
     async def conclude(self, verdict: Verdict) -> ConcludeOutcome:
         """End the attempt for all ranks, which tear down. The first verdict wins, and every later call answers with it."""
         return _CLOSED if self.epoch is None else await self._barrier.conclude(self.epoch, verdict)
+
+    def _requirement(self, row: Step) -> Requirement:
+        """What the step waits for, with each status under both of its names."""
+        return tuple(
+            replace(rule, statuses=(*rule.statuses, *(f"{_OTHER_PREFIX}{status}" for status in rule.statuses)))
+            for rule in row.waits_for(self._spec.world_size)
+        )
 
     def _row(self, step: str) -> Step:
         rows = steps_for(self._spec.world_size)

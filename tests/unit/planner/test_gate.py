@@ -19,8 +19,10 @@ from barrier import (
     InvalidName,
     Leading,
     LogId,
+    Member,
     NotReady,
     Opened,
+    Promised,
     Released,
     StoreCorrupt,
     StoreUnavailable,
@@ -247,7 +249,47 @@ async def test_arrived_waits_for_the_same_and_dispatches_nothing(store: FakeStor
 async def test_a_step_out_of_order_is_not_dispatched(store: FakeStore, clock: ManualClock) -> None:
     async with scripted_runners(store, "demo", 2), opened(store, clock, 2) as gate:
         outcome = await clock.run(gate.pass_step("load", timeout=5))
-        assert isinstance(outcome, Unknown), "no rank can be Connected before connect went out"
+        assert isinstance(outcome, TimedOut), "nobody is Connected"
+        assert outcome.missing == (0, 1)
+        assert dispatched(store, "load") == 0
+
+
+@pytest.mark.parametrize("statuses", [("Idle", "Connected"), ("RunnerIdle", "RunnerConnecting", "RunnerConnected")])
+async def test_ranks_that_connect_by_themselves_need_only_the_load_gated(
+    store: FakeStore, clock: ManualClock, statuses: tuple[str, ...]
+) -> None:
+    """Regression: "step connect was not dispatched in this epoch", while every rank was Connected."""
+    ranks = [Member(store.client(f"rank {rank}"), "demo", rank=rank, clock=clock) for rank in range(2)]
+    for member in ranks:
+        await member.claim()
+    async with opened(store, clock, 2) as gate:
+        assert gate.epoch is not None
+        for member in ranks:
+            assert isinstance(await member.promise(gate.epoch), Promised)
+        for status in statuses:
+            assert dispatched(store, "load") == 0
+            early = await clock.run(gate.pass_step("load", timeout=0.5))
+            assert isinstance(early, TimedOut)
+            await ranks[0].report(status)
+            early = await clock.run(gate.pass_step("load", timeout=0.5))
+            assert isinstance(early, TimedOut)
+            assert 1 in early.missing
+            await ranks[1].report(status)
+        assert isinstance(await clock.run(gate.arrived("load", timeout=5)), Released)
+        await passed(clock, gate, "load")
+        assert dispatched(store, "load") == 1
+    for member in ranks:
+        await member.close()
+
+
+async def test_once_the_gate_has_passed_connect_the_record_must_say_so(store: FakeStore, clock: ManualClock) -> None:
+    """A store that went back to before it is not believed."""
+    async with scripted_runners(store, "demo", 2), opened(store, clock, 2) as gate:
+        await passed(clock, gate, "connect")
+        assert isinstance(await clock.run(gate.arrived("load", timeout=5)), Released)
+        await store.client("admin").hdel(KEYS.epoch, "step:connect")
+        outcome = await clock.run(gate.pass_step("load", timeout=5))
+        assert isinstance(outcome, Unknown)
         assert dispatched(store, "load") == 0
 
 
