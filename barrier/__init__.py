@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from barrier.store.connect import adopt, connect
     from barrier.store.store import Store
 
+    __version__: str
+
 __all__ = [
     "Aborted",
     "Already",
@@ -150,6 +152,7 @@ __all__ = [
 _HOME = {
     name: module
     for module, names in {
+        "barrier._version": ("__version__",),
         "barrier.protocol.requirement": (
             "Break",
             "RankRule",

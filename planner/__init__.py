@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from planner.spec import InstanceSpec
     from runner.model import ModelSpec
 
+    __version__: str
+
 __all__ = [
     "GenerationFailed",
     "Instance",
@@ -41,6 +43,7 @@ __all__ = [
 _HOME = {
     name: module
     for module, names in {
+        "barrier._version": ("__version__",),
         "planner.explain": ("explain_instance",),
         "planner.gate": ("LoadGate",),
         "planner.planner": ("Instance", "InstanceFailed", "Planner"),

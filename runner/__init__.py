@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from runner.host import EngineHost, EngineSpec, InlineHost, ProcessHost
     from runner.runner import Runner
 
+    __version__: str
+
 __all__ = [
     "Engine",
     "EngineDied",
@@ -28,8 +30,15 @@ __all__ = [
     "Runner",
 ]
 
-_HOME = dict.fromkeys(("EngineHost", "EngineSpec", "InlineHost", "ProcessHost"), "runner.host") | {
-    "Runner": "runner.runner"
+_HOME = {
+    name: module
+    for module, names in {
+        "barrier._version": ("__version__",),
+        "runner.engine": ("Engine", "EngineDied", "EngineFailure", "EngineGroup", "GenerationRequest"),
+        "runner.host": ("EngineHost", "EngineSpec", "InlineHost", "ProcessHost"),
+        "runner.runner": ("Runner",),
+    }.items()
+    for name in names
 }
 
 
@@ -41,6 +50,7 @@ if not "".join(sys.argv[-1:]).startswith("engine-of-rank-"):
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
     """Import what is asked for, when it is asked for: an engine's own process imports this package, and needs no store."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'runner' has no attribute {name!r}")
-    return getattr(import_module(_HOME.get(name, "runner.engine")), name)
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

@@ -110,13 +110,9 @@ def _finish(code: int) -> NoReturn:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib import metadata  # noqa: PLC0415 - a big module, for this option alone
+        from planner import __version__  # noqa: PLC0415 - reads what is installed, for this option alone
 
-        try:
-            number = metadata.version("rankgate")
-        except metadata.PackageNotFoundError:
-            number = "(not installed: running from a checkout)"
-        print(f"rankgate {number}")
+        print(f"rankgate {__version__}")
         raise typer.Exit
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from planner import InstanceSpec
 from planner.embedded import EmbeddedServer
 from planner.launcher import own_environment
 from planner.registry import Registry
+
+ROOT = Path(__file__).parents[2]
 
 
 def told(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +42,30 @@ def test_a_library_says_nothing_until_it_is_asked(package: str, asked: bool) -> 
     assert said.returncode == 0, said.stderr
     assert ("heard" in said.stderr) is asked
     assert "of the program" in said.stderr
+
+
+PACKAGES = ("barrier", "runner", "planner")
+
+
+def test_every_package_tells_the_version_of_the_one_distribution() -> None:
+    code = f"import json, {', '.join(PACKAGES)}\nprint(json.dumps([{', '.join(f'{one}.__version__' for one in PACKAGES)}]))"
+    said = told(code)
+    assert json.loads(said.stdout) == [metadata.version("rankgate")] * len(PACKAGES), said.stderr
+
+
+def test_a_checkout_that_is_not_installed_says_so_in_place_of_its_version(tmp_path: Path) -> None:
+    """Without the packages that pip installed, so without our own distribution, the code alone is there."""
+    code = f"import sys; sys.path.append({str(ROOT)!r}); sys.argv[0] = 'rankgate'; import planner; print(planner.__version__)"
+    said = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert said.stdout == "(not installed: running from a checkout)\n", said.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_who_does_not_ask_for_the_version_does_not_wait_for_it(package: str) -> None:
+    said = told(f"import sys; sys.argv[0] = 'rankgate'; import {package}; print('barrier._version' in sys.modules)")
+    assert said.stdout == "False\n", said.stderr
 
 
 def imported(*arguments: str) -> set[str]:
