@@ -29,18 +29,10 @@ if TYPE_CHECKING:
         StoreUnavailable,
         StoreUnsuitable,
     )
-    from barrier.member import (
-        EpochAnnounced,
-        Garbage,
-        LogEntry,
-        Member,
-        NotPromised,
-        Promised,
-        TaskEntry,
-        VerdictAnnounced,
-    )
+    from barrier.member import Member, NotPromised, Promised
     from barrier.protocol.explain import explain, explain_key
     from barrier.protocol.ids import EpochId, LogId
+    from barrier.protocol.log import EpochAnnounced, Garbage, LogEntry, TaskEntry, VerdictAnnounced
     from barrier.protocol.model import EpochRecord, Leadership, RankView, Snapshot, Verdict
     from barrier.protocol.outcomes import (
         Aborted,
@@ -181,16 +173,8 @@ _HOME = {
         ),
         "barrier.protocol.explain": ("explain", "explain_key"),
         "barrier.protocol.ids": ("EpochId", "LogId"),
-        "barrier.member": (
-            "EpochAnnounced",
-            "Garbage",
-            "LogEntry",
-            "Member",
-            "NotPromised",
-            "Promised",
-            "TaskEntry",
-            "VerdictAnnounced",
-        ),
+        "barrier.member": ("Member", "NotPromised", "Promised"),
+        "barrier.protocol.log": ("EpochAnnounced", "Garbage", "LogEntry", "TaskEntry", "VerdictAnnounced"),
         "barrier.protocol.model": ("EpochRecord", "Leadership", "RankView", "Snapshot", "Verdict"),
         "barrier.protocol.outcomes": (
             "Aborted",

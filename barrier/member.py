@@ -20,7 +20,6 @@ from itertools import chain
 from math import inf
 from typing import Any, TypeAlias
 
-from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
@@ -38,7 +37,8 @@ from barrier.errors import (
 from barrier.log import LogContext, logger
 from barrier.plain import number
 from barrier.protocol.ids import INCARNATION_WIDTH, EpochId, LogId, new_incarnation
-from barrier.protocol.model import Verdict
+from barrier.protocol.log import EpochAnnounced, LogEntry, TaskEntry, VerdictAnnounced, decode_entry, describe
+from barrier.protocol.model import read_verdict
 from barrier.protocol.names import shown, valid_digest, valid_endpoint, valid_status, valid_world_size
 from barrier.protocol.report import MAX_APPLIED, MAX_OUTCOMES, Report, TaskOutcome, UndecodableReport
 from barrier.settings import Settings
@@ -57,59 +57,6 @@ _LONGEST_LEASE_MS = 600_000
 _UNSAID_EVENTS = 1_000
 
 _trace = logger.opt(lazy=True).trace
-
-
-@dataclass(frozen=True, slots=True)
-class EpochAnnounced:
-    """A new epoch is current. Tear down, then `Member.promise` it."""
-
-    epoch: EpochId
-
-
-@dataclass(frozen=True, slots=True)
-class TaskEntry:
-    """A task from the log.
-
-    Attributes:
-        epoch: the epoch it was dispatched in. The reader judges it: act on exactly the promised one.
-        id: its place in the log.
-        previous: the position of the entry before it.
-        missed: whether that one never came: the log was cut or lost, and this rank has not done what others may have done.
-        step: the step.
-        first: the first rank that it is for.
-        last: the last rank that it is for.
-        term: the dispatching planner's term.
-        payload: the task, as it was dispatched.
-    """
-
-    epoch: EpochId
-    id: LogId
-    previous: int
-    step: str
-    first: int
-    last: int
-    term: int
-    payload: bytes
-    missed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class VerdictAnnounced:
-    """An epoch has ended. If it is the promised one: tear down and `Member.retire`."""
-
-    epoch: EpochId
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Garbage:
-    """An entry that is not ours; told so that the reader can count it."""
-
-    id: str
-    reason: str
-
-
-LogEntry: TypeAlias = EpochAnnounced | TaskEntry | VerdictAnnounced | Garbage
 
 
 @dataclass(frozen=True, slots=True)
@@ -679,7 +626,7 @@ class Member:
         except (InvalidName, UnicodeDecodeError):
             return
         if verdict is not None and epoch == self.promised:
-            self._offer(VerdictAnnounced(epoch, _decode_verdict(verdict)))
+            self._offer(VerdictAnnounced(epoch, read_verdict(verdict)))
         elif verdict is None and epoch.number > self._report.floor and epoch != self._announced:
             self._announced = epoch
             self._offer(EpochAnnounced(epoch))
@@ -784,7 +731,7 @@ class Member:
                             continue  # a log that went back says it again
                         entry = replace(entry, missed=entry.previous > self._report.applied)
                         self._report = self._report._replace(applied=entry.id.n)
-                _trace("log entry: {}", partial(_told, entry))
+                _trace("log entry: {}", partial(describe, entry))
                 yield entry
         finally:
             await supervise.end(reading)
@@ -971,53 +918,3 @@ def _lease_of(raw: bytes | None, rank: int) -> int:
         return Report.decode(raw or b"", rank).lease_ms
     except UndecodableReport:
         return 0
-
-
-def _told(entry: LogEntry) -> str:
-    """For the log: what kind of entry it is, and never what is in it."""
-    match entry:
-        case EpochAnnounced(epoch):
-            return f"epoch {epoch} is open"
-        case VerdictAnnounced(epoch, verdict):
-            return f"epoch {epoch} ended: {verdict.kind}"
-        case TaskEntry():
-            return f"{entry.id}, {shown(entry.step)} for ranks {entry.first} to {entry.last}"
-        case Garbage():
-            return f"{entry.id}, which is not readable"
-
-
-def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:
-    """Read one entry of the log; what is not ours comes out as `Garbage`."""
-    if entry_id.n > MAX_APPLIED:
-        return Garbage(str(entry_id), f"position {entry_id.n}; a report has room for {MAX_APPLIED}")
-    try:
-        kind = fields[b"kind"]
-        epoch = EpochId.parse(f"{entry_id.number}-{fields[b'nonce'].decode()}")
-        match kind:
-            case b"opened":
-                return EpochAnnounced(epoch)
-            case b"verdict":
-                return VerdictAnnounced(epoch, _decode_verdict(fields[b"verdict"]))
-            case b"task":
-                first, last = fields[b"to"].split(b"-")
-                return TaskEntry(
-                    epoch=epoch,
-                    id=entry_id,
-                    previous=int(fields[b"prev"]),
-                    step=fields[b"step"].decode(),
-                    first=int(first),
-                    last=int(last),
-                    term=int(fields[b"term"]),
-                    payload=fields[b"task"],
-                )
-            case _:
-                return Garbage(str(entry_id), "unknown kind")
-    except (KeyError, ValueError, InvalidName) as error:
-        return Garbage(str(entry_id), f"not an entry of ours ({type(error).__name__})")
-
-
-def _decode_verdict(raw: bytes) -> Verdict:
-    try:
-        return Verdict.model_validate_json(raw)
-    except ValidationError:
-        return Verdict.aborted("the stored verdict could not be read")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from barrier.protocol.ids import EpochId, LogId
 from barrier.protocol.report import Report
@@ -51,6 +51,14 @@ class Verdict(BaseModel):
             return f"Stopped: {self.reason}"
         charged = "" if self.culprit is None else f", rank {self.culprit}"
         return f"Aborted ({self.failure}{charged}): {self.reason}"
+
+
+def read_verdict(text: str | bytes) -> Verdict:
+    """Read a stored verdict; one that cannot be read ended the epoch all the same."""
+    try:
+        return Verdict.model_validate_json(text)
+    except ValidationError:
+        return Verdict.aborted("the stored verdict could not be read")
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,14 +66,6 @@ def _leader(fields: Mapping[str, str], now_ms: int) -> tuple[Leadership | None, 
         return None, 0
 
 
-def read_verdict(text: str) -> Verdict:
-    """Read a stored verdict; one that cannot be read ended the epoch all the same."""
-    try:
-        return Verdict.model_validate_json(text)
-    except ValidationError:
-        return Verdict.aborted("the stored verdict could not be read")
-
-
 def as_fields(flat: Sequence[bytes]) -> dict[str, str]:
     """A hash as a script returns it: names and values in turn."""
     words = as_words(flat)

@@ -10,7 +10,7 @@ from typing import Any, Required, TypedDict, Unpack
 from redis.exceptions import NoScriptError, RedisError
 
 from barrier.protocol.ids import EpochId, LogId
-from barrier.protocol.model import Leadership, Snapshot, Verdict
+from barrier.protocol.model import Leadership, Snapshot, Verdict, read_verdict
 from barrier.protocol.outcomes import (
     Aborted,
     Already,
@@ -39,7 +39,7 @@ from barrier.protocol.requirement import Requirement
 from barrier.settings import Settings
 from barrier.store.connection import Arguments
 from barrier.store.keys import Keys
-from barrier.store.picture import as_fields, as_words, read_snapshot, read_verdict
+from barrier.store.picture import as_fields, as_words, read_snapshot
 from barrier.store.script import call, not_understood, run, script
 from barrier.store.store import Store, StreamEntry, is_spoiled, raw_entries
 

@@ -10,8 +10,9 @@ from typing import Any
 from redis.asyncio import Redis
 
 from barrier.clock import Clock
-from barrier.member import EpochAnnounced, LogEntry, Member, NotPromised, Promised, TaskEntry
+from barrier.member import Member, NotPromised, Promised
 from barrier.protocol.ids import EpochId
+from barrier.protocol.log import EpochAnnounced, LogEntry, TaskEntry
 from barrier.protocol.report import TaskOutcome
 from barrier.settings import Settings
 from barrier.store.store import Store

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from barrier import EpochId, Settings, TaskOutcome
 from barrier.errors import InvalidName, InvalidSettings
-from barrier.member import Garbage, decode_entry
 from barrier.protocol.ids import LogId
+from barrier.protocol.log import Garbage, decode_entry
 from barrier.protocol.model import Verdict
 from barrier.protocol.names import valid_digest, valid_name, valid_status, valid_step, valid_world_size
 from barrier.protocol.report import Report, UndecodableReport

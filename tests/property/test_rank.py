@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from loguru import logger
 
 from barrier import ClaimLost, EpochId, LogId, Member, Promised, Report, Settings, StoreError, Verdict, adopt
-from barrier.member import EpochAnnounced, LogEntry, TaskEntry, VerdictAnnounced
+from barrier.protocol.log import EpochAnnounced, LogEntry, TaskEntry, VerdictAnnounced
 from barrier.protocol.model import Snapshot
 from barrier.store import verbs
 from barrier.store.keys import Keys

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barrier import EpochAnnounced, EpochId, Garbage, LogId, Member, PartFailed, RankRule, TaskEntry, VerdictAnnounced
-from barrier.member import LogEntry, decode_entry
+from barrier.protocol.log import LogEntry, decode_entry
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from tests.unit.barrier.group import NONCE, Group, started_group
 
