@@ -36,7 +36,7 @@ from planner.lifecycle import (
 )
 from planner.recovery import ABSENT, LOST, UNATTRIBUTED, Memory, Sighting, exhausted, is_history
 from planner.spec import InstanceSpec, Policy
-from runner.machine import ORDER
+from runner.admission import ORDER
 from runner.messages import RejectionCode, derive_task_id
 
 

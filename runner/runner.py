@@ -41,9 +41,7 @@ from barrier import (
 from barrier.log import logger
 from barrier.plain import number
 from barrier.protocol.names import valid_endpoint
-from runner.engine import EngineFailure, EngineGroup, GenerationRequest
-from runner.host import EngineHost
-from runner.machine import (
+from runner.admission import (
     Accept,
     AlreadyDone,
     Invalid,
@@ -56,6 +54,8 @@ from runner.machine import (
     judge,
     rejection_of,
 )
+from runner.engine import EngineFailure, EngineGroup, GenerationRequest
+from runner.host import EngineHost
 from runner.messages import (
     MAX_MESSAGE_BYTES,
     CancelTask,

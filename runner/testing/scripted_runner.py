@@ -16,7 +16,7 @@ from barrier.member import Event, PromiseOutcome
 from barrier.store.store import Store
 from barrier.testing import FakeStore, wait_until
 from barrier.testing.names import one_of
-from runner.machine import Invalid, NotYet, Refusal, Stale
+from runner.admission import Invalid, NotYet, Refusal, Stale
 from runner.messages import MalformedMessage, RejectionCode, RunnerStatus, StatusName, Task, TaskKind, decode_task
 from runner.runner import Runner
 from runner.testing.scripted_engine import TEXT, ScriptedEngine

@@ -1,6 +1,6 @@
 """Ranks and planners around the reference model, as a graph of states: what can happen next in each of them.
 
-The verbs are `barrier.testing.reference`'s, the planners' choices `planner.decide`'s and the ranks' judgements `runner.machine`'s: they
+The verbs are `barrier.testing.reference`'s, the planners' choices `planner.decide`'s and the ranks' judgements `runner.admission`'s: they
 are called, not written again. What is modelled here is what lies between them (`barrier.Member`, `runner.Runner`,
 `barrier.Barrier` and `planner.InstanceLoop`), and what may go wrong.
 
@@ -28,7 +28,7 @@ from planner.decide import Conclude, OpenEpoch, RestoreEpoch, Serve, View, decid
 from planner.lifecycle import TABLE, predecessor, serving_requirement
 from planner.recovery import Memory
 from planner.spec import InstanceSpec, Policy
-from runner.machine import Accept, Promise, Standing, judge
+from runner.admission import Accept, Promise, Standing, judge
 from runner.messages import ConnectToGroup, LoadModel, ModelSpec, StartWarmup, Task, TextGeneration, derive_task_id
 from tests.exhaustive.rules import NOW_MS, STEPS, Openings, addressed, epoch_of, is_live, store_breach
 

@@ -31,7 +31,7 @@ from barrier import (
 from barrier.testing import FakeStore, ManualClock
 from barrier.testing.waiting import settle
 from runner import EngineFailure, EngineGroup, GenerationRequest, InlineHost, Runner
-from runner.machine import Accept, AlreadyDone, Invalid, NotYet, Promise, Stale, Standing, judge
+from runner.admission import Accept, AlreadyDone, Invalid, NotYet, Promise, Stale, Standing, judge
 from runner.messages import (
     ConnectToGroup,
     LoadModel,

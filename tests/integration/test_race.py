@@ -17,7 +17,7 @@ from planner.race.polling import due_tasks
 from planner.race.process import FragileRunner
 from planner.race.scenario import WORLD_SIZE
 from runner import EngineGroup, GenerationRequest
-from runner.machine import Accept, Promise, Standing, judge
+from runner.admission import Accept, Promise, Standing, judge
 from runner.messages import (
     ModelSpec,
     RunnerConnected,

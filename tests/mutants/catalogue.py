@@ -40,7 +40,7 @@ _STANDING = "barrier/store/standing.py"
 _REQUIREMENT = "barrier/protocol/requirement.py"
 _BARRIER = "barrier/barrier.py"
 _PICTURE = "barrier/store/picture.py"
-_MACHINE = "runner/machine.py"
+_ADMISSION = "runner/admission.py"
 _RUNNER = "runner/runner.py"
 _MESSAGES = "runner/messages.py"
 _RECOVERY = "planner/recovery.py"
@@ -744,7 +744,7 @@ RANKS: tuple[Mutation, ...] = (
         "judge-epoch",
         "a runner acts on no task of another epoch",
         "S3",
-        Edit(_MACHINE, "    if fenced is not None:\n        return fenced", "    if False:\n        return fenced"),
+        Edit(_ADMISSION, "    if fenced is not None:\n        return fenced", "    if False:\n        return fenced"),
         (SECOND_LINE, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
@@ -752,7 +752,7 @@ RANKS: tuple[Mutation, ...] = (
         "a runner acts on no task of the same number and another nonce",
         "S3",
         Edit(
-            _MACHINE,
+            _ADMISSION,
             "if promise is not None and promise.epoch == epoch:",
             "if promise is not None and promise.epoch.number == epoch.number:",
         ),
@@ -762,28 +762,28 @@ RANKS: tuple[Mutation, ...] = (
         "judge-incarnation",
         "a runner acts only as the incarnation on the roster",
         "S3",
-        Edit(_MACHINE, "if promise.incarnation != standing.incarnation:", "if False:"),
+        Edit(_ADMISSION, "if promise.incarnation != standing.incarnation:", "if False:"),
         (JUDGE,),
     ),
     Mutation(
         "judge-instance",
         "a runner acts on no task of another instance",
         "S8",
-        Edit(_MACHINE, "if task.instance != standing.instance:", "if False:"),
+        Edit(_ADMISSION, "if task.instance != standing.instance:", "if False:"),
         (SECOND_LINE,),
     ),
     Mutation(
         "judge-table",
         "a task out of state is refused",
         "S7",
-        Edit(_MACHINE, "    accepted = task.kind in ACCEPTS[status]", "    accepted = True"),
+        Edit(_ADMISSION, "    accepted = task.kind in ACCEPTS[status]", "    accepted = True"),
         (SECOND_LINE, EXHAUSTIVE),
     ),
     Mutation(
         "judge-idle-load",
         "an Idle rank among several does not load",
         "S1",
-        Edit(_MACHINE, "        accepted = world_size == 1", "        accepted = True"),
+        Edit(_ADMISSION, "        accepted = world_size == 1", "        accepted = True"),
         (SECOND_LINE,),
     ),
     Mutation(
@@ -791,7 +791,7 @@ RANKS: tuple[Mutation, ...] = (
         "a task that was seen before is not done again",
         "S2",
         Edit(
-            _MACHINE,
+            _ADMISSION,
             'if known is not None and not (known.result == "rejected" and known.retryable):',
             "if False and known:",
         ),

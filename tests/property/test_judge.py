@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from barrier import EpochId, TaskOutcome
-from runner.machine import Accept, AlreadyDone, Invalid, NotYet, Promise, Stale, Standing, judge
+from runner.admission import Accept, AlreadyDone, Invalid, NotYet, Promise, Stale, Standing, judge
 from runner.messages import StatusName, Task, TaskKind
 from tests.unit.runner.rig import TASKS, make_task
 

@@ -13,7 +13,7 @@ import pytest
 from barrier.protocol.report import SCHEMA
 from barrier.store.keys import Keys
 from planner.lifecycle import TABLE
-from runner.machine import ACCEPTS
+from runner.admission import ACCEPTS
 from runner.messages import RejectionCode
 from tests.mutants.catalogue import MUTATIONS
 

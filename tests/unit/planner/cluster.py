@@ -18,7 +18,7 @@ from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import InstanceSpec, Planner, Policy
 from runner import EngineFailure, EngineGroup, GenerationRequest, InlineHost, Runner
-from runner.machine import NotYet, Refusal
+from runner.admission import NotYet, Refusal
 from runner.messages import ModelSpec, TaskKind, decode_event, decode_task
 
 Phase: TypeAlias = Literal["connect", "load", "warm_up", "generate"]

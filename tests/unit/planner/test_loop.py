@@ -17,7 +17,7 @@ from barrier.store.keys import NamespaceKeys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import Instance, InstanceFailed, InstanceSpec, Planner, Policy
 from planner.registry import Registry
-from runner.machine import Invalid, NotYet, Stale
+from runner.admission import Invalid, NotYet, Stale
 from runner.messages import TaskKind
 from tests.unit.planner.cluster import WORDS, Cluster, Phase, Tripwire, cluster, text_of
 

@@ -17,7 +17,7 @@ from barrier import InvalidName, InvalidSettings, Settings, StoreCorrupt, StoreU
 from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, ModelSpec, Planner, Policy
-from runner.machine import Invalid, Stale
+from runner.admission import Invalid, Stale
 from tests.unit.planner.cluster import WORDS, cluster, text_of, write_request
 
 pytestmark = pytest.mark.anyio

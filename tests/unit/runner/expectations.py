@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from runner.machine import Accept, Invalid, Judgement, NotYet, Stale
+from runner.admission import Accept, Invalid, Judgement, NotYet, Stale
 from runner.messages import StatusName, TaskKind
 
 STATUSES: tuple[StatusName, ...] = get_args(StatusName)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from barrier import EpochId, Report
-from runner.machine import Accept, Invalid, Judgement, NotYet, Stale
+from runner.admission import Accept, Invalid, Judgement, NotYet, Stale
 from runner.messages import RunnerLoading, StatusName, TaskAcknowledged, TaskKind, TaskStatusUpdated
 from tests.unit.runner.expectations import EXPECTED, KINDS, STATUSES
 from tests.unit.runner.rig import LAYERS, Rig, Told, kinds, make_task, other_nonce, runner_rig

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barrier import EpochId, TaskOutcome
-from runner.machine import (
+from runner.admission import (
     ACCEPTS,
     Accept,
     AlreadyDone,
