@@ -127,14 +127,14 @@ $(MLX_STAMP): pyproject.toml constraints.txt | $(STAMP)
 	@echo "Installing MLX and what its tests need into .venv-mlx (some 150 MB to download) …"
 	@$(PY) -m venv --clear .venv-mlx
 	@$(MLX_PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-	    --editable '.[cluster,mlx,testing]' anyio psutil pytest
+	    --editable '.[cli,mlx,testing]' anyio psutil pytest
 	@touch $(MLX_STAMP)
 
 $(FUZZ_STAMP): pyproject.toml constraints.txt | $(STAMP)
 	@echo "Installing atheris and what is fuzzed into .venv-fuzz (some 60 MB to download) …"
 	@$(PY) -m venv --clear .venv-fuzz
 	@$(FUZZ_PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-	    --editable '.[cluster,testing]' atheris
+	    --editable '.[cli,testing]' atheris
 	@touch $(FUZZ_STAMP)
 
 .PHONY: lock
@@ -147,7 +147,7 @@ lock: ## renew constraints.txt and the image's lock files with the newest versio
 	"$$room/bin/python" -m pip --disable-pip-version-check install --quiet uv; \
 	lock="$$room/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --constraint constraints.txt"; \
 	echo hatchling | $$lock --output-file deploy/build.lock -; \
-	$$lock --extra cluster --output-file deploy/requirements.lock pyproject.toml
+	$$lock --extra cli --output-file deploy/requirements.lock pyproject.toml
 
 .PHONY: clean
 clean: ## remove what these targets made, .venv included

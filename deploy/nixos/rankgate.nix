@@ -169,7 +169,7 @@ in
   options.services.rankgate = {
     package = mkOption {
       type = types.package;
-      description = "The package with bin/rankgate: rankgate with its extra cluster, and whatever the engine needs.";
+      description = "The package with bin/rankgate: rankgate with its extra cli, and whatever the engine needs.";
     };
 
     namespace = mkOption {

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing not in _NEEDS:
             raise
         print(
-            f"rankgate: the command line needs {missing}, which is not installed: run pip install 'rankgate[cluster]'",
+            f"rankgate: the command line needs {missing}, which is not installed: run pip install 'rankgate[cli]'",
             file=sys.stderr,
         )
         return 2

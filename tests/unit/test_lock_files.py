@@ -51,7 +51,7 @@ def test_every_locked_package_has_hashes(name: str) -> None:
 
 def test_everything_that_the_program_asks_for_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    asked = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["cluster"]]
+    asked = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["cli"]]
     there = locked("requirements.lock")
     for text in asked:
         requirement = Requirement(text)

@@ -74,8 +74,8 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 
 @pytest.fixture(scope="session")
-def cluster(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    return install(wheel, "cluster", tmp_path_factory.mktemp("cluster"))
+def cli(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    return install(wheel, "cli", tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +169,7 @@ def test_it_asks_for_three_packages_and_says_so(wheel: Path) -> None:
     assert facts["Name"] == "rankgate"
     assert facts["Requires-Python"] == ">=3.11"
     assert facts["License-Expression"] == "Apache-2.0"
-    assert set(facts.get_all("Provides-Extra", [])) == {"cluster", "testing", "mlx", "dev"}
+    assert set(facts.get_all("Provides-Extra", [])) == {"cli", "testing", "mlx", "dev"}
     lines: list[str] = facts.get_all("Requires-Dist", [])
     assert {r.name for r in requirements(lines, "")} == {"loguru", "pydantic", "redis"}
 
@@ -219,17 +219,17 @@ def test_the_program_without_its_extra_says_in_one_sentence_what_to_install(core
     assert done.returncode != 0
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "rankgate[cluster]" in done.stderr
+    assert "rankgate[cli]" in done.stderr
 
 
-def test_the_program_with_its_extra_runs(cluster: Environment) -> None:
-    done = cluster.rankgate("--help")
+def test_the_program_with_its_extra_runs(cli: Environment) -> None:
+    done = cli.rankgate("--help")
     assert done.returncode == 0, done.stderr
     assert "up" in done.stdout
 
 
-def test_the_embedded_server_starts_from_an_installation(cluster: Environment) -> None:
-    answer = cluster.evaluate(
+def test_the_embedded_server_starts_from_an_installation(cli: Environment) -> None:
+    answer = cli.evaluate(
         """if True:
         import asyncio, json
         from planner.embedded import EmbeddedServer
@@ -253,7 +253,7 @@ def test_a_copied_tutorial_passes_with_the_kit_alone(testing: Environment, name:
     assert "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize(("name", "extra"), [("library", "cluster"), ("barrier", "testing")])
+@pytest.mark.parametrize(("name", "extra"), [("library", "cli"), ("barrier", "testing")])
 def test_an_example_of_the_readme_runs_with_the_extra_that_it_names(
     name: str, extra: str, request: pytest.FixtureRequest
 ) -> None:

@@ -253,7 +253,7 @@ def test_without_the_extra_it_names_the_extra(missing: str) -> None:
     assert ended.stdout == ""
     assert (
         ended.stderr
-        == f"rankgate: the command line needs {missing}, which is not installed: run pip install 'rankgate[cluster]'\n"
+        == f"rankgate: the command line needs {missing}, which is not installed: run pip install 'rankgate[cli]'\n"
     )
 
 

