@@ -532,16 +532,9 @@ class Barrier:
                 return Unknown(f"the record cannot be read: {damage}" if damage else "the store has no epoch record")
             if current.id != epoch or current.verdict is not None:
                 continue  # the next attempt says which of these it is
-            broken = find_break(snapshot, failed)
-            if broken is not None:
-                verdict = Verdict.aborted(broken.reason, broken.culprit, broken.failure)
-                match await self.conclude(epoch, verdict):
-                    case Concluded(winner, _):
-                        return Aborted(winner)
-                    case (Superseded() | Unknown()) as ended:
-                        return ended
-                    case Fenced():
-                        pass  # not ours to conclude: the leader's verdict will end this wait, or the deadline
+            ended = await self._conclude_if_broken(epoch, snapshot, failed)
+            if ended is not None:
+                return ended
             if _note_progress(snapshot, seen):
                 deadline = self.clock.now() + seconds
             if not missing_ranks(snapshot, requirement):
@@ -549,13 +542,38 @@ class Barrier:
             if self.clock.now() >= deadline:
                 return TimedOut(epoch, missing_ranks(snapshot, requirement), explain(snapshot, requirement))
             look_at = min(self.clock.now() + self.settings.backstop, deadline)
-            found: CheckOutcome | Wake | _T = Wake.QUIET
-            while found is Wake.QUIET and (now := self.clock.now()) < look_at:
-                await self._keep_lead()
-                until = look_at if self.leadership is None else min(look_at, self._renew_at)
-                found = await waiting(snapshot, max(until - now, 0.001))
+            found = await self._wait_until(look_at, snapshot, waiting)
             if not isinstance(found, NotReady | Wake):
                 return found
+
+    async def _conclude_if_broken(
+        self, epoch: EpochId, snapshot: Snapshot, failed: frozenset[str]
+    ) -> Aborted | Superseded | Unknown | None:
+        """End an attempt that cannot succeed any more; ``None`` where it can, or where ending it is not ours."""
+        broken = find_break(snapshot, failed)
+        if broken is None:
+            return None
+        match await self.conclude(epoch, Verdict.aborted(broken.reason, broken.culprit, broken.failure)):
+            case Concluded(winner, _):
+                return Aborted(winner)
+            case (Superseded() | Unknown()) as ended:
+                return ended
+            case Fenced():
+                return None  # the leader's verdict will end this wait, or the deadline
+
+    async def _wait_until(
+        self,
+        look_at: float,
+        snapshot: Snapshot,
+        waiting: Callable[[Snapshot, float], Awaitable[CheckOutcome | Wake | _T]],
+    ) -> CheckOutcome | Wake | _T:
+        """Wait for something to happen, and renew the lead meanwhile; `Wake.QUIET` where nothing has."""
+        found: CheckOutcome | Wake | _T = Wake.QUIET
+        while found is Wake.QUIET and (now := self.clock.now()) < look_at:
+            await self._keep_lead()
+            until = look_at if self.leadership is None else min(look_at, self._renew_at)
+            found = await waiting(snapshot, max(until - now, 0.001))
+        return found
 
     async def _keep_lead(self) -> None:
         """Renew in time, or a wait for longer than the lease would end as somebody who does not lead any more."""

@@ -92,24 +92,13 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
         case TimeoutError() if error.errno is None:
             return None  # somebody's own deadline around a command: it is not the store that is late. The kernel's has a number
         case driver.ConnectionError() | driver.TimeoutError() | OSError() | asyncio.IncompleteReadError():
-            if host_is_unknown(error):
-                return StoreUnavailable(
-                    f"the store's host in {where} is not known: {said(error)}. Check the host in the URL."
-                )
-            return StoreUnavailable(f"no answer from the store at {where}: {said(error)}")
+            return _no_answer(error, where)
         case driver.OutOfMemoryError():
             return StoreFull(f"the store at {where} is out of memory; nothing was written. Raise maxmemory.")
         case driver.ReadOnlyError():
             return _demoted(where)
-        case driver.MovedError():  # of both, redis-py keeps a number and an address only
-            return StoreUnavailable(
-                f"the store at {where} has moved slot {error.slot_id} to {_new_node(error)}; the next call goes there"
-            )
         case driver.AskError():
-            return StoreUnavailable(
-                f"the store at {where} is moving slot {error.slot_id} to {_new_node(error)}; "
-                "calls fail until all of its keys are there"
-            )
+            return _slot_elsewhere(error, where)
         case driver.ResponseError():
             return _from_reply(error, where)
         case driver.RedisError():
@@ -118,9 +107,23 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
             return None
 
 
-def _new_node(error: driver.AskError) -> str:
+def _no_answer(error: BaseException, where: str) -> StoreUnavailable:
+    if host_is_unknown(error):
+        return StoreUnavailable(f"the store's host in {where} is not known: {said(error)}. Check the host in the URL.")
+    return StoreUnavailable(f"no answer from the store at {where}: {said(error)}")
+
+
+def _slot_elsewhere(error: driver.AskError, where: str) -> StoreUnavailable:
+    """A cluster's slot that has moved (`MovedError`, which is an `AskError`) or is moving. redis-py keeps a number and an address only."""
     untyped: Any = error
-    return scrubbed(f"{untyped.host}:{untyped.port}")
+    node = scrubbed(f"{untyped.host}:{untyped.port}")
+    if isinstance(error, driver.MovedError):
+        return StoreUnavailable(
+            f"the store at {where} has moved slot {error.slot_id} to {node}; the next call goes there"
+        )
+    return StoreUnavailable(
+        f"the store at {where} is moving slot {error.slot_id} to {node}; calls fail until all of its keys are there"
+    )
 
 
 def _from_reply(error: driver.ResponseError, where: str) -> StoreError:

@@ -190,14 +190,7 @@ class ServerSocket(AsyncFakeSocket):
             for place, decoder in decoders:
                 args[place] = decoder.decode(args[place])
             for place, key in keys:
-                item, default = db.get(args[place]), None
-                if key.type_ is not None:
-                    if item is not None:
-                        if type(item.value) is not key.type_:
-                            raise SimpleError(msgs.WRONGTYPE_MSG)
-                    elif key.type_ is not bytes and msgs.FLAG_DO_NOT_CREATE not in sig.flags:
-                        default = key.type_()
-                args[place] = CommandItem(args[place], db, item, default=default)
+                args[place] = self._item(args[place], key, sig)
                 items.append(args[place])
             result = self._for_client(func(*args), sig)
         except SimpleError as error:
@@ -206,6 +199,17 @@ class ServerSocket(AsyncFakeSocket):
             if item.is_modified:
                 item.writeback(remove_empty_val=msgs.FLAG_LEAVE_EMPTY_VAL not in sig.flags)
         return result
+
+    def _item(self, name: bytes, key: Key, sig: Any) -> CommandItem:  # noqa: ANN401  as fakeredis
+        """What stands under a key, or will. Raises fakeredis' error where it is of another type than the command is for."""
+        item, default = self._db.get(name), None
+        if key.type_ is not None:
+            if item is not None:
+                if type(item.value) is not key.type_:
+                    raise SimpleError(msgs.WRONGTYPE_MSG)
+            elif key.type_ is not bytes and msgs.FLAG_DO_NOT_CREATE not in sig.flags:
+                default = key.type_()
+        return CommandItem(name, self._db, item, default=default)
 
     def _for_client(self, result: Any, sig: Any) -> Any:  # noqa: ANN401  as fakeredis
         """What a client of RESP2 reads."""

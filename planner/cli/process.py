@@ -118,21 +118,7 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
             signal.signal(one, last_resort.signalled)  # beside the loop, which may be blocked
         output.on_loss(lost)
         output.watch()
-        code = 1
-        try:
-            code = await command(interrupts)
-        except asyncio.CancelledError:
-            if interrupts.received is None:
-                raise
-        except RankgateError as error:
-            complain(str(error))
-        except OSError as error:
-            complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-        except Exception as mistake:  # noqa: BLE001  its own text may quote a prompt, and so may a traceback
-            supervise.tell_mistake("this command", mistake)
-            complain(
-                f"a mistake of ours ended this command ({supervise.described(mistake)}); please report what its log says"
-            )
+        code = await _carry_out(command, interrupts)
         if output.failure is not None:
             return 1
         if interrupts.received is not None and not interrupts.expected:
@@ -143,6 +129,25 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
         return asyncio.run(shell())
     finally:
         last_resort.cancel()
+
+
+async def _carry_out(command: Callable[[Interrupts], Coroutine[Any, Any, int]], interrupts: Interrupts) -> int:
+    """The command's own exit code; 1 where it ended with an error, which is told, or by a signal."""
+    try:
+        return await command(interrupts)
+    except asyncio.CancelledError:
+        if interrupts.received is None:
+            raise
+    except RankgateError as error:
+        complain(str(error))
+    except OSError as error:
+        complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except Exception as mistake:  # noqa: BLE001  its own text may quote a prompt, and so may a traceback
+        supervise.tell_mistake("this command", mistake)
+        complain(
+            f"a mistake of ours ended this command ({supervise.described(mistake)}); please report what its log says"
+        )
+    return 1
 
 
 class _LastResort:

@@ -152,35 +152,51 @@ class Trial:
 
     async def play(self, move: tuple[str, Any]) -> None:
         what, detail = move
-        kind = self.next_kind()
+        if what in WRONG or what == "next elsewhere":
+            await self.play_wrong(what, detail)
+        elif what in ("conclude", "attempt", "announce again", "engine dies"):
+            await self.play_around(what)
+        elif self.oracle.epoch is not None:
+            await self.play_task(what, detail, self.oracle.epoch)
+        await settle()
+
+    async def play_task(self, what: str, detail: Any, epoch: EpochId) -> None:
+        """What comes through the log of the present epoch: tasks in and out of turn, repeated, torn, too big, or with a gap before."""
         match what:
             case "next":
-                if kind is not None and self.oracle.epoch is not None:
-                    phase = PHASES[kind][0]
-                    if detail:
-                        self.rig.engine.fail(phase, "planned")
-                    await self.send(make_task(kind, self.oracle.epoch), fails=detail)
-            case "task":
-                if self.oracle.epoch is not None:
-                    await self.send(make_task(detail, self.oracle.epoch))
-            case "next elsewhere":
+                kind = self.next_kind()
                 if kind is not None:
-                    await self.refuse(*self.wrong(str(detail), kind))
-            case "nonce" | "old" | "higher" | "instance" | "two epochs" | "torn envelope":
-                await self.refuse(*self.wrong(what, detail))
+                    if detail:
+                        self.rig.engine.fail(PHASES[kind][0], "planned")
+                    await self.send(make_task(kind, epoch), fails=detail)
+            case "task":
+                await self.send(make_task(detail, epoch))
             case "again":
-                if self.sent and self.oracle.epoch is not None:
+                if self.sent:
                     await self.send(self.sent[int(detail) % len(self.sent)])
             case "bytes":
-                await self.refuse(detail, self.oracle.epoch)
+                await self.refuse(detail, epoch)
             case "torn":
-                if self.oracle.epoch is not None:
-                    await self.refuse(
-                        encode(make_task("LoadModel", self.oracle.epoch))[:-detail] or b"{", self.oracle.epoch
-                    )
+                await self.refuse(encode(make_task("LoadModel", epoch))[:-detail] or b"{", epoch)
             case "oversized":
-                if self.oracle.epoch is not None:
-                    await self.refuse(self.oversized(), self.oracle.epoch)
+                await self.refuse(self.oversized(), epoch)
+            case "miss":
+                if self.oracle.status != "Failed":
+                    await self.rig.put(make_task("CancelTask", epoch), gap=1)
+                    await settle()
+                    self.oracle.status = "Failed"
+            case _:
+                raise AssertionError(what)
+
+    async def play_wrong(self, what: str, detail: Any) -> None:
+        """A task that is wrong in one respect: of any kind, or of the one that leads on."""
+        how, kind = (detail, self.next_kind()) if what == "next elsewhere" else (what, detail)
+        if kind is not None:
+            await self.refuse(*self.wrong(how, kind))
+
+    async def play_around(self, what: str) -> None:
+        """What happens beside the tasks: to the attempt, and to the engine."""
+        match what:
             case "conclude":
                 await self.conclude()
             case "attempt":
@@ -188,18 +204,12 @@ class Trial:
             case "announce again":
                 await self.announce_again()
             case "engine dies":
-                if self.oracle.used and self.oracle.status not in ("Failed",):
+                if self.oracle.used and self.oracle.status != "Failed":
                     self.rig.host.die("was killed")
                     await settle()
                     self.oracle.status = "Failed"
-            case "miss":
-                if self.oracle.epoch is not None and self.oracle.status not in ("Failed",):
-                    await self.rig.put(make_task("CancelTask", self.oracle.epoch), gap=1)
-                    await settle()
-                    self.oracle.status = "Failed"
             case _:
-                raise AssertionError(move)
-        await settle()
+                raise AssertionError(what)
 
     def oversized(self) -> bytes:
         """The next task of the way, which would be accepted if it were not for its size."""

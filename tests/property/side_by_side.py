@@ -105,9 +105,17 @@ def steps(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 
 async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
-    leadership = both.pick(a["authority"], both.leaderships)
+    if kind in ("say", "agree", "arrive", "silence"):
+        await speak(both, kind, a)
+    elif kind in ("wait", "flush", "lose record", "lose log", "spoil"):
+        await befall(both, kind, a)
+    else:
+        await call(both, kind, a)
+
+
+async def speak(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
+    """What the ranks do: one says something, all say the same, all arrive, one falls silent."""
     epoch = both.pick(a["which"], both.epochs)
-    now = both.now_ms
     match kind:
         case "say":
             await say(both, a["rank"], a, epoch if a["bound"] else None)
@@ -125,6 +133,13 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
             both.state = replace(
                 both.state, reports=tuple(None if r == a["rank"] else x for r, x in enumerate(both.state.reports))
             )
+        case _:
+            raise AssertionError(kind)
+
+
+async def befall(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
+    """What happens to the store: time passes, and it loses things."""
+    match kind:
         case "wait":
             await both.clock.advance(a["milliseconds"] / 1000)
         case "flush":
@@ -145,6 +160,16 @@ async def carry_out(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
             else:
                 await both.store.commands.xadd(key, {"a": "b"}, id=LAST_ID)
                 await both.store.commands.pexpire(key, 60_000)
+        case _:
+            raise AssertionError(kind)
+
+
+async def call(both: SideBySide, kind: str, a: dict[str, Any]) -> None:
+    """What planners do: one verb, asked of the model and of the scripts."""
+    leadership = both.pick(a["authority"], both.leaderships)
+    epoch = both.pick(a["which"], both.epochs)
+    now = both.now_ms
+    match kind:
         case "lead" | "resign":
             lease_ms = LEASE_MS if kind == "lead" else 0
             both.state, answer = ref.lead(both.state, now, holder=a["who"], floor=a["n"], lease_ms=lease_ms)

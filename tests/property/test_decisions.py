@@ -200,19 +200,21 @@ class World:
 
     def happen(self, it: Happening) -> None:
         """One event; those that do not fit the moment do nothing."""
-        rank, attempt = it.rank % self.size, self.attempt
-        one, inside = self.ranks[rank], self.takes_part(rank)
-        match it.kind:
+        self.happen_to_rank(it.kind, it.rank % self.size)
+        self.happen_to_ranks(it)
+        self.happen_to_store(it.kind)
+        self.happen_to_planner(it.kind)
+
+    def happen_to_rank(self, kind: str, rank: int) -> None:
+        """To one rank: it goes on, or does not, or is another life's."""
+        attempt, one, inside = self.attempt, self.ranks[rank], self.takes_part(rank)
+        match kind:
             case "walk":
                 self.walk(rank)
-            case "all" | "others":
-                for other in range(self.size):
-                    if it.kind == "all" or other != rank:
-                        self.walk(other)
             case "progress" if one.status == "Loading":
                 self.change(rank, done=one.done + 1)
             case "fail" | "fail for good" if attempt and inside:
-                self.change(rank, status="Failed", permanent=it.kind == "fail for good")
+                self.change(rank, status="Failed", permanent=kind == "fail for good")
             case "restart":
                 self.ranks[rank] = Rank(life=one.life + 2)
                 self.stirred.add(rank)
@@ -220,27 +222,47 @@ class World:
                 self.change(rank, ghost=True)
             case "silence":
                 self.change(rank, silent=True)
-            case "silence most":
-                for other in range(min(self.size, self.size // 2 + 1 + it.n % 2)):
-                    self.change((rank + other) % self.size, silent=True)
+            case "promise" | "leave" if attempt and inside:
+                self.change(rank, status="Idle", epoch=None, floor=one.floor + (kind == "promise"))
+            case "ahead" if attempt and inside and len(attempt.steps) < 4:
+                self.change(rank, status=("Connecting", "Loading", "WarmingUp", "WarmingUp")[len(attempt.steps)])
+            case "generate" if self.serves():
+                self.change(rank, status="Running")
+            case _:
+                pass
+
+    def happen_to_ranks(self, it: Happening) -> None:
+        """To several ranks at once, counted from the one that is named."""
+        most = min(self.size, self.size // 2 + 1 + it.n % 2)
+        for distance in range(self.size):
+            rank = (it.rank + distance) % self.size
+            if it.kind == "all" or (it.kind == "others" and distance):
+                self.walk(rank)
+            elif it.kind == "silence most" and distance < most:
+                self.change(rank, silent=True)
+
+    def happen_to_store(self, kind: str) -> None:
+        """To what the store holds."""
+        attempt = self.attempt
+        match kind:
             case "lose record" | "lose all" if self.record:
                 self.lost, self.record = self.record, None
                 self.stirred.add(None)
-                self.log = self.log if it.kind == "lose record" else LogId(0, 0)
+                self.log = self.log if kind == "lose record" else LogId(0, 0)
             case "log" if attempt:
                 self.log = LogId(attempt.id.number + 1, 1)
-            case "promise" | "leave" if attempt and inside:
-                self.change(rank, status="Idle", epoch=None, floor=one.floor + (it.kind == "promise"))
-            case "ahead" if attempt and inside and len(attempt.steps) < 4:
-                self.change(rank, status=("Connecting", "Loading", "WarmingUp", "WarmingUp")[len(attempt.steps)])
             case "other spec" if attempt:
                 self.record = replace(attempt, digest="f" * 32)
-            case "generate" if self.serves():
-                self.change(rank, status="Running")
+            case _:
+                pass
+
+    def happen_to_planner(self, kind: str) -> None:
+        """To whoever looks after the instance."""
+        match kind:
             case "outage":
                 self.memory, self.hold_until = hold(self.memory, "no answer", self.now, SETTINGS), self.now + LEASE
             case "takeover" | "launch":  # by another planner; and anew, which is nobody's successor
-                self.launched_ms += 1_000 * (it.kind == "launch")
+                self.launched_ms += 1_000 * (kind == "launch")
                 self.memory = Memory.fresh(self.now, self.launched_ms)
                 self.stirred = {None, *range(self.size)}
                 self.hold_until = self.pause_until = 0
@@ -404,15 +426,8 @@ class World:
                     gone.append(("earlier life for a lease", rank))
                 else:
                     self.seen["earlier life"] += 1
-            elif one.life_shown > self.lives[rank]:
-                found.append(("restarted", rank))
-            elif self.takes_part(rank):
-                if one.status == "Failed":
-                    found.append(("failed for good" if one.permanent else "failed", rank))
-                if told(one.status, rank) > len(record.steps):
-                    found.append(("ahead", None))
-            elif not one.ghost and one.floor >= record.id.number:
-                found.append(("left" if one.floor == record.id.number else "promised a later one", None))
+            else:
+                found += self.faults_of(rank, record)
         if len(gone) >= 2 and len(gone) * 2 > self.size:
             gone = [("most are silent", None)]
         if self.log.number > record.id.number:
@@ -420,6 +435,20 @@ class World:
         if record.digest != self.spec.digest:
             found.append(("another spec", None))
         return found + gone
+
+    def faults_of(self, rank: int, record: EpochRecord) -> list[tuple[str, int | None]]:
+        """What is wrong with a rank that is there."""
+        one, found = self.ranks[rank], list[tuple[str, int | None]]()
+        if one.life_shown > self.lives[rank]:
+            found.append(("restarted", rank))
+        elif self.takes_part(rank):
+            if one.status == "Failed":
+                found.append(("failed for good" if one.permanent else "failed", rank))
+            if told(one.status, rank) > len(record.steps):
+                found.append(("ahead", None))
+        elif not one.ghost and one.floor >= record.id.number:
+            found.append(("left" if one.floor == record.id.number else "promised a later one", None))
+        return found
 
     def codes(self, blamed: int | None, faults: list[tuple[str, int | None]]) -> set[str]:
         """What the verdict may be called: failures count at once, ranks that are away only if they prove to have died."""

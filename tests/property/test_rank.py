@@ -246,6 +246,17 @@ class World:
         self.look()
 
     async def happen(self, step: Step) -> None:
+        if step.kind in ("open", "conclude", "task", "succeed"):
+            self.others_do(step)
+        elif step.kind in ("promise", "retire", "report", "calm"):
+            await self.rank_does(step)
+        elif step.kind in ("wait", "stop"):
+            await self.time_passes(step)
+        else:
+            self.store_suffers(step)
+
+    def others_do(self, step: Step) -> None:
+        """What a planner writes, and another life of this rank."""
         (current, _, _), end = self.record(), self.log()[-1]
         match step.kind:
             case "open":
@@ -261,16 +272,18 @@ class World:
                 self.ask("hset", KEYS.epoch, "verdict", VERDICT.model_dump_json())
                 if step.which == 0 and end.number == current.number:
                     self.append(current, end.n + 1, "verdict", term=1, verdict=VERDICT.model_dump_json())
-            case "promise":
-                likely = current or self.epochs[-1]
-                made_up = EpochId(likely.number + 1, likely.nonce), EpochId(likely.number, NONCES[1]), self.epochs[0]
-                await self.promise((likely, *made_up)[step.which])
-            case "retire":
-                self.member.retire()
-                self.promised = None
             case "task":
                 epoch = self.epochs[-1] if step.which == 3 else self.promised or current or self.epochs[-1]
                 self.dispatch(epoch, 1 + step.which + (end.n if end.number == epoch.number else 1))
+            case "succeed" if self.ask("set", KEYS.claim(RANK), OTHER, px=LONG_MS, nx=True):
+                self.ask("set", KEYS.rank(RANK), Report(RANK, OTHER, "Idle").encode(), px=LONG_MS)
+                self.reached["successors"] += 1
+            case _:
+                pass
+
+    def store_suffers(self, step: Step) -> None:
+        """What becomes of the store and of the way to it."""
+        match step.kind:
             case "remember":
                 self.snapshots.append(self.fake.snapshot())
             case "roll back" if self.snapshots:
@@ -284,13 +297,26 @@ class World:
             case "lose reply":
                 self.losing = True
                 self.plan.lose_reply("exec")
-            case "wait":
-                await self.clock.advance(step.seconds)
-            case "stop":
-                self.clock.jump(step.seconds)
-            case "succeed" if self.ask("set", KEYS.claim(RANK), OTHER, px=LONG_MS, nx=True):
-                self.ask("set", KEYS.rank(RANK), Report(RANK, OTHER, "Idle").encode(), px=LONG_MS)
-                self.reached["successors"] += 1
+            case _:
+                pass
+
+    async def time_passes(self, step: Step) -> None:
+        """For all; or for all but this process, which stands still meanwhile."""
+        if step.kind == "wait":
+            await self.clock.advance(step.seconds)
+        else:
+            self.clock.jump(step.seconds)
+
+    async def rank_does(self, step: Step) -> None:
+        """What the rank itself is asked for."""
+        match step.kind:
+            case "promise":
+                likely = self.record()[0] or self.epochs[-1]
+                made_up = EpochId(likely.number + 1, likely.nonce), EpochId(likely.number, NONCES[1]), self.epochs[0]
+                await self.promise((likely, *made_up)[step.which])
+            case "retire":
+                self.member.retire()
+                self.promised = None
             case "report":
                 try:
                     await self.member.report(("Idle", "Connected")[step.which % 2])
@@ -300,10 +326,8 @@ class World:
                     self.told = True
                 except StoreError:
                     pass
-            case "calm":
-                await self.calm(step)
             case _:
-                pass
+                await self.calm(step)
 
     def look(self) -> None:
         """Raise what was found; and count entries that the log has again after it had lost them."""

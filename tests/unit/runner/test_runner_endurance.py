@@ -180,6 +180,17 @@ async def play(rig: Rig, move: tuple[Any, ...], sent: list[Task]) -> None:
     """Make one move; those that need an epoch open one first if there is none."""
     if rig.member.promised is None:
         await attempt(rig)
+    if move[0] in ("task", "next", "again", "bytes", "cancel", "gap"):
+        await send(rig, move, sent)
+    elif move[0] in ("work", "finish", "fail", "die"):
+        await engine_does(rig, move)
+    else:
+        await befall(rig, move)
+    await settle()
+
+
+async def send(rig: Rig, move: tuple[Any, ...], sent: list[Task]) -> None:
+    """What comes as a task."""
     match move:
         case ("task", kind, age):
             sent.append(make_task(kind, aged(rig.epoch, age)))
@@ -188,10 +199,6 @@ async def play(rig: Rig, move: tuple[Any, ...], sent: list[Task]) -> None:
             if rig.status in FOLLOWS:
                 sent.append(make_task(FOLLOWS[rig.status], rig.epoch))
                 await rig.put(sent[-1])
-        case ("work",):
-            for _, phase, _, _ in WAY:
-                if rig.engine.active(phase):
-                    rig.engine.finish(phase)
         case ("again", which):
             if sent:
                 rig.deliver(sent[int(which) % len(sent)])
@@ -203,14 +210,31 @@ async def play(rig: Rig, move: tuple[Any, ...], sent: list[Task]) -> None:
                 rig.deliver(sent[-1])
         case ("gap", kind):
             await rig.put(make_task(kind, rig.epoch), gap=1)
+        case _:
+            raise AssertionError(move)
+
+
+async def engine_does(rig: Rig, move: tuple[Any, ...]) -> None:
+    """How what the engine works on ends."""
+    active: list[Phase] = [phase for _, phase, _, _ in WAY if rig.engine.active(phase)]
+    match move:
+        case ("work",):
+            for phase in active:
+                rig.engine.finish(phase)
         case ("finish", phase):
             rig.engine.finish(phase)
         case ("fail",):
-            for _, phase, _, _ in WAY:
-                if rig.engine.active(phase):
-                    rig.engine.fail(phase, "planned")
+            for phase in active:
+                rig.engine.fail(phase, "planned")
         case ("die",):
             rig.host.die("was killed")
+        case _:
+            raise AssertionError(move)
+
+
+async def befall(rig: Rig, move: tuple[Any, ...]) -> None:
+    """What happens to the attempt, to the clock and to the store."""
+    match move:
         case ("verdict", age):
             rig.member.deliver(VerdictAnnounced(aged(rig.epoch, age), Verdict.aborted("planned")))
         case ("announce", age):
@@ -226,7 +250,6 @@ async def play(rig: Rig, move: tuple[Any, ...], sent: list[Task]) -> None:
             await rig.clock.advance(rig.member.settings.heartbeat + 1)
         case _:
             raise AssertionError(move)
-    await settle()
 
 
 async def attempt(rig: Rig) -> None:
