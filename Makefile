@@ -33,7 +33,12 @@ race: $(STAMP) ## the race that this project ends, side by side and for real
 
 .PHONY: test
 test: $(STAMP) ## the quick tests, the wheel's included (ARGS="-k name" for some of them)
-	$(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS)
+	RANKGATE_DEPTH=quick $(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS)
+
+.PHONY: test-depth
+test-depth: $(STAMP) ## the tests that draw random examples, with all of their examples; make test plays an eighth of them
+	$(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not bench and not mlx and not compose" $(ARGS) \
+	    tests/property tests/fuzz tests/unit/runner/test_runner_endurance.py
 
 .PHONY: simulate
 simulate: $(STAMP) ## random histories of the real code under faults (SEED=7 replays and prints one, SEED="0 5000" plays many)

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
+from tests.depth import examples
 from tests.fuzz.decoders import DECODERS, Decoder
 
-EXAMPLES = int(os.environ.get("RANKGATE_FUZZ_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("RANKGATE_FUZZ_EXAMPLES") or examples(80))
 
 DEEP = 100_000
 """More brackets than any parser's stack has room for, in less than any limit on size."""

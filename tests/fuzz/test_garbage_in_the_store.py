@@ -241,7 +241,7 @@ async def test_a_number_beyond_all_is_told_before_anything_is_written(
 
 
 @settings(
-    max_examples=int(os.environ.get("RANKGATE_FUZZ_EXAMPLES", "120")) // 40,
+    max_examples=int(os.environ.get("RANKGATE_FUZZ_EXAMPLES") or 120) // 40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

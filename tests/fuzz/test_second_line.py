@@ -21,6 +21,7 @@ from barrier.testing import FaultPlan
 from barrier.testing.waiting import settle
 from runner.messages import RunnerStatusUpdated, Task, TaskKind, TaskStatusUpdated, encode
 from runner.testing import Phase
+from tests.depth import examples
 from tests.unit.runner.rig import WAY, Rig, make_task, other_nonce, runner_rig
 
 PHASES: dict[TaskKind, tuple[Phase, str]] = {kind: (phase, after) for kind, phase, _, after in WAY}
@@ -326,7 +327,7 @@ async def try_history(history: list[tuple[str, Any]], ending: tuple[int, bool]) 
 
 
 @settings(
-    max_examples=int(os.environ.get("RANKGATE_FUZZ_EXAMPLES", "120")) // 4,
+    max_examples=int(os.environ.get("RANKGATE_FUZZ_EXAMPLES") or examples(120)) // 4,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -20,6 +20,7 @@ from planner import decide as brain
 from planner.decide import Conclude, Finished, GiveUp, OpenEpoch, PassGate, RestoreEpoch, Serve, Wait
 from planner.recovery import ABSENT, LOST, Memory, encode_notes, hold, observe
 from planner.spec import InstanceSpec, Policy
+from tests.depth import examples
 
 LEASE = 6
 # All times are sums of quarters of a second, so that a deadline is met exactly or missed, never rounded.
@@ -653,7 +654,7 @@ HISTORIES: dict[str, st.SearchStrategy[Any]] = {
 
 
 @pytest.mark.parametrize("prelude", PRELUDES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(**HISTORIES)
 def test_every_decision_keeps_the_rules(
     prelude: str, size: int, history: list[Happening], stop: bool, limited: bool
@@ -661,6 +662,7 @@ def test_every_decision_keeps_the_rules(
     play(size, prelude, history, stop, Counter(), limited=limited)
 
 
+@pytest.mark.slow
 def test_the_histories_reach_every_kind_of_decision_and_of_fault() -> None:
     seen: Counter[str] = Counter()
 

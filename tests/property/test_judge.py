@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from barrier import EpochId, TaskOutcome
 from runner.admission import Accept, AlreadyDone, Invalid, NotYet, Promise, Stale, Standing, judge
 from runner.messages import StatusName, Task, TaskKind
+from tests.depth import examples
 from tests.unit.runner.rig import TASKS, make_task
 
 ME, OTHER = "0000000000010000000000000001", "0000000000020000000000000002"
@@ -100,7 +101,7 @@ def expected(case: Case) -> type[Any]:
     return NotYet if early else Stale
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(cases())
 def test_the_judge_accepts_nothing_else(case: Case) -> None:
     answer = judge(case.standing, case.task)

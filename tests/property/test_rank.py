@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import fakeredis
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
@@ -23,6 +24,7 @@ from barrier.protocol.model import Snapshot
 from barrier.store import verbs
 from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock, StoreSnapshot
+from tests.depth import examples
 
 TIMES = Settings(lease=3, heartbeat=1, reader_block=1)
 RANK = 65  # its place is in the second piece of the roster
@@ -382,12 +384,13 @@ REACHED = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(**HISTORIES)
 def test_a_rank_keeps_its_word_whatever_the_store_does(prelude: tuple[str, ...], history: list[Step]) -> None:
     play_quietly(prelude, history)
 
 
+@pytest.mark.slow
 def test_the_histories_reach_what_they_should() -> None:
     """Always the same histories, so that luck does not come into it."""
     reached: Counter[str] = Counter()

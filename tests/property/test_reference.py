@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from barrier import Settings, adopt
 from barrier.testing import FakeStore, ManualClock
+from tests.depth import examples
 from tests.property.side_by_side import PRELUDES, SideBySide, begun, carry_out, compare, steps
 
 
@@ -26,7 +27,7 @@ async def play(history: list[tuple[str, dict[str, Any]]]) -> None:
         await store.close()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(steps(), min_size=5, max_size=40), st.sampled_from(PRELUDES))
 def test_the_scripts_do_what_the_reference_model_does(
     history: list[tuple[str, dict[str, Any]]], prelude: tuple[str, ...]

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from barrier.protocol.outcomes import Dispatched, Released, Unknown
 from barrier.protocol.report import SCHEMA
 from barrier.store import verbs
 from barrier.testing import FakeStore, ManualClock
+from tests.depth import examples
 from tests.property.side_by_side import PRELUDES, WORLD, SideBySide, begun, carry_out, steps
 
 USED = {
@@ -259,7 +261,7 @@ HISTORIES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(**HISTORIES)
 def test_a_spoiled_store_releases_nobody(
     prelude: tuple[str, ...], history: list[tuple[tuple[str, dict[str, Any]], Spoil]]
@@ -267,6 +269,7 @@ def test_a_spoiled_store_releases_nobody(
     asyncio.run(play(prelude, history, Counter()))
 
 
+@pytest.mark.slow
 def test_the_histories_spoil_everything() -> None:
     """Or the rules would hold of nothing. Always the same histories, so that luck does not come into it."""
     seen: Counter[str] = Counter()

@@ -34,6 +34,7 @@ def test_no_guarantee_breaks_in_a_few_histories_with_faults() -> None:
     assert tally.checked > 5, "the independent checker must have had something to judge"
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_history_to_the_last_byte_in_any_process() -> None:
     """Whatever else a process has done, and however it hashes texts."""
     printed = [

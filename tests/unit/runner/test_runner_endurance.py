@@ -25,6 +25,7 @@ from runner.messages import (
     encode,
 )
 from runner.testing import Phase
+from tests.depth import examples
 from tests.unit.runner.rig import PROMPT, WAY, Rig, kinds, make_task, other_nonce, runner_rig
 
 # --- a flood ------------------------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def check_history(rig: Rig) -> None:
     assert not ended.keys() - began.keys()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     start=st.sampled_from(["Idle", "Connected", "Loaded", "Ready", "Running"]),
     history=st.lists(moves, min_size=20, max_size=60),
