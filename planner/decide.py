@@ -36,7 +36,7 @@ from planner.lifecycle import (
 )
 from planner.recovery import ABSENT, LOST, UNATTRIBUTED, Memory, Sighting, exhausted, is_history
 from planner.spec import InstanceSpec, Policy
-from runner.admission import ORDER
+from runner.lifecycle import LIFECYCLE
 from runner.messages import RejectionCode, derive_task_id
 
 
@@ -563,7 +563,7 @@ def _how_far(rank: RankView) -> tuple[int, float]:
     report = rank.report
     if report is None:
         return -1, 0.0
-    place = next((i for i, status in enumerate(ORDER) if status == report.status), -1)
+    place = next((i for i, status in enumerate(LIFECYCLE.order) if status == report.status), -1)
     done, total = report.progress or (0, 1)
     return place, done / max(total, 1)
 

@@ -1,24 +1,57 @@
-"""The whole life of an attempt as one table: what must hold, what is dispatched then, and to which ranks."""
+"""The whole life of an attempt as one table: what must hold, what is dispatched then, and to which ranks.
+
+Tasks and statuses come from the runners' own table (`runner.lifecycle`). What is the planner's is written here, in `TURNS`: in which
+order the ranks are told, and how long they are waited for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from functools import lru_cache, partial
+from typing import Literal, TypeAlias
 
-from barrier import RankRule, Requirement, all_ranks
-
-if TYPE_CHECKING:
-    from runner.messages import StatusName
+from barrier import RankRule, Requirement
+from runner.lifecycle import LIFECYCLE, Lifecycle, Row
 
 StepName: TypeAlias = Literal["connect", "load", "warm up followers", "warm up leader"]
+Ranks: TypeAlias = Callable[[int], tuple[int, int]]
+"""The first and the last of some ranks, given the world size."""
 
-SERVING: tuple[StatusName, ...] = ("Ready", "Running")
+
+def everyone(world_size: int) -> tuple[int, int]:
+    """All ranks."""
+    return 0, world_size - 1
+
+
+def followers(world_size: int) -> tuple[int, int]:
+    """All but rank 0; a single rank has none."""
+    return 1, world_size - 1
+
+
+def leader(_: int) -> tuple[int, int]:
+    """Rank 0."""
+    return 0, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the planner adds to a row of the runners' table.
+
+    Attributes:
+        task: which row.
+        steps: the step's name and its ranks; several where some ranks are told first. The later ones wait until the earlier ones have begun.
+        stall: which of `Policy`'s times says how long the ranks may stand still in this work.
+    """
+
+    task: str
+    steps: tuple[tuple[str, Ranks], ...]
+    stall: str
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One row of the table.
+    """One row of the planner's table.
 
     Attributes:
         name: the step.
@@ -26,61 +59,84 @@ class Step:
         dispatches: the kind of task that goes out.
         to: first and last rank that it goes to, given the world size.
         stall: which of `Policy`'s times says how long nothing may move before the ranks that are missing are at fault.
+        wants_endpoints: whether the ranks need one another's endpoints for its task.
     """
 
-    name: StepName
+    name: str
     waits_for: Callable[[int], Requirement]
-    dispatches: Literal["ConnectToGroup", "LoadModel", "StartWarmup"]
-    to: Callable[[int], tuple[int, int]]
-    stall: Literal["connect_stall", "load_stall", "warmup_stall"]
-
-    @property
-    def wants_endpoints(self) -> bool:
-        """Whether the ranks need one another's endpoints for its task."""
-        return self.dispatches == "ConnectToGroup"
+    dispatches: str
+    to: Ranks
+    stall: str
+    wants_endpoints: bool
 
 
-def _everyone(world_size: int) -> tuple[int, int]:
-    return 0, world_size - 1
-
-
-def _followers(world_size: int) -> tuple[int, int]:
-    return 1, world_size - 1
-
-
-def _leader(_: int) -> tuple[int, int]:
-    return 0, 0
-
-
-def _followers_warm(world_size: int) -> Requirement:
-    leader = RankRule(0, 0, ("Loaded",))
-    return (leader,) if world_size == 1 else (leader, RankRule(1, world_size - 1, ("WarmingUp", "Ready")))
-
-
-TABLE: tuple[Step, ...] = (
-    Step("connect", lambda n: all_ranks(n, "Idle"), "ConnectToGroup", _everyone, "connect_stall"),
-    Step("load", lambda n: all_ranks(n, "Connected"), "LoadModel", _everyone, "connect_stall"),
-    Step("warm up followers", lambda n: all_ranks(n, "Loaded"), "StartWarmup", _followers, "load_stall"),
-    Step("warm up leader", _followers_warm, "StartWarmup", _leader, "warmup_stall"),
+TURNS: tuple[Turn, ...] = (
+    Turn("ConnectToGroup", (("connect", everyone),), "connect_stall"),
+    Turn("LoadModel", (("load", everyone),), "load_stall"),
+    Turn("StartWarmup", (("warm up followers", followers), ("warm up leader", leader)), "warmup_stall"),
 )
+"""Who is told when. Texts have no turn: they are dispatched when clients ask for them."""
+
+
+def steps_of(lifecycle: Lifecycle, turns: tuple[Turn, ...], world_size: int) -> tuple[Step, ...]:
+    """The planner's table that follows from the runners' table and the planner's turns; the same for every size above 1.
+
+    A step waits until the ranks that it tells are where its task begins. How long is said by the work that they come from.
+    """
+    steps: list[Step] = []
+    stall = turns[0].stall
+    of_task = {turn.task: turn for turn in turns}
+    for row in lifecycle.rows_for(world_size):
+        turn = of_task.get(row.task)
+        if turn is None:
+            continue
+        told: tuple[Ranks, ...] = ()
+        for name, ranks in turn.steps:
+            first, last = ranks(world_size)
+            if first > last:
+                continue
+            steps.append(Step(name, partial(_requirement, row, told), row.task, ranks, stall, row.meets))
+            stall, told = turn.stall, (*told, ranks)
+    return tuple(steps)
+
+
+def _requirement(row: Row, told: tuple[Ranks, ...], world_size: int) -> Requirement:
+    """Those that were told have begun; the others are where the task begins."""
+    rules: list[RankRule] = []
+    place = 0
+    for first, last in sorted(ranks(world_size) for ranks in told):
+        if place < first:
+            rules.append(RankRule(place, first - 1, (row.entry,)))
+        rules.append(RankRule(first, last, (row.during, row.after)))
+        place = last + 1
+    if place < world_size:
+        rules.append(RankRule(place, world_size - 1, (row.entry,)))
+    return tuple(rules)
+
+
+def proofs_of(
+    lifecycle: Lifecycle, steps: tuple[Step, ...], status: str, world_size: int
+) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
+    """What a status proves to have been dispatched: first rank, last rank, steps; what says more comes first.
+
+    To a rank in this status every task up to the last one that the status proves was dispatched, and with it every step before.
+    """
+    begun = lifecycle.proves(status, world_size)
+    names = [step.name for step in steps]
+    return tuple(
+        (*step.to(world_size), tuple(names[: place + 1]))
+        for place, step in reversed(tuple(enumerate(steps)))
+        if step.dispatches in begun
+    )
+
+
+TABLE = steps_of(LIFECYCLE, TURNS, 2)
 """The table of docs/architecture.md. What follows, serving, waits for all ranks Ready or Running and has no end."""
 
-ALONE: tuple[Step, ...] = (
-    Step("load", lambda n: all_ranks(n, "Idle"), "LoadModel", _everyone, "connect_stall"),
-    Step("warm up leader", _followers_warm, "StartWarmup", _leader, "load_stall"),
-)
+ALONE = steps_of(LIFECYCLE, TURNS, 1)
 """The same for a single rank, which has nobody to connect to and no followers."""
 
-_PROVES: dict[str, StepName] = {
-    "Connecting": "connect",
-    "Connected": "connect",
-    "Loading": "load",
-    "Loaded": "load",
-    "WarmingUp": "warm up leader",
-    "Ready": "warm up leader",
-    "Running": "warm up leader",
-}
-"""The last step that a status proves to have been dispatched to rank 0; to the others the one before, where that is warm-up."""
+SERVING = LIFECYCLE.serving
 
 
 def steps_for(world_size: int) -> tuple[Step, ...]:
@@ -102,15 +158,14 @@ def predecessor(step: Step, world_size: int) -> str:
 
 def proven_steps(status: str, rank: int, world_size: int) -> tuple[str, ...]:
     """The rows that must have been dispatched for a rank to be in this status."""
-    last = _PROVES.get(status)
-    names = [step.name for step in steps_for(world_size)]
-    if last == "warm up leader" and rank > 0:
-        last = "warm up followers"
-    if last is None or last not in names:
-        return ()
-    return tuple(names[: names.index(last) + 1])
+    return next((steps for first, last, steps in _proofs(status, world_size) if first <= rank <= last), ())
+
+
+@lru_cache(maxsize=256)  # a status may be anybody's word
+def _proofs(status: str, world_size: int) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
+    return proofs_of(LIFECYCLE, steps_for(world_size), status, world_size)
 
 
 def serving_requirement(world_size: int) -> Requirement:
     """What must hold for text to be generated."""
-    return all_ranks(world_size, SERVING)
+    return (RankRule(0, world_size - 1, SERVING),)

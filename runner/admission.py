@@ -1,49 +1,22 @@
-"""The acceptance table and the judge: what a runner does with a task, decided before anything is said or done. Pure."""
+"""The judge: what a runner does with a task, decided before anything is said or done. Pure; the table is `runner.lifecycle`'s."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 from barrier.errors import InvalidName
 from barrier.protocol.ids import EpochId
 from barrier.protocol.report import TaskOutcome
-from runner.messages import Rejection, RejectionCode, StatusName, Task, TaskKind
+from runner.lifecycle import CANCEL, FAILED, LEAVING, LIFECYCLE, Lifecycle
+from runner.messages import Rejection, RejectionCode, StatusName, Task
 
-_ALWAYS: frozenset[TaskKind] = frozenset({"CancelTask", "Shutdown"})
-
-ACCEPTS: Mapping[StatusName, frozenset[TaskKind]] = MappingProxyType(
-    {
-        status: _ALWAYS | extra
-        for status, extra in dict[StatusName, frozenset[TaskKind]](
-            {
-                "Preparing": frozenset(),
-                "Idle": frozenset({"ConnectToGroup", "LoadModel"}),  # which of the two, world_size decides: see `judge`
-                "Connecting": frozenset(),
-                "Connected": frozenset({"LoadModel"}),
-                "Loading": frozenset(),
-                "Loaded": frozenset({"StartWarmup"}),
-                "WarmingUp": frozenset(),
-                "Ready": frozenset({"TextGeneration"}),
-                "Running": frozenset({"TextGeneration"}),
-                "ShuttingDown": frozenset(),
-                "Shutdown": frozenset(),
-                "Failed": frozenset(),
-            }
-        ).items()
-    }
+ACCEPTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {status: LIFECYCLE.accepts(status, 1) | LIFECYCLE.accepts(status, 2) for status in LIFECYCLE.order}
 )
-"""Which tasks a status accepts (docs/protocol.md)."""
-
-ORDER: tuple[StatusName, ...] = get_args(StatusName)
-"""Statuses in the order in which a healthy runner passes them."""
-
-ENTRY: Mapping[TaskKind, StatusName] = MappingProxyType(
-    {"ConnectToGroup": "Idle", "LoadModel": "Connected", "StartWarmup": "Loaded", "TextGeneration": "Ready"}
-)
-"""The status in which each task of the life cycle begins (for world_size > 1)."""
+"""Which tasks a status accepts, in an instance of some size (docs/protocol.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +86,7 @@ Refusal: TypeAlias = NotYet | Stale | Invalid
 Judgement: TypeAlias = Accept | AlreadyDone | Refusal
 
 
-def judge(standing: Standing, task: Task) -> Judgement:
+def judge(standing: Standing, task: Task, lifecycle: Lifecycle = LIFECYCLE) -> Judgement:
     """Decide what to do with a task. Looks at nothing but its arguments, and changes nothing."""
     if task.instance != standing.instance:
         return Invalid(f"this runner serves instance {standing.instance}, the task is for {task.instance[:63]}")
@@ -123,18 +96,17 @@ def judge(standing: Standing, task: Task) -> Judgement:
     known = standing.outcomes.get(task.task_id)
     if known is not None and not (known.result == "rejected" and known.retryable):
         return AlreadyDone(known)
-    if task.kind in _ALWAYS:
+    if task.kind in (CANCEL, LEAVING.task):
         return Accept()
-    world_size = standing.promise.world_size if standing.promise else 1
-    if world_size == 1 and task.kind == "ConnectToGroup":
-        return Invalid("an instance of one rank has no group to connect to; send LoadModel")
-    status = standing.status
-    accepted = task.kind in ACCEPTS[status]
-    if status == "Idle" and task.kind == "LoadModel":
-        accepted = world_size == 1
+    status, world_size = standing.status, standing.promise.world_size if standing.promise else 1
+    row = lifecycle.row(task.kind, world_size)
+    if row is None:
+        first = lifecycle.rows_for(world_size)[0]
+        return Invalid(f"an instance of one rank has no group to connect to; send {first.task}")
+    accepted = task.kind in lifecycle.accepts(status, world_size)
     if accepted:
         return Accept()
-    return _out_of_state(status, task.kind)
+    return _out_of_state(status, task.kind, row.entry, lifecycle.order)
 
 
 def _fence(standing: Standing, task: Task) -> Refusal | None:
@@ -155,13 +127,12 @@ def _fence(standing: Standing, task: Task) -> Refusal | None:
     return Stale(f"epoch {epoch.number} is over for this runner")
 
 
-def _out_of_state(status: StatusName, kind: TaskKind) -> Refusal:
-    if status == "Failed":
+def _out_of_state(status: str, kind: str, needed: str, order: tuple[str, ...]) -> Refusal:
+    if status == FAILED:
         return Stale(f"{kind} after a failure: this attempt is over for this rank; open the next epoch")
-    if status in ("ShuttingDown", "Shutdown"):
+    if status in (LEAVING.during, LEAVING.after):
         return Stale(f"{kind} while shutting down: this runner is leaving")
-    needed = ENTRY[kind]
-    if ORDER.index(status) < ORDER.index(needed):
+    if order.index(status) < order.index(needed):
         return NotYet(f"{kind} needs {needed}, this runner is {status}; wait for {needed} at the barrier")
     return Stale(f"{kind} needs {needed}, this runner is {status} already")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group, RenderableType
@@ -15,6 +16,7 @@ from barrier.printable import printable, printable_text
 from barrier.protocol.model import RankView
 from planner.explain import explain_instance, is_serving
 from planner.lifecycle import next_step, serving_requirement
+from runner.lifecycle import FAILED, LEAVING, LIFECYCLE, PREPARING
 
 if TYPE_CHECKING:
     from planner.launcher import ProcessState
@@ -22,20 +24,17 @@ if TYPE_CHECKING:
 BAR = 10
 """Length of a progress bar, in characters."""
 
-_LOADED = ("Loaded", "WarmingUp", "Ready", "Running")
+_LOADED = LIFECYCLE.since("LoadModel")
+_AT_WORK = ("yellow", "blue", "magenta")  # one after another
 _STYLES = {
-    "Preparing": "yellow",
-    "Idle": "dim",
-    "Connecting": "yellow",
-    "Connected": "cyan",
-    "Loading": "blue",
-    "Loaded": "cyan",
-    "WarmingUp": "magenta",
-    "Ready": "green",
-    "Running": "bold green",
-    "ShuttingDown": "dim",
-    "Shutdown": "dim",
-    "Failed": "bold red",
+    PREPARING: "yellow",
+    LIFECYCLE.idle: "dim",
+    **{row.after: "cyan" for row in LIFECYCLE.rows},
+    **{row.during: style for row, style in zip(LIFECYCLE.rows, cycle(_AT_WORK), strict=False)},
+    **dict(zip(LIFECYCLE.serving, ("green", "bold green"), strict=True)),
+    LEAVING.during: "dim",
+    LEAVING.after: "dim",
+    FAILED: "bold red",
 }
 _ABSENT_STYLE = "red"
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
@@ -46,6 +45,7 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("layers", "left"),
     ("lease", "right"),
 )
+_STATUS_CHARS = len("Connecting")
 _GAP = 2  # spaces between two columns
 _NODE_CHARS = 16
 _FRAME_LINES = 3  # the title and the table's head
@@ -266,7 +266,7 @@ def table(all_rows: Sequence[Row], hidden: int = 0, *, width: int) -> Table:
     cells = [_cells(row) for row in all_rows]
     taken = 0
     for place, (header, justify) in enumerate(_COLUMNS):
-        least = len("Connecting") if header == "status" else len(header)
+        least = _STATUS_CHARS if header == "status" else len(header)
         chars = min(max([least, *(len(line[place]) for line in cells)]), _NODE_CHARS if header == "node" else width)
         taken += chars + _GAP
         result.add_column(header, justify=justify, no_wrap=True, overflow="ellipsis", min_width=chars, max_width=chars)

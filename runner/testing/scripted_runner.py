@@ -17,6 +17,7 @@ from barrier.store.store import Store
 from barrier.testing import FakeStore, wait_until
 from barrier.testing.names import one_of
 from runner.admission import Invalid, NotYet, Refusal, Stale
+from runner.lifecycle import LIFECYCLE
 from runner.messages import MalformedMessage, RejectionCode, RunnerStatus, StatusName, Task, TaskKind, decode_task
 from runner.runner import Runner
 from runner.testing.scripted_engine import TEXT, ScriptedEngine
@@ -25,12 +26,7 @@ from runner.testing.scripted_host import ScriptedHost
 RankPhase: TypeAlias = Literal["connect", "load", "warm_up", "generate"]
 """What a planner can ask of a rank's engine."""
 
-_KINDS: dict[RankPhase, TaskKind] = {
-    "connect": "ConnectToGroup",
-    "load": "LoadModel",
-    "warm_up": "StartWarmup",
-    "generate": "TextGeneration",
-}
+_KINDS: dict[str, str] = {row.call: row.task for row in LIFECYCLE.rows}
 _REFUSALS: dict[RejectionCode, type[Refusal]] = {"NotYet": NotYet, "Stale": Stale, "Invalid": Invalid}
 
 _lives = itertools.count(1)
@@ -38,11 +34,11 @@ _lives = itertools.count(1)
 
 @dataclass
 class _Deviation:
-    kind: TaskKind
+    kind: str
     refusal: Refusal | None
     left: int | None
 
-    def applies(self, kind: TaskKind) -> bool:
+    def applies(self, kind: str) -> bool:
         if kind != self.kind or self.left == 0:
             return False
         if self.left is not None:

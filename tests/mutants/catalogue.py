@@ -776,14 +776,18 @@ RANKS: tuple[Mutation, ...] = (
         "judge-table",
         "a task out of state is refused",
         "S7",
-        Edit(_ADMISSION, "    accepted = task.kind in ACCEPTS[status]", "    accepted = True"),
+        Edit(_ADMISSION, "    accepted = task.kind in lifecycle.accepts(status, world_size)", "    accepted = True"),
         (SECOND_LINE, EXHAUSTIVE),
     ),
     Mutation(
         "judge-idle-load",
         "an Idle rank among several does not load",
         "S1",
-        Edit(_ADMISSION, "        accepted = world_size == 1", "        accepted = True"),
+        Edit(
+            _ADMISSION,
+            "    accepted = task.kind in lifecycle.accepts(status, world_size)",
+            "    accepted = task.kind in ACCEPTS[status]",
+        ),
         (SECOND_LINE,),
     ),
     Mutation(
@@ -1112,8 +1116,8 @@ PLANNERS: tuple[Mutation, ...] = (
         "S3",
         Edit(
             _LIFECYCLE,
-            'Step("connect", lambda n: all_ranks(n, "Idle"),',
-            'Step("connect", lambda n: all_ranks(n, ("Idle", "Failed", "Connected", "Loaded", "Ready")),',
+            "RankRule(place, world_size - 1, (row.entry,))",
+            'RankRule(place, world_size - 1, ("Idle", "Failed", "Connected", "Loaded", "Ready") if row.meets else (row.entry,))',
         ),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
@@ -1123,8 +1127,8 @@ PLANNERS: tuple[Mutation, ...] = (
         "S1",
         Edit(
             _LIFECYCLE,
-            'Step("load", lambda n: all_ranks(n, "Connected"),',
-            'Step("load", lambda n: all_ranks(n, ("Connected", "Connecting", "Idle")),',
+            "RankRule(place, world_size - 1, (row.entry,))",
+            'RankRule(place, world_size - 1, (row.entry, "Connecting", "Idle") if row.call == "load" else (row.entry,))',
         ),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),
@@ -1134,8 +1138,8 @@ PLANNERS: tuple[Mutation, ...] = (
         "S1",
         Edit(
             _LIFECYCLE,
-            'RankRule(1, world_size - 1, ("WarmingUp", "Ready"))',
-            'RankRule(1, world_size - 1, ("Loaded", "WarmingUp", "Ready"))',
+            "RankRule(first, last, (row.during, row.after))",
+            "RankRule(first, last, (row.entry, row.during, row.after))",
         ),
         (DECISIONS, EXHAUSTIVE, SIMULATION),
     ),

@@ -120,7 +120,11 @@ async def test_status_needs_nothing_that_plans_or_runs() -> None:
             for arguments in (["status"], ["status", "demo"], ["status", "demo", "--json"], ["explain", "demo"]):
                 found = await asyncio.to_thread(imported, *arguments, "--redis", server.url)
                 assert not found & (ONLY_PLANNING | ONLY_OTHER_COMMANDS), arguments
-                assert {name for name in found if name.startswith("runner.")} == {"runner.model", "runner.worded"}
+                assert {name for name in found if name.startswith("runner.")} == {
+                    "runner.lifecycle",
+                    "runner.model",
+                    "runner.worded",
+                }
         await store.close()
 
 
