@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         StoreUnavailable,
         StoreUnsuitable,
     )
-    from barrier.member import Member, NotPromised, Promised
+    from barrier.member import Member
     from barrier.protocol.explain import explain, explain_key
     from barrier.protocol.ids import EpochId, LogId
     from barrier.protocol.log import EpochAnnounced, Garbage, LogEntry, TaskEntry, VerdictAnnounced
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         Unknown,
         WaitOutcome,
     )
+    from barrier.protocol.rank_state import NotPromised, Promised
     from barrier.protocol.report import Report, TaskOutcome
     from barrier.protocol.requirement import Break, RankRule, Requirement, all_ranks, find_break, missing_ranks
     from barrier.settings import Settings
@@ -173,7 +174,7 @@ _HOME = {
         ),
         "barrier.protocol.explain": ("explain", "explain_key"),
         "barrier.protocol.ids": ("EpochId", "LogId"),
-        "barrier.member": ("Member", "NotPromised", "Promised"),
+        "barrier.member": ("Member",),
         "barrier.protocol.log": ("EpochAnnounced", "Garbage", "LogEntry", "TaskEntry", "VerdictAnnounced"),
         "barrier.protocol.model": ("EpochRecord", "Leadership", "RankView", "Snapshot", "Verdict"),
         "barrier.protocol.outcomes": (
@@ -202,6 +203,7 @@ _HOME = {
             "Unknown",
             "WaitOutcome",
         ),
+        "barrier.protocol.rank_state": ("NotPromised", "Promised"),
         "barrier.protocol.report": ("Report", "TaskOutcome"),
         "barrier.settings": ("Settings",),
         "barrier.store.store": ("Store",),

@@ -10,9 +10,10 @@ from typing import Any
 from redis.asyncio import Redis
 
 from barrier.clock import Clock
-from barrier.member import Member, NotPromised, Promised
+from barrier.member import Member
 from barrier.protocol.ids import EpochId
 from barrier.protocol.log import EpochAnnounced, LogEntry, TaskEntry
+from barrier.protocol.rank_state import NotPromised, Promised
 from barrier.protocol.report import TaskOutcome
 from barrier.settings import Settings
 from barrier.store.store import Store

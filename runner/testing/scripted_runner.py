@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from redis.asyncio import Redis
 
 from barrier import Clock, EpochId, Member, Settings, StoreUnavailable, TaskEntry, TaskOutcome
-from barrier.member import Event, PromiseOutcome
+from barrier.protocol.rank_state import PromiseOutcome
+from barrier.store.report_frames import Event
 from barrier.store.store import Store
 from barrier.testing import FakeStore, wait_until
 from barrier.testing.names import one_of

@@ -35,6 +35,11 @@ _DISPATCH = "barrier/lua/dispatch.lua"
 _CONCLUDE = "barrier/lua/conclude.lua"
 _LEAD = "barrier/lua/lead.lua"
 _MEMBER = "barrier/member.py"
+_CLAIM = "barrier/claim.py"
+_REPORTER = "barrier/reporter.py"
+_TASK_LOG = "barrier/task_log.py"
+_RANK_STATE = "barrier/protocol/rank_state.py"
+_RECORD = "barrier/protocol/record.py"
 _CONNECTION = "barrier/store/connection.py"
 _STANDING = "barrier/store/standing.py"
 _REQUIREMENT = "barrier/protocol/requirement.py"
@@ -588,14 +593,14 @@ RANKS: tuple[Mutation, ...] = (
         "claim-end",
         "a claim that nobody renews lapses, also one that was written without an end",
         "S10",
-        Edit(_MEMBER, "if left > 2 * lease_ms or left == _FOR_EVER:", "if left > 2 * lease_ms:"),
+        Edit(_CLAIM, "if left > 2 * self._lease_ms or left == _FOR_EVER:", "if left > 2 * self._lease_ms:"),
         (CLAIMS,),
     ),
     Mutation(
         "report-hint",
         "hints and history that cannot be written stop no report",
         "S10",
-        Edit(_MEMBER, "self.store.transact(commands, may_fail=told)", "self.store.transact(commands)"),
+        Edit(_REPORTER, "self._store.transact(commands, may_fail=told)", "self._store.transact(commands)"),
         (SPOILED_STREAMS,),
     ),
     # --- promises ---------------------------------------------------------------------------------------------------------
@@ -604,7 +609,7 @@ RANKS: tuple[Mutation, ...] = (
         "a rank promises one epoch at a time",
         "S3",
         Edit(
-            _MEMBER,
+            _RANK_STATE,
             "        if self.promised is not None:\n            return NotPromised",
             "        if False:\n            return NotPromised",
         ),
@@ -614,7 +619,7 @@ RANKS: tuple[Mutation, ...] = (
         "promise-current",
         "a rank promises the current epoch only, number and nonce",
         "S3",
-        Edit(_MEMBER, 'if number is None or f"{number}-{nonce}" != str(epoch):', "if number is None:"),
+        Edit(_RANK_STATE, "if seen is None or seen.epoch != epoch:", "if seen is None:"),
         (RANK, exhaustive("hearsay"), SIMULATION),
     ),
     Mutation(
@@ -622,8 +627,8 @@ RANKS: tuple[Mutation, ...] = (
         "a rank promises no epoch that is over",
         "S5",
         Edit(
-            _MEMBER,
-            "        if verdict is not None:\n            return NotPromised",
+            _RANK_STATE,
+            "        if seen.verdict is not None:\n            return NotPromised",
             "        if False:\n            return NotPromised",
         ),
         (RANK, SIMULATION),
@@ -633,8 +638,8 @@ RANKS: tuple[Mutation, ...] = (
         "a rank never promises a lower number, nor a spent promise again",
         "S3",
         Edit(
-            _MEMBER,
-            "        if epoch.number <= self._report.floor:\n            return",
+            _RANK_STATE,
+            "        if not self.is_above(epoch):\n            return",
             "        if False:\n            return",
         ),
         (RANK, exhaustive("reuse"), SIMULATION),
@@ -644,9 +649,9 @@ RANKS: tuple[Mutation, ...] = (
         "a promise that is spent stays as a floor",
         "S3",
         Edit(
-            _MEMBER,
-            'self._report = self._report._replace(epoch=None, applied=0, endpoint="")',
-            'self._report = self._report._replace(epoch=None, applied=0, endpoint="", floor=0)',
+            _RANK_STATE,
+            "return self._replace(promised=None, applied=0)",
+            "return self._replace(promised=None, applied=0, floor=0)",
         ),
         (RANK, exhaustive("floor"), SIMULATION),
     ),
@@ -654,7 +659,7 @@ RANKS: tuple[Mutation, ...] = (
         "promise-roster",
         "a rank promises only an epoch whose roster names its own incarnation",
         "S3",
-        Edit(_MEMBER, "if mine != self.incarnation or world_size is None:", "if world_size is None:"),
+        Edit(_RANK_STATE, "if seen.named != self.incarnation:", "if False:"),
         (RANK, exhaustive("roster"), SIMULATION),
     ),
     Mutation(
@@ -683,9 +688,9 @@ RANKS: tuple[Mutation, ...] = (
         "an entry that the log says again is not handed out again",
         "S2",
         Edit(
-            _MEMBER,
-            "if entry.id.n <= self._report.applied:\n                            continue",
-            "if False:\n                            continue",
+            _RANK_STATE,
+            "if entry.id.n <= self.applied:\n            return",
+            "if False:\n            return",
         ),
         (RANK, exhaustive("applied"), SIMULATION),
     ),
@@ -693,7 +698,7 @@ RANKS: tuple[Mutation, ...] = (
         "rewind",
         "a rank does not wait beyond the end of a log that went back",
         "L6",
-        Edit(_MEMBER, "if end < read_to and read_to == self._cursor:", "if False:"),
+        Edit(_RANK_STATE, "if end >= read_to or read_to != self.read_to:", "if True:"),
         (RANK, exhaustive("cursor"), SIMULATION),
     ),
     Mutation(
@@ -701,8 +706,8 @@ RANKS: tuple[Mutation, ...] = (
         "a rank passes over nothing that came while its log had gone back",
         "L6",
         Edit(
-            _MEMBER,
-            "min(end, LogId(report.floor, report.applied if report.epoch else MAX_APPLIED))",
+            _RANK_STATE,
+            "min(end, LogId(self.floor, self.applied if self.promised else MAX_APPLIED))",
             "end",
         ),
         (RANK,),
@@ -726,9 +731,9 @@ RANKS: tuple[Mutation, ...] = (
         "a process that lost its rank says nothing any more",
         "S6",
         Edit(
-            _MEMBER,
-            "        if holder == self.incarnation.encode():\n            return\n        other",
-            "        if True:\n            return\n        other",
+            _REPORTER,
+            "        if holder == incarnation.encode():\n            return",
+            "        if True:\n            return",
         ),
         (RANK, SIMULATION),
     ),
@@ -736,7 +741,7 @@ RANKS: tuple[Mutation, ...] = (
         "reread",
         "a rank that was silent looks for a successor before it writes",
         "S6",
-        Edit(_MEMBER, "            if self._renewed_at > -inf and", "            if False and"),
+        Edit(_REPORTER, "            if self.renewed_at > -inf and", "            if False and"),
         (RANK, SIMULATION),
     ),
     # --- the judge --------------------------------------------------------------------------------------------------------
@@ -1314,7 +1319,7 @@ COLLECTIVES: tuple[Mutation, ...] = (
         "endpoints-epoch",
         "a rank reads the endpoints of the promised epoch only",
         "S9",
-        Edit(_MEMBER, "        if self.promised is None or current != str(self.promised):", "        if False:"),
+        Edit(_RECORD, "if promised is None or _read_epoch(number, nonce) != promised:", "if False:"),
         (ATTEMPTS,),
     ),
     Mutation(
@@ -1433,8 +1438,8 @@ LIFE: tuple[Mutation, ...] = (
         "an announcement that found no room is repeated",
         "L6",
         Edit(
-            _MEMBER,
-            "        except asyncio.QueueFull:\n            self._announced = None",
+            _TASK_LOG,
+            "        except asyncio.QueueFull:\n            self._offered = None",
             "        except asyncio.QueueFull:\n            pass",
         ),
         (LIVES,),

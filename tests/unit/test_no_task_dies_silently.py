@@ -162,7 +162,7 @@ async def test_a_body_that_ends_with_its_own_error_at_that_moment_leaves_no_canc
     def offer(_: object) -> None:
         over.set()
 
-    monkeypatch.setattr(member, "_offer", offer)
+    monkeypatch.setattr(vars(member)["_log"], "offer", offer)
 
     async def beat() -> None:
         with pytest.raises(HeartbeatFailed):
@@ -223,12 +223,12 @@ async def test_a_reading_of_the_log_that_fails_behind_a_full_queue_is_still_told
 ) -> None:
     member = group.ranks[0].member
     small: asyncio.Queue[object] = asyncio.Queue(maxsize=1)
-    monkeypatch.setattr(member, "_entries", small)
+    monkeypatch.setattr(vars(member)["_log"], "entries", small)
     epoch = await group.all_connected()
     await group.load(epoch)
     entries = member.tasks()
     await anext(entries)
-    monkeypatch.setattr("barrier.member.LogId.parse", mistaken)
+    monkeypatch.setattr("barrier.task_log.LogId.parse", mistaken)
     await group.conclude(epoch)
     await group.clock.advance(member.settings.heartbeat)
 
@@ -304,7 +304,7 @@ PARTS: dict[str, Part] = {
     "heartbeat": Part("Ready", mistake_in("_write", "member"), None, "heartbeat of rank 0: ", "the heartbeat"),
     "log": Part(
         "Ready",
-        lambda rig, patch: patch.setattr("barrier.member.stream_entries", mistaken),
+        lambda rig, patch: patch.setattr("barrier.task_log.stream_entries", mistaken),
         "StartWarmup",
         "task log of rank 0: ",
         "the reading of the task log",

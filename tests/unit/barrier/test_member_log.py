@@ -426,7 +426,7 @@ async def test_a_mistake_in_the_reader_ends_the_log_and_nobody_waits_for_ever(
         raise ZeroDivisionError("its own text may quote a prompt")
 
     epoch = await group.all_connected()
-    monkeypatch.setattr("barrier.member.decode_entry", mistaken)
+    monkeypatch.setattr("barrier.task_log.decode_entry", mistaken)
     await group.load(epoch)
     with pytest.raises(
         PartFailed, match="a mistake of ours ended the reading of the task log .ZeroDivisionError at .*in mistaken"

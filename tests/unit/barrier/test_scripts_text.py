@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from barrier import member
 from barrier.protocol.ids import INCARNATION_WIDTH
+from barrier.protocol.record import ENDPOINTS_CHUNK, ROSTER_CHUNK
 from barrier.protocol.report import MAX_APPLIED, MAX_REPORT_BYTES, SCHEMA
 from barrier.store import script as script_module
 from barrier.store import verbs
@@ -129,7 +129,8 @@ def test_read_only_verbs_write_nothing(verb: str) -> None:
 
 
 def test_lua_and_python_agree_on_the_layout() -> None:
-    assert f"local ROSTER_CHUNK = {vars(member)['_ROSTER_CHUNK']} " in PRELUDE
+    assert f"local ROSTER_CHUNK = {ROSTER_CHUNK} " in PRELUDE
+    assert f"local ENDPOINTS_CHUNK = {ENDPOINTS_CHUNK}\n" in PRELUDE
     assert f"local INCARNATION_WIDTH = {INCARNATION_WIDTH}\n" in PRELUDE
     assert f"local APPLIED_WIDTH = {len(str(MAX_APPLIED))}\n" in PRELUDE
     assert f"local DAY_MS = {DAY_MS}\n" in PRELUDE

@@ -27,8 +27,8 @@ from barrier import (
     TaskOutcome,
     Verdict,
 )
-from barrier.member import PromiseOutcome
 from barrier.protocol.ids import new_nonce
+from barrier.protocol.rank_state import PromiseOutcome
 from barrier.testing import FakeStore, FaultPlan, ManualClock, ScriptedRank, wait_until
 from barrier.testing.waiting import settle
 from runner import Runner
@@ -120,7 +120,7 @@ class WatchedMember(Member):
 
     def deliver(self, entry: LogEntry) -> None:
         """Hand an entry to the runner as if the log had held it."""
-        self._entries.put_nowait(entry)
+        self._log.entries.put_nowait(entry)
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 import pytest
 
@@ -63,8 +62,10 @@ async def test_the_endpoints_of_an_attempt_are_not_read_in_another(store: FakeSt
         await promise(members, opened.epoch)
         await barrier.release(opened.epoch, "connect", "{}", "Idle", timeout=5, endpoints=True)
         member = members[3]
-        member.promised = replace(opened.epoch, nonce="b" * 32)
+        await barrier.store.commands.hset(barrier.keys.epoch, "nonce", "b" * 32)
         assert await member.endpoints(SIZE) is None
+        await barrier.store.commands.hset(barrier.keys.epoch, "nonce", opened.epoch.nonce)
+        assert await member.endpoints(SIZE) == ENDPOINTS
         member.retire()
         assert await member.endpoints(SIZE) is None
         assert member.report_now.endpoint == "", "an endpoint is spent with its promise"

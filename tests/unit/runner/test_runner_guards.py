@@ -80,7 +80,7 @@ async def test_an_announcement_that_found_no_room_comes_with_a_later_heartbeat(m
         member = group.ranks[0].member
         full: asyncio.Queue[object] = asyncio.Queue(maxsize=1)
         full.put_nowait("what the reader has not taken yet")
-        monkeypatch.setattr(member, "_entries", full)
+        monkeypatch.setattr(vars(member)["_log"], "entries", full)
         epoch = await group.open()
         await member.report()  # a heartbeat, which has no room for it
         assert full.get_nowait() == "what the reader has not taken yet"

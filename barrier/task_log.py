@@ -1,0 +1,106 @@
+"""The task log as one rank follows it: from the store into a queue, together with what the record and its own parts announce."""
+
+from __future__ import annotations
+
+import asyncio
+
+from barrier.clock import Clock
+from barrier.errors import RankgateError, StoreError
+from barrier.life import Life
+from barrier.log import logger
+from barrier.protocol.ids import EpochId, LogId
+from barrier.protocol.log import EpochAnnounced, LogEntry, decode_entry
+from barrier.protocol.rank_state import News
+from barrier.store.keys import Keys
+from barrier.store.store import Store, stream_entries
+
+_BATCH = 100
+
+
+class TaskLog:
+    """What a rank has yet to hear, in order.
+
+    Args:
+        store: where the log is.
+        keys: the group's keys.
+        clock: time.
+        life: whose reading it is; it remembers how far.
+
+    Attributes:
+        entries: what was read and not yet taken.
+    """
+
+    def __init__(self, store: Store, keys: Keys, clock: Clock, life: Life) -> None:
+        self.entries: asyncio.Queue[LogEntry | RankgateError] = asyncio.Queue(maxsize=1_000)
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._life = life
+        self._offered: EpochId | None = None
+
+    async def next(self) -> LogEntry:
+        """Wait for the next entry; raises what was offered in its place."""
+        entry = await self.entries.get()
+        if isinstance(entry, RankgateError):
+            raise entry
+        return entry
+
+    def offer(self, news: News | RankgateError) -> None:
+        """Hand over what was not read from the log, an epoch once; where the reader is too far behind, the next heartbeat says it again."""
+        if isinstance(news, EpochAnnounced):
+            if news.epoch == self._offered:
+                return
+            self._offered = news.epoch
+        try:
+            self.entries.put_nowait(news)
+        except asyncio.QueueFull:
+            self._offered = None
+
+    def end(self, failure: RankgateError) -> None:
+        """Whoever waits for entries must not wait for ever."""
+        if self.entries.full():  # the reader finds this behind what it has not taken yet
+            self.entries.get_nowait()
+        self.entries.put_nowait(failure)
+
+    async def begin_at_end(self) -> None:
+        """Pass over what is in the log already.
+
+        Raises:
+            StoreError: could not find out where it ends.
+        """
+        with self._store.errors():
+            newest = await self._store.commands.xrevrange(self._keys.tasks, count=1)
+        if newest:
+            self._read(newest[0][0])
+
+    async def follow(self) -> None:
+        """Read the log for ever; a store that does not answer is tried again."""
+        reader = self._store.reader()
+        settings = self._store.settings
+        pause = 0.0
+        try:
+            while True:
+                try:
+                    with self._store.errors():
+                        reply = await reader.xread(
+                            {self._keys.tasks: str(self._life.state.read_to)},
+                            count=_BATCH,
+                            block=round(settings.reader_block * 1000),
+                        )
+                    pause = 0.0
+                except StoreError as error:
+                    if not pause:
+                        logger.warning("rank {}: the task log is not readable: {}", self._life.report.rank, error)
+                    pause = min(max(pause * 2, 0.05), settings.command_seconds)
+                    await self._clock.sleep(pause)
+                    continue
+                for _, entries in stream_entries(reply):
+                    for entry_id, fields in entries:
+                        await self.entries.put(decode_entry(self._read(entry_id), fields))
+        finally:
+            await reader.aclose()
+
+    def _read(self, entry_id: bytes) -> LogId:
+        place = LogId.parse(entry_id.decode())
+        self._life.state = self._life.state.read(place)
+        return place
