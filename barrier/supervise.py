@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import PurePath
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
+from barrier.backoff import Backoff
 from barrier.clock import Clock
 from barrier.errors import RankgateError
 from barrier.log import logger
@@ -143,7 +144,7 @@ async def keep_going(
     on_mistake: Callable[[BaseException], object] = lambda _: None,
 ) -> None:
     """Do what `restarted` does, without a task of its own."""
-    pause, last = 0.0, ""
+    backoff, last = Backoff(_FIRST_PAUSE, longest_pause), ""
     while True:
         began = clock.now()
         try:
@@ -154,13 +155,13 @@ async def keep_going(
             if isinstance(error, asyncio.CancelledError) and own is not None and own.cancelling():
                 raise
             if clock.now() - began > 2 * longest_pause:
-                pause, last = 0.0, ""
+                backoff.reset()
+                last = ""
             if described(error) != last:
                 tell_mistake(f"{name}, which begins anew", error)
             last = described(error)
             guarded(f"{name}, telling of its mistake", on_mistake)(error)
-        pause = min(max(2 * pause, _FIRST_PAUSE), longest_pause)
-        await clock.sleep(pause)
+        await clock.sleep(backoff.next_pause())
 
 
 @asynccontextmanager

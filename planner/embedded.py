@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import Literal, TypeAlias
 from urllib.parse import quote
 
+from barrier.backoff import Backoff
 from barrier.errors import RankgateError
 from barrier.log import logger
 from barrier.plain import number
@@ -236,10 +237,9 @@ class ServerProcess:
                 process.send_signal(signal.SIGTERM)
                 process.send_signal(signal.SIGCONT)  # a paused process would not see the first signal
                 async with asyncio.timeout(timeout):
-                    pause = _FIRST_PAUSE
+                    backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
                     while process.poll() is None:
-                        await asyncio.sleep(pause)
-                        pause = min(2 * pause, _LONGEST_PAUSE)
+                        await asyncio.sleep(backoff.next_pause())
         except TimeoutError:
             logger.warning("The server with pid {} did not end within {} s and is killed.", self.pid, timeout)
         finally:
@@ -277,12 +277,11 @@ class ServerProcess:
     async def _wait_until_ready(self, timeout: float) -> None:  # noqa: ASYNC109  as start
         try:
             async with asyncio.timeout(timeout):
-                pause = _FIRST_PAUSE
+                backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
                 while not await self._answers():
                     if not self.running:
                         raise self._died()
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    await asyncio.sleep(backoff.next_pause())
         except TimeoutError:
             raise EmbeddedServerError(
                 f"The server {self.binary.name} did not answer within {number(timeout)} s. {self._last_words()}"

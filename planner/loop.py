@@ -31,6 +31,7 @@ from barrier import (
     missing_ranks,
     supervise,
 )
+from barrier.backoff import Backoff
 from barrier.log import LogContext, logger
 from barrier.plain import number
 from planner.decide import (
@@ -59,6 +60,7 @@ from runner.messages import encode
 
 _T = TypeVar("_T")
 
+_FIRST_PAUSE = 0.02  # seconds before an outage of the store is looked at again
 _LOOKS_PER_STALL = 8
 """How often a planner that waits for somebody looks in the time of the shortest stall: of a move it knows only when it saw it."""
 
@@ -182,22 +184,21 @@ class InstanceLoop:
             self._publish(replace(self.state, left=why))
 
     async def _run(self) -> State:
-        pause = 0.0
+        backoff = Backoff(_FIRST_PAUSE, self._settings.command_seconds, rng=self._rng)
         while not self.state.over:
             try:
                 await self._tick()
-                pause = 0.0
+                backoff.reset()
             except StoreCorrupt as error:  # the one kind that waiting does not mend
                 self._publish(replace(self.state, reason=str(error), error=error))
             except StoreError as error:
-                if not pause:
+                if not backoff.failing:
                     logger.warning("instance {}: {}", self._record.spec.name, error)
                 self._memory = hold(self._memory, str(error), self._clock.now(), self._settings)
                 known = isinstance(error, StoreRefused | StoreUnsuitable)
                 why = "the store cannot be used now" if known else "the store does not answer"
                 self._publish(replace(self.state, reason=f"{why}: {error}"))
-                pause = min(max(pause * 2, 0.02), self._settings.command_seconds)
-                await self._clock.sleep(pause * self._rng.uniform(0.5, 1.0))
+                await self._clock.sleep(backoff.next_pause())
         return self.state
 
     async def _tick(self) -> None:

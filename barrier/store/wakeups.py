@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import Any
 
 from barrier import supervise
+from barrier.backoff import Backoff
 from barrier.clock import Clock
 from barrier.errors import StoreCorrupt, StoreError
 from barrier.log import logger
@@ -22,6 +23,7 @@ from barrier.store.store import Store, stream_entries
 
 _BATCH = 2_000
 _BUFFERED = 20_000
+_FIRST_PAUSE = 0.05  # seconds
 _TURNS = 4
 """Turns of the event loop from a hint to what a planner sends because of it. Asking for the next hints takes its turn after that."""
 
@@ -177,7 +179,7 @@ class Wakeups:
 
     async def _read(self, place: str) -> None:
         reader = self._store.reader()
-        pause = 0.0
+        backoff = Backoff(_FIRST_PAUSE, self._store.settings.lease / 5)
         try:
             while True:
                 streams = {key: "{}-{}".format(*self._cursors[key]) for key in self._streams_of(place)}
@@ -186,18 +188,17 @@ class Wakeups:
                         reply = await reader.xread(
                             streams, count=_BATCH, block=round(self._store.settings.reader_block * 1000)
                         )
-                    pause = 0.0
+                    backoff.reset()
                     self._hand_out(reply)
                     for _ in range(_TURNS):
                         await asyncio.sleep(0)
                 except StoreError as error:
-                    if not pause:
+                    if not backoff.failing:
                         logger.warning("wake-ups interrupted: {}", error)
                     self._look_for_yourselves(streams)
                     if isinstance(error, StoreCorrupt):
                         await self._take_away_what_is_no_stream(streams)
-                    pause = min(max(pause * 2, 0.05), self._store.settings.lease / 5)
-                    await self._clock.sleep(pause)
+                    await self._clock.sleep(backoff.next_pause())
         finally:
             await reader.aclose()
 

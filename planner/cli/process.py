@@ -19,6 +19,7 @@ from loguru import logger
 
 import barrier
 from barrier import InvalidSettings, Settings, StoreError, SystemClock, supervise
+from barrier.backoff import Backoff
 from barrier.errors import RankgateError
 from barrier.log import prepare
 from barrier.plain import number
@@ -300,7 +301,8 @@ async def outlasting(ask: Callable[[], Awaitable[T]], wait: float) -> T:
     What fails in another way (an evicting policy, a key of the wrong type) is an error at once.
     """
     clock = SystemClock()
-    deadline, pause, told = clock.now() + wait, _FIRST_PAUSE, ""
+    deadline, told = clock.now() + wait, ""
+    backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE, rng=random.Random())  # noqa: S311 - chance that shortens a pause is no secret
     while True:
         try:
             return await ask()
@@ -313,5 +315,4 @@ async def outlasting(ask: Callable[[], Awaitable[T]], wait: float) -> T:
             if str(error) != told:
                 logger.info("waiting up to {} s for the store: {}", number(round(left, 1)), error)
                 told = str(error)
-        await clock.sleep(min(pause * random.uniform(0.5, 1.0), left))  # noqa: S311 - jitter is no secret
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        await clock.sleep(min(backoff.next_pause(), left))
