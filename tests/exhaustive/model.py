@@ -1,8 +1,8 @@
 """Ranks and planners around the reference model, as a graph of states: what can happen next in each of them.
 
-The verbs are `barrier.testing.reference`'s, the planners' choices `planner.decide`'s and the ranks' judgements `runner.admission`'s: they
-are called, not written again. What is modelled here is what lies between them (`barrier.Member`, `runner.Runner`,
-`barrier.Barrier` and `planner.InstanceLoop`), and what may go wrong.
+The verbs are `barrier.testing.reference`'s, what a rank promises and takes from the log `barrier.protocol.rank_state`'s, its judgements
+`runner.admission`'s and the planners' choices `planner.decide`'s: they are called, not written again. What is modelled here is what lies
+between them (`runner.Runner`, `barrier.Barrier` and `planner.InstanceLoop`), and what may go wrong.
 
 Where the real code waits for a time, here anything may happen at any moment: a stall, a lapse and a lost wake-up need no clock.
 A planner may try any gate at any moment, since hints are not the truth; a rank may hear of an epoch from the log or the record.
@@ -16,11 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
-from barrier import EpochId, EpochRecord, Leadership, LogId, RankView, Report, Settings, Snapshot, Verdict, all_ranks
+from barrier import EpochId, EpochRecord, Leadership, RankView, Report, Settings, Snapshot, Verdict, all_ranks
+from barrier.protocol.log import EpochAnnounced, TaskEntry, VerdictAnnounced
 from barrier.protocol.model import StepRecord
 from barrier.protocol.outcomes import Already, Dispatched, Following, Leading, Opened, Released, Restored
+from barrier.protocol.rank_state import Promised, RankState
+from barrier.protocol.record import SeenRecord
 from barrier.protocol.report import TaskOutcome
 from barrier.testing import reference
 from barrier.testing.reference import ReferenceEntry, ReferenceReport, ReferenceState
@@ -113,12 +117,8 @@ class Bounds:
 class Process(NamedTuple):
     """One life of one runner process. `done` are the tasks it did in its epoch, `engine` the epoch that its engine holds a model of."""
 
-    life: int = 1
-    promise: EpochId | None = None
-    floor: int = 0
+    state: RankState
     status: str = "Idle"
-    applied: int = 0
-    cursor: LogId = LogId(0, 0)
     done: tuple[str, ...] = ()
     engine: EpochId | None = None
 
@@ -139,7 +139,7 @@ class Effect(NamedTuple):
     """A task took effect at a rank."""
 
     rank: int
-    life: int
+    incarnation: str
     epoch: EpochId
     step: str
 
@@ -189,6 +189,24 @@ class Table(Generic[_V]):
 def incarnation(life: int) -> str:
     """The name of a rank's n-th life; later ones sort later."""
     return f"{life:012x}{0:016x}"
+
+
+def next_life(name: str) -> str:
+    """The name of the life after this one."""
+    return incarnation(int(name[:12], 16) + 1)
+
+
+@cache
+def read_as(entry: ReferenceEntry) -> EpochAnnounced | VerdictAnnounced | TaskEntry:
+    """An entry of the log, as a rank reads it."""
+    epoch = epoch_of(entry)
+    match entry.kind:
+        case "opened":
+            return EpochAnnounced(epoch)
+        case "verdict":
+            return VerdictAnnounced(epoch, _VERDICTS["broken"])
+        case "task":
+            return TaskEntry(epoch, entry.id, entry.previous, entry.step, first=0, last=0, term=1, payload=b"")
 
 
 def holder(planner: int, life: int) -> str:
@@ -243,7 +261,7 @@ class Model:
             bounds.faults,
             bounds.restarts,
             bounds.zombies,
-            (self.processes.number(Process()),) * self.size,
+            (self.processes.number(Process(RankState(incarnation(1)))),) * self.size,
             (self.minds.number(Mind()),) * bounds.planners,
         )
 
@@ -261,7 +279,7 @@ class Model:
         if record is None or record.verdict is not None:
             return False
         ranks = [self.processes.values[number] for number in state[9]]
-        if any(one.promise != record.id or one.status not in ("Ready", "Running") for one in ranks):
+        if any(one.state.promised != record.id or one.status not in ("Ready", "Running") for one in ranks):
             return False
         return all(
             is_live(report)
@@ -277,16 +295,16 @@ class Model:
         ranks = [self.processes.values[number] for number in state[9]]
         return (
             store.record is not None
-            and all(one.status == status and one.promise == store.record.id for one in ranks)
+            and all(one.status == status and one.state.promised == store.record.id for one in ranks)
             and all(
-                report is not None and report.status == status and report.applied == one.applied
+                report is not None and report.status == status and report.applied == one.state.applied
                 for report, one in zip(store.reports, ranks, strict=True)
             )
         )
 
     def breach(self, state: State) -> str | None:
         """What is broken in this state, whatever led to it."""
-        held = [self.processes.values[number][7] for number in state[9]]
+        held = [self.processes.values[number].engine for number in state[9]]
         one = next((engine for engine in held if engine is not None), None)
         if one is not None and any(engine is not None and engine != one for engine in held):
             said = ", ".join(f"rank {rank} for epoch {engine}" for rank, engine in enumerate(held) if engine)
@@ -381,7 +399,7 @@ class Model:
         store, snap, openings, history, late, zombie, faults, restarts, zombies, ranks, minds = state
         for rank, number in enumerate(ranks):
             one = self.processes.values[number]
-            born = Process(life=one.life + 1, cursor=self.stores.values[store].log_end)
+            born = Process(RankState(next_life(one.state.incarnation)).read(self.stores.values[store].log_end))
             others = (*ranks[:rank], self.processes.number(born), *ranks[rank + 1 :])
             yield (
                 f"FAULT rank {rank} crashes and comes back", True,
@@ -530,54 +548,61 @@ class Model:
             return _Step(f"rank {rank} {label}", number, self.processes.number(process), cost, effect)
 
         # A heartbeat says the whole state, and looks whether the log went back.
-        cursor = store.log_end if store.log_end < me.cursor and "cursor" not in self._mutations else me.cursor
-        said = f"as {me.status}" + (f" in epoch {me.promise.number}" if me.promise else "")
+        state, promised = me.state, me.state.promised
+        found = state if "cursor" in self._mutations else state.find_end(store.log_end, state.read_to)
+        said = f"as {me.status}" + (f" in epoch {promised.number}" if promised else "")
         yield _Step(
             f"rank {rank} reports {said}",
             self._say(number, rank, 0, self._report(me)),
-            self.processes.number(me._replace(cursor=cursor)),
+            self.processes.number(me._replace(state=found)),
         )
         step = self._read(store, me, rank)
         if step is not None:
             label, process, effect = step
             yield become(label, process, effect)
-        record = store.record
-        if record is not None:
-            if record.verdict is not None and record.id == me.promise and "notice" not in self._mutations:
+        for seen in self._seen(store, me, rank):
+            news = None if "notice" in self._mutations else self._loosened(me, seen.epoch).hear(seen)
+            if isinstance(news, VerdictAnnounced):
                 yield become("hears of the verdict and tears down", self._leave(me))
-            if record.verdict is None and self._above(record.id, me):
-                if (me.promise is not None or me.engine is not None) and "notice" not in self._mutations:
-                    yield become(f"hears of epoch {record.id.number} and tears down", self._leave(me))
-                named = record.roster[rank] == incarnation(me.life) or "roster" in self._mutations
-                if (me.promise is None or (me.status == "Idle" and "reuse" in self._mutations)) and named:
-                    yield become(f"promises epoch {record.id.number}", self._promised(me, record.id))
-        elif "hearsay" in self._mutations and me.promise is None:
-            for entry in store.log:
-                if entry.kind == "opened" and self._above(epoch_of(entry), me):
-                    yield become(f"promises epoch {entry.id.number}", self._promised(me, epoch_of(entry)))
+            if isinstance(news, EpochAnnounced) and (promised is not None or me.engine is not None):
+                yield become(f"hears of epoch {seen.epoch.number} and tears down", self._leave(me))
+            then, outcome = self._loosened(me, seen.epoch, promising=True).promise(seen.epoch, seen, rank)
+            if isinstance(outcome, Promised):
+                label = f"promises epoch {seen.epoch.number}"
+                yield become(label, me._replace(state=then, status="Idle", done=()))
         if me.status in _FINISHED:
             yield become(f"is {_FINISHED[me.status]}", me._replace(status=_FINISHED[me.status]))
-        if "teardown" in self._mutations and me.engine is not None and me.engine != me.promise:
+        if "teardown" in self._mutations and me.engine is not None and me.engine != promised:
             yield become("closes its engine at last", me._replace(engine=None))
-        if "fail" in self._kinds and me.promise is not None and me.status != "Failed":
+        if "fail" in self._kinds and promised is not None and me.status != "Failed":
             yield become("FAULT fails", self._failed(me), cost=1)
 
-    def _above(self, epoch: EpochId, me: Process) -> bool:
-        """Whether an epoch is one that this process may still promise."""
-        if "lower" in self._mutations:
-            return epoch != me.promise and (me.promise is not None or epoch.number != me.floor)
-        return epoch.number > me.floor
+    def _seen(self, store: ReferenceState, me: Process, rank: int) -> list[SeenRecord]:
+        """What the record says, or whatever this rank takes for the record."""
+        mine, record = me.state.incarnation, store.record
+        if record is not None:
+            named = mine if "roster" in self._mutations else record.roster[rank]
+            return [SeenRecord(record.id, record.verdict, self.size, named)]
+        if "hearsay" in self._mutations:
+            return [SeenRecord(epoch_of(one), None, self.size, mine) for one in store.log if one.kind == "opened"]
+        return []
 
-    def _promised(self, me: Process, epoch: EpochId) -> Process:
-        return me._replace(promise=epoch, floor=epoch.number, status="Idle", applied=1, done=())
+    def _loosened(self, me: Process, epoch: EpochId, *, promising: bool = False) -> RankState:
+        """The state that is decided on, with whatever guard is taken out."""
+        state = me.state
+        if "lower" in self._mutations:
+            above = epoch != state.promised and (state.promised is not None or epoch.number != state.floor)
+            state = state._replace(floor=epoch.number - above)
+        if "reuse" in self._mutations and promising and me.status == "Idle":
+            state = state._replace(promised=None)
+        return state
 
     def _leave(self, me: Process) -> Process:
-        """Tear down and retire: the promise is spent, its number stays as a floor."""
+        """Tear down and retire."""
+        state = me.state if "reuse" in self._mutations else me.state.retire()
         return me._replace(
-            promise=me.promise if "reuse" in self._mutations else None,
-            floor=0 if "floor" in self._mutations else me.floor,
+            state=state._replace(floor=0) if "floor" in self._mutations else state,
             status="Idle",
-            applied=me.applied if "reuse" in self._mutations else 0,
             done=(),
             engine=me.engine if "teardown" in self._mutations else None,
         )
@@ -588,33 +613,35 @@ class Model:
     def _read(self, store: ReferenceState, me: Process, rank: int) -> tuple[str, Process, Effect | None] | None:
         """Take the next entry of the log that changes anything."""
         for entry in store.log:
-            if entry.id <= me.cursor:
+            if entry.id <= me.state.read_to:
                 continue
-            epoch, place = epoch_of(entry), f"entry {entry.id} of the log"
-            here = me._replace(cursor=entry.id)
-            if entry.kind == "opened":
-                if self._above(epoch, me) and (me.promise is not None or me.engine is not None):
-                    return f"reads of epoch {epoch.number} ({place}) and tears down", self._leave(here), None
-            elif entry.kind == "verdict":
-                if epoch == me.promise:
-                    return f"reads the verdict ({place}) and tears down", self._leave(here), None
-            else:
-                then, effect = self._receive(entry, epoch, here, rank)
-                if then != here:
-                    return f"reads {entry.step} ({place})", then, effect
+            place, here = f"entry {entry.id} of the log", me._replace(state=me.state.read(entry.id))
+            match read_as(entry):
+                case EpochAnnounced(epoch):
+                    held = me.state.promised is not None or me.engine is not None
+                    if held and self._loosened(me, epoch).is_above(epoch):
+                        return f"reads of epoch {epoch.number} ({place}) and tears down", self._leave(here), None
+                case VerdictAnnounced(epoch):
+                    if epoch == me.state.promised:
+                        return f"reads the verdict ({place}) and tears down", self._leave(here), None
+                case TaskEntry() as task:
+                    then, effect = self._receive(task, here, rank)
+                    if then != here:
+                        return f"reads {entry.step} ({place})", then, effect
         return None
 
-    def _receive(self, entry: ReferenceEntry, epoch: EpochId, me: Process, rank: int) -> tuple[Process, Effect | None]:
+    def _receive(self, entry: TaskEntry, me: Process, rank: int) -> tuple[Process, Effect | None]:
         """What `Member.tasks` and `Runner` do with a task."""
-        missed = False
-        if epoch == me.promise:
-            if entry.id.n <= me.applied and "applied" not in self._mutations:
-                return me, None
-            missed = entry.previous > me.applied and "missed" not in self._mutations
-            me = me._replace(applied=entry.id.n)
+        state, epoch = me.state, entry.epoch
+        if "applied" in self._mutations and epoch == state.promised:
+            state = state._replace(applied=min(state.applied, entry.id.n - 1))
+        state, task = state.take(entry)
+        if task is None:
+            return me, None
+        me = me._replace(state=state)
         if not addressed(entry.step, rank):
             return me, None
-        if missed:
+        if task.missed and "missed" not in self._mutations:
             me = self._failed(me)
         if not isinstance(judge(self._standing(me, epoch), self._task(entry.step, epoch)), Accept):
             return me, None
@@ -622,11 +649,11 @@ class Model:
         if entry.step == "load":
             engine = epoch
         me = me._replace(status=status, engine=engine, done=(*me.done, entry.step))
-        return me, Effect(rank, me.life, epoch, entry.step)
+        return me, Effect(rank, state.incarnation, epoch, entry.step)
 
     def _standing(self, me: Process, epoch: EpochId) -> Standing:
         """This process as the judge sees it, with whatever guard of the judge's is taken out."""
-        promised, mine, status = me.promise, incarnation(me.life), me.status
+        promised, mine, status = me.state.promised, me.state.incarnation, me.status
         loose = (
             "unbound" in self._mutations
             or ("exact" in self._mutations and promised is not None)
@@ -642,7 +669,7 @@ class Model:
             promise=Promise(epoch if loose or promised is None else promised, mine, self.size)
             if promised is not None or loose
             else None,
-            floor=me.floor,
+            floor=me.state.floor,
             outcomes={
                 task_id: TaskOutcome(task_id=task_id, step=step, n=0, result="done")
                 for task_id, step in task_ids.items()
@@ -665,9 +692,8 @@ class Model:
                 return TextGeneration(task_id=task_id, instance=_GROUP, epoch=name, term=1, prompt="x", max_tokens=1)
 
     def _report(self, me: Process) -> ReferenceReport:
-        return ReferenceReport(
-            incarnation(me.life), me.status, me.promise, me.applied, me.floor, digest="", until_ms=LIVE_MS
-        )
+        mine, promised, floor, applied, _ = me.state
+        return ReferenceReport(mine, me.status, promised, applied, floor, digest="", until_ms=LIVE_MS)
 
     def _say(self, store: int, rank: int, late: int, report: ReferenceReport) -> int:
         """The store after a report; `late` is the number of a late one, 0 for one that is in time."""
@@ -699,7 +725,7 @@ class Model:
         breach = None
         if step in before:
             breach = f"S2: {what} a second time"
-        elif roster is None or roster[rank] != incarnation(life):
+        elif roster is None or roster[rank] != life:
             breach = f"S6: {what}, and its process is not on the roster"
         elif step == "load" and any("connect" not in steps for steps in done):
             breach = f"S1: {what} while another has not connected in it"
