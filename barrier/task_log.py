@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from barrier.backoff import Backoff
 from barrier.clock import Clock
 from barrier.errors import RankgateError, StoreError
 from barrier.life import Life
@@ -77,7 +78,7 @@ class TaskLog:
         """Read the log for ever; a store that does not answer is tried again."""
         reader = self._store.reader()
         settings = self._store.settings
-        pause = 0.0
+        pauses = Backoff(0.05, settings.command_seconds)
         try:
             while True:
                 try:
@@ -87,12 +88,11 @@ class TaskLog:
                             count=_BATCH,
                             block=round(settings.reader_block * 1000),
                         )
-                    pause = 0.0
+                    pauses.reset()
                 except StoreError as error:
-                    if not pause:
+                    if not pauses.failing:
                         logger.warning("rank {}: the task log is not readable: {}", self._life.report.rank, error)
-                    pause = min(max(pause * 2, 0.05), settings.command_seconds)
-                    await self._clock.sleep(pause)
+                    await self._clock.sleep(pauses.next_pause())
                     continue
                 for _, entries in stream_entries(reply):
                     for entry_id, fields in entries:
