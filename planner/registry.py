@@ -10,6 +10,8 @@ from redis.exceptions import WatchError
 
 from barrier.errors import RankgateError, StoreCorrupt
 from barrier.log import logger
+from barrier.protocol.names import shown
+from barrier.protocol.wire import WIRE_VERSION, refusal_of
 from barrier.store.keys import Keys, NamespaceKeys
 from barrier.store.store import Store, is_spoiled
 from planner.spec import InstanceSpec
@@ -28,6 +30,7 @@ class InstanceRecord(BaseModel):
         launched_ms: when it was launched, by the store's clock, in milliseconds: which launch this is.
         failure: why it was given up; empty while it was not.
         gone_ms: when the stop was carried out, by the store's clock; 0 before.
+        wire: the version in which it is written; see `barrier.protocol.wire`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -37,6 +40,15 @@ class InstanceRecord(BaseModel):
     launched_ms: int = 0
     failure: str = ""
     gone_ms: int = 0
+    wire: int = WIRE_VERSION
+
+
+class _WireVersion(BaseModel):
+    wire: int = WIRE_VERSION
+
+
+class OtherVersion(RankgateError):
+    """An instance's desired state was written by another version of rankgate. It stays as it is."""
 
 
 class OtherSpec(RankgateError):
@@ -70,6 +82,7 @@ class Registry:
 
         Raises:
             OtherSpec: the instance is up with a spec that may not be replaced; nothing was written.
+            OtherVersion: another version of rankgate has written what is wanted of the instance; nothing was written.
             StoreCorrupt: a key of the wrong type where one of ours belongs; nothing was written.
             StoreError: unknown; ask again.
         """
@@ -211,6 +224,9 @@ class Registry:
         Args:
             name: the instance.
             change: gets the record on file and the store's time in milliseconds; returns the same one to leave it as it is.
+
+        Raises:
+            OtherVersion: the record on file is of another version.
         """
         while True:
             now_ms = await self._now_ms()
@@ -218,7 +234,7 @@ class Registry:
                 async with self._store.commands.pipeline(transaction=True) as pipe:
                     await pipe.watch(self.keys.instances)
                     raw = await pipe.hget(self.keys.instances, name)
-                    current = None if raw is None else _decode(name, raw)
+                    current = None if raw is None else _decode(name, raw, change=True)
                     changed = change(current, now_ms)
                     if changed is current or changed is None:
                         return changed
@@ -247,9 +263,17 @@ class Registry:
             await self._store.append_if_possible(signals, hint)
 
 
-def _decode(name: str, raw: bytes) -> InstanceRecord | None:
+def _decode(name: str, raw: bytes, *, change: bool = False) -> InstanceRecord | None:
+    """Read a record; one that cannot be read is told and passed over, unless one of another version is to be changed."""
+    record: InstanceRecord | None = None
     try:
-        return InstanceRecord.model_validate_json(raw)
+        version = _WireVersion.model_validate_json(raw).wire
+        refusal = refusal_of(version)
+        record = None if refusal else InstanceRecord.model_validate_json(raw)
     except ValidationError:
-        logger.error("the desired state of instance {!r} is not readable and is ignored", name[:63])
-        return None
+        refusal = "is not readable"
+    if record is None:
+        if change and refusal != "is not readable":
+            raise OtherVersion(f"the desired state of instance {shown(name[:63])} {refusal}. It stays as it is")
+        logger.error("the desired state of instance {!r} {}; it is ignored", name[:63], refusal)
+    return record

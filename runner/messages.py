@@ -1,18 +1,20 @@
 """Everything that a planner says to a runner and a runner says back.
 
 Frozen, tagged by ``kind``, and strict: an unknown kind, an unknown field or a wrong type is a `MalformedMessage`, never a
-half-understood task. Nothing of ours is imported here, so that the planner, the runner
-and a foreign system can share these messages.
+half-understood task. A message says its wire version (`barrier.protocol.wire`), and one of a version that is not read here is refused by that name.
+The planner, the runner and a foreign system can share these messages: nothing is imported here that needs a store.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
+from barrier.protocol.wire import WIRE_VERSION, refusal_of
 from runner.model import Message, ModelSpec
 
 MAX_MESSAGE_BYTES = 256 * 1024
@@ -146,7 +148,17 @@ StatusName: TypeAlias = Literal[
 # --- tasks ----------------------------------------------------------------------------------------------------------------
 
 
-class _Task(Message):
+class _Sent(Message):
+    """What is sent by itself, and not as a part of something else.
+
+    Attributes:
+        wire: the version in which it is written; see `barrier.protocol.wire`.
+    """
+
+    wire: int = WIRE_VERSION
+
+
+class _Task(_Sent):
     """What every task carries.
 
     Attributes:
@@ -253,7 +265,7 @@ class Rejection(Message):
     hint: ShortText
 
 
-class TaskStatusUpdated(Message):
+class TaskStatusUpdated(_Sent):
     """A task began, ended or was refused.
 
     Attributes:
@@ -269,14 +281,14 @@ class TaskStatusUpdated(Message):
     error: ShortText | None = None
 
 
-class RunnerStatusUpdated(Message):
+class RunnerStatusUpdated(_Sent):
     """The runner's status changed (or is said again)."""
 
     kind: Literal["RunnerStatusUpdated"] = "RunnerStatusUpdated"
     status: RunnerStatus
 
 
-class TaskAcknowledged(Message):
+class TaskAcknowledged(_Sent):
     """The runner has read the task and answered it, one way or the other."""
 
     kind: Literal["TaskAcknowledged"] = "TaskAcknowledged"
@@ -288,7 +300,7 @@ RunnerEvent: TypeAlias = Annotated[
 ]
 
 
-class Chunk(Message):
+class Chunk(_Sent):
     """One piece of a generation's answer. The last one of a stream has ``finish`` set.
 
     Attributes:
@@ -314,8 +326,8 @@ def decode_task(payload: bytes) -> Task:
     """Read one task.
 
     Raises:
-        MalformedMessage: longer than `MAX_MESSAGE_BYTES`, not JSON, an unknown kind, or a field that is wrong. The message
-            names the field and never quotes its value, which may be a prompt.
+        MalformedMessage: longer than `MAX_MESSAGE_BYTES`, not JSON, of another wire version, an unknown kind, or a field that is wrong. The
+            message names the field and never quotes its value, which may be a prompt.
     """
     return _decode(_TASK, payload)
 
@@ -339,9 +351,28 @@ def _decode(adapter: TypeAdapter[_T], payload: bytes) -> _T:
     if len(payload) > MAX_MESSAGE_BYTES:
         raise MalformedMessage(f"the message has {len(payload):,} bytes; at most {MAX_MESSAGE_BYTES:,} are read")
     try:
-        return adapter.validate_json(payload)
+        message = adapter.validate_json(payload)
     except ValidationError as error:
-        raise MalformedMessage(_describe(error)) from None
+        # What a later version says may be wrong in our eyes for that reason alone.
+        raise MalformedMessage(_refusal(_version_in(payload)) or _describe(error)) from None
+    refusal = _refusal(getattr(message, "wire", None))
+    if refusal:
+        raise MalformedMessage(refusal)
+    return message
+
+
+def _refusal(version: object) -> str:
+    said = refusal_of(version)
+    return said and f"the message {said}"
+
+
+def _version_in(payload: bytes) -> object:
+    """The wire version that is written in a message; ours where it says none, as what is no message at all."""
+    try:
+        found: object = from_json(payload)
+    except ValueError:
+        return WIRE_VERSION
+    return cast("dict[str, object]", found).get("wire", WIRE_VERSION) if isinstance(found, dict) else WIRE_VERSION
 
 
 def _describe(error: ValidationError) -> str:

@@ -10,7 +10,7 @@ import pytest
 from barrier import InvalidName, Store, StoreCorrupt, StoreUnavailable, adopt
 from barrier.store.keys import Keys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
-from planner.registry import FORGET_AFTER, InstanceRecord, Registry
+from planner.registry import FORGET_AFTER, InstanceRecord, OtherVersion, Registry
 from runner.messages import ModelSpec
 from tests.unit.planner.pictures import spec
 
@@ -231,6 +231,19 @@ async def test_a_later_version_may_add_fields(registry: Registry, raw: Any) -> N
     text = record.model_dump_json().replace('"desired"', '"of_tomorrow":1,"desired"')
     await raw.hset(INSTANCES, "demo", text)
     assert await registry.get("demo") == record
+
+
+async def test_what_another_version_wrote_is_named_and_stays_as_it_is(registry: Registry, raw: Any) -> None:
+    record = await registry.launch(spec(2))
+    theirs = record.model_copy(update={"wire": 7}).model_dump_json()
+    await raw.hset(INSTANCES, "demo", theirs)
+    with pytest.raises(OtherVersion, match=r"instance 'demo' has wire version 7, and this version of rankgate reads 1"):
+        await registry.launch(spec(4))
+    with pytest.raises(OtherVersion):
+        await registry.stop(record)
+    assert await registry.all() == {}, "it is told in the log and passed over"
+    await registry.heal(record)
+    assert await raw.hget(INSTANCES, "demo") == theirs.encode()
 
 
 @pytest.mark.parametrize("name", ["epoch", "leader", "tasks", "requests"])

@@ -89,6 +89,7 @@ def test_a_chunk_comes_back_as_it_was() -> None:
 def test_what_says_nothing_is_not_written() -> None:
     assert json.loads(encode(TaskStatusUpdated(task_id="t1", state="Running"))) == {
         "kind": "TaskStatusUpdated",
+        "wire": 1,
         "task_id": "t1",
         "state": "Running",
     }
