@@ -68,7 +68,7 @@ end
 local attempt = whole(math.max(tonumber(record[4]) or 0, tonumber(ordinal)) + 1)
 number = whole(number)
 redis.call('DEL', KEYS[1])
-redis.call('HSET', KEYS[1], 'number', number, 'nonce', nonce, 'term', term, 'world_size', tostring(world_size),
+redis.call('HSET', KEYS[1], 'wire', WIRE_VERSION, 'number', number, 'nonce', nonce, 'term', term, 'world_size', tostring(world_size),
   'digest', digest, 'ordinal', attempt, 'opened_ms', whole(server_ms()), 'last_n', '1', 'notes', notes)
 write_roster(KEYS[1], incarnations)
 redis.call('PEXPIRE', KEYS[1], record_ms)

@@ -1,5 +1,6 @@
 -- Shared by every verb: prepended to its text before it is loaded. Reads only, except `announce`.
 
+local WIRE_VERSION = '1' -- as in barrier/protocol/wire.py
 local ROSTER_CHUNK = 64 -- incarnations in one roster field, so that a rank reads 64 of them and not 4,096
 local INCARNATION_WIDTH = 28
 local APPLIED_WIDTH = 10
@@ -50,10 +51,13 @@ local function fenced(leader_key, term, holder)
   return nil
 end
 
--- Why the caller may not act on this epoch, or nil. A stored number below the caller's means that the store went back.
+-- Why the caller may not act on this epoch, or nil. A record without a version is of the first one. A stored number below the caller's means that the store went back.
 local function not_current(record, number, nonce)
   if not record.number or not record.nonce or not record.world_size then
     return { 'UNKNOWN', 'the store has no epoch record' }
+  end
+  if (record.wire or '1') ~= WIRE_VERSION then
+    return { 'UNKNOWN', 'the record has wire version ' .. string.sub(record.wire, 1, 20) .. ', and this version of rankgate reads ' .. WIRE_VERSION }
   end
   if record.number ~= number or record.nonce ~= nonce then
     if (tonumber(record.number) or 0) < tonumber(number) then
@@ -78,7 +82,7 @@ end
 -- What the verbs need of the record, in one read; or an error reply. With a world size, its roster as well, chunk by chunk (see
 -- `roster_of`); with the fields of steps, where these were dispatched.
 local function read_record(epoch_key, world_size, ...)
-  local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n', ... }
+  local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n', 'wire', ... }
   for chunk = 0, math.ceil((world_size or 0) / ROSTER_CHUNK) - 1 do
     fields[#fields + 1] = 'roster:' .. chunk
   end

@@ -57,7 +57,7 @@ if #missing > 0 then
 end
 
 local attempt = whole(math.max(tonumber(ordinal), 1))
-redis.call('HSET', KEYS[1], 'number', number, 'nonce', nonce, 'term', term, 'world_size', tostring(world_size),
+redis.call('HSET', KEYS[1], 'wire', WIRE_VERSION, 'number', number, 'nonce', nonce, 'term', term, 'world_size', tostring(world_size),
   'digest', digest, 'ordinal', attempt, 'opened_ms', whole(server_ms()), 'last_n', whole(agreed_applied), 'notes', notes)
 for step in string.gmatch(steps, '[^,]+') do
   redis.call('HSET', KEYS[1], 'step:' .. step, number .. '-' .. whole(agreed_applied) .. ':1')

@@ -15,7 +15,9 @@ from barrier.plain import number
 from barrier.protocol.ids import INCARNATION_WIDTH, EpochId, LogId
 from barrier.protocol.model import EpochRecord, Leadership, RankView, Snapshot, StepRecord, Verdict
 from barrier.protocol.report import MAX_REPORT_BYTES, Report, UndecodableReport
+from barrier.protocol.wire import refusal_of
 
+_LONGEST_VERSION = 10
 DAY_MS = 86_400_000
 """How far above the store's clock an epoch's number may be that no planner is known to have given; as in lua/prelude.lua."""
 
@@ -100,6 +102,10 @@ def read_record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord
     """Read the record, or say why it cannot be read: it then counts as missing (fail closed)."""
     if not fields:
         return None, ""
+    version = fields.get("wire", "1")
+    refusal = refusal_of(int(version) if version.isdecimal() and len(version) < _LONGEST_VERSION else None)
+    if refusal:
+        return None, f"it {refusal}"
     try:
         chunks = sorted(
             (int(name.partition(":")[2]), value) for name, value in fields.items() if name.startswith("roster:")

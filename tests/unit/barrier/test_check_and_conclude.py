@@ -70,6 +70,25 @@ async def test_check_never_says_ready_without_a_whole_record(group: Group) -> No
     assert await check(group, epoch) == Unknown("the store has no epoch record")
 
 
+async def test_a_record_of_another_version_is_named_and_stays_as_it_is(group: Group) -> None:
+    epoch = await group.all_connected()
+    await group.barrier.store.commands.hset(group.keys.epoch, "wire", "7")
+    before = await group.barrier.store.commands.hgetall(group.keys.epoch)
+    said = "record has wire version 7, and this version of rankgate reads 1"
+    for answer in (
+        await check(group, epoch),
+        await group.barrier.conclude(epoch, Verdict.stopped()),
+        await group.barrier.dispatch(epoch, "load", "{}", "Connected"),
+    ):
+        assert isinstance(answer, Unknown)
+        assert answer.reason == f"the {said}"
+    assert "it has wire version 7, and this version of rankgate reads 1" in (await group.inspect()).unreadable
+    assert await group.barrier.store.commands.hgetall(group.keys.epoch) == before
+    await group.barrier.store.commands.hdel(group.keys.epoch, "wire")
+    assert (await group.inspect()).epoch is not None, "a record without a version is of the first one"
+    assert await check(group, epoch) == Released(epoch)
+
+
 # --- conclude -----------------------------------------------------------------------------------------------------------
 
 

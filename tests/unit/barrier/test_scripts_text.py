@@ -13,6 +13,7 @@ import pytest
 from barrier.protocol.ids import INCARNATION_WIDTH
 from barrier.protocol.record import ENDPOINTS_CHUNK, ROSTER_CHUNK
 from barrier.protocol.report import MAX_APPLIED, MAX_REPORT_BYTES, SCHEMA
+from barrier.protocol.wire import WIRE_VERSION
 from barrier.store import script as script_module
 from barrier.store import verbs
 from barrier.store.picture import DAY_MS
@@ -134,6 +135,10 @@ def test_lua_and_python_agree_on_the_layout() -> None:
     assert f"local INCARNATION_WIDTH = {INCARNATION_WIDTH}\n" in PRELUDE
     assert f"local APPLIED_WIDTH = {len(str(MAX_APPLIED))}\n" in PRELUDE
     assert f"local DAY_MS = {DAY_MS}\n" in PRELUDE
+    assert f"local WIRE_VERSION = '{WIRE_VERSION}' " in PRELUDE
+    assert all("'wire', WIRE_VERSION," in body(verb) for verb in ("open", "restore")), (
+        "who writes a record says its version"
+    )
     assert reference.DAY_MS == DAY_MS
     assert f"MAX_REPORT = {MAX_REPORT_BYTES}\n" in body("inspect")
     assert f"'^{SCHEMA}|" in PRELUDE
