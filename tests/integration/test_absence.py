@@ -18,6 +18,7 @@ pytestmark = pytest.mark.anyio
 SETTINGS = Settings(lease=1.5, heartbeat=0.5)
 
 
+@pytest.mark.slow
 async def test_a_node_that_is_away_for_eight_limits_is_waited_for() -> None:
     async with RealServer() as server:
         store = await connect(server.url, settings=SETTINGS)

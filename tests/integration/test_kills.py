@@ -164,7 +164,7 @@ def loads_begun(history: History) -> Counter[tuple[EpochId | None, int]]:
         pytest.param("Loading", 2, marks=pytest.mark.slow),
         pytest.param("WarmingUp", 1, marks=pytest.mark.slow),
         pytest.param("Ready", 0, marks=pytest.mark.slow),
-        pytest.param("Running", 2),
+        pytest.param("Running", 2, marks=pytest.mark.slow),
     ],
 )
 async def test_a_runner_killed_in_any_status_and_restarted(

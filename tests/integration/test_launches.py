@@ -188,6 +188,7 @@ async def launch_many(cluster: Cluster, store: Store, server: RealServer, launch
     return sizes
 
 
+@pytest.mark.slow
 async def test_a_few_launches_in_a_row(cluster: Cluster, store: Store, server: RealServer) -> None:
     sizes = await launch_many(cluster, store, server, 8, random.SystemRandom().randrange(1_000_000))
 

@@ -190,7 +190,7 @@ async def test_the_whole_log_has_no_prompt(tmp_path: Path) -> None:
     arguments = ("--world-size", "2", "--layers", "2", "--prompt", PROMPT, "-vv")
     async with Command(tmp_path, "up", *arguments) as up:
         assert await up.code() == 0
-        assert "[simulated text] " in up.out
+        assert "[simulated" in up.out, "and lines of the log may come between two pieces of the text"
         told = up.out + up.err
         for what in ("looks: 2 × Ready", "rank 1 reports Ready", "TRACE   [demo rank 0 attempt 1", "log entry: "):
             assert what in told, what
@@ -381,6 +381,7 @@ async def test_an_instance_that_somebody_else_stops_ends_up(tmp_path: Path, stor
         assert await up.code() == 0
 
 
+@pytest.mark.slow
 async def test_up_on_a_server_of_ones_own(tmp_path: Path, store: RealServer) -> None:
     """Nothing of it says the password, and its ranks are free at once."""
     async with Command(tmp_path, "up", "--world-size", "2", "--layers", "20", url=store.url) as up:
@@ -612,6 +613,7 @@ async def test_each_command_says_at_once_that_nobody_plans(tmp_path: Path, store
         assert err == f"blue: {alone}\nrankgate: blue does not answer: {alone}\n"
 
 
+@pytest.mark.slow
 async def test_a_launch_that_nobody_carries_out_says_what_is_missing_and_can_be_stopped(store: RealServer) -> None:
     out, err, code = await run(store.url, "launch", "blue", "--world-size", "2", "--timeout", "1")
     assert (out, code) == ("", 1)

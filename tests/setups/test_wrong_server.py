@@ -92,6 +92,7 @@ async def test_a_server_that_would_lose_keys_is_not_used_though_a_good_one_was_t
         await store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resets", [True, False], ids=["with a reset", "without a word"])
 async def test_a_burst_after_idleness_fails_no_call(monkeypatch: pytest.MonkeyPatch, resets: bool) -> None:
     """Regression: 3 of 4 calls failed, on connections that a balancer had forgotten."""

@@ -806,7 +806,7 @@ async def bring_up_with_a_planner_that_dies(store: FakeStore, clock: ManualClock
         return wire.fired
 
 
-@pytest.mark.parametrize("standby", [False, True])
+@pytest.mark.parametrize("standby", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_a_planner_that_dies_between_any_two_calls_is_succeeded_without_a_second_load(standby: bool) -> None:
     nth, fired = 0, True
     while fired:

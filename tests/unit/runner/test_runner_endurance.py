@@ -36,6 +36,7 @@ WARM = 4_000
 """After so many refusals everything that is bounded is full, so memory must not grow any more."""
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_ten_thousand_refusals_in_a_row() -> None:
     """One answer each, nothing kept beyond a bound, and the runner still reaches Ready."""
