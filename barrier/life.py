@@ -105,14 +105,21 @@ class Life:
     @property
     def report(self) -> Report:
         """What this rank last wrote, or is about to write."""
-        state, said = self.state, self.said
-        return self._who._replace(
+        who, state, said = self._who, self.state, self.said
+        return Report(  # `_replace` takes longer, and this lies between an arrival and the dispatch
+            rank=who.rank,
+            incarnation=who.incarnation,
             status=said.status,
             epoch=state.promised,
             applied=state.applied,
             floor=state.floor,
+            digest=who.digest,
             seq=self._seq,
+            node=who.node,
             endpoint=said.endpoint,
+            pid=who.pid,
+            world_size=who.world_size,
+            lease_ms=who.lease_ms,
             status_ms=self._status_ms,
             progress=said.progress,
             signs=said.signs,

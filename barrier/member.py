@@ -109,6 +109,7 @@ class Member:
         self._claims = Claims(self.store, self.keys, self.clock, self.incarnation)
         self._log = TaskLog(self.store, self.keys, self.clock, self._life)
         self._reporter = Reporter(self.store, self.keys, self.clock, self._life, self._log.offer)
+        self._write = self._reporter.write
         self._beats = 0
         self._failed: HeartbeatFailed | None = None
 
@@ -245,9 +246,6 @@ class Member:
         """
         said = self._life.said
         self._life.said = said._replace(progress=(done, total), signs=said.signs + 1)
-
-    async def _write(self, *, look: bool = True) -> None:
-        await self._reporter.write(look=look)
 
     @asynccontextmanager
     async def heartbeat(self) -> AsyncGenerator[None]:
