@@ -54,25 +54,22 @@ impostor  a process that is not on the roster reports as if it were, as a runner
 """
 
 MUTATIONS = (
-    "reuse", "lower", "floor", "unbound", "exact", "nonce", "roster", "teardown", "missed", "applied", "outcomes", "table",
-    "notice", "cursor", "hearsay", "amnesia", "impatient",
+    "reuse", "lower", "unbound", "exact", "nonce", "teardown", "missed", "outcomes", "table", "notice", "hearsay", "amnesia",
+    "impatient",
 )  # fmt: skip
-"""Guards of ranks and planners that can be taken out here (those of the verbs are in the reference model itself):
+"""Guards of ranks and planners that can be taken out here. Those of the verbs are in the reference model, and those of a rank's own
+decisions in `barrier.protocol.rank_state`: tests/mutants/catalogue.py takes them out there.
 
 reuse     a promise that was spent is used again
 lower     a lower epoch is promised after a higher one
-floor     a rank forgets the highest number that it promised when it leaves an epoch
 unbound   a rank acts without a promise
 exact     a rank that has promised acts on every epoch's tasks
 nonce     a rank compares only the number of the epoch it promised
-roster    a rank promises an epoch whose roster names another incarnation
 teardown  a rank promises first and tears down later
 missed    a rank does not notice that an entry of the log never reached it
-applied   a rank does not skip what it has applied
 outcomes  a rank does not remember which tasks it has done
 table     a rank accepts tasks in any status
 notice    a rank never hears of epochs and verdicts from the record
-cursor    a rank goes on waiting beyond the end of a log that went back
 hearsay   a rank promises an epoch that it read of, though the record says nothing of it
 amnesia   a planner never tells a verb what it knows: floor and log positions
 impatient a planner never notices a stall
@@ -549,12 +546,11 @@ class Model:
 
         # A heartbeat says the whole state, and looks whether the log went back.
         state, promised = me.state, me.state.promised
-        found = state if "cursor" in self._mutations else state.find_end(store.log_end, state.read_to)
         said = f"as {me.status}" + (f" in epoch {promised.number}" if promised else "")
         yield _Step(
             f"rank {rank} reports {said}",
             self._say(number, rank, 0, self._report(me)),
-            self.processes.number(me._replace(state=found)),
+            self.processes.number(me._replace(state=state.find_end(store.log_end, state.read_to))),
         )
         step = self._read(store, me, rank)
         if step is not None:
@@ -579,11 +575,11 @@ class Model:
 
     def _seen(self, store: ReferenceState, me: Process, rank: int) -> list[SeenRecord]:
         """What the record says, or whatever this rank takes for the record."""
-        mine, record = me.state.incarnation, store.record
+        record = store.record
         if record is not None:
-            named = mine if "roster" in self._mutations else record.roster[rank]
-            return [SeenRecord(record.id, record.verdict, self.size, named)]
+            return [SeenRecord(record.id, record.verdict, self.size, record.roster[rank])]
         if "hearsay" in self._mutations:
+            mine = me.state.incarnation
             return [SeenRecord(epoch_of(one), None, self.size, mine) for one in store.log if one.kind == "opened"]
         return []
 
@@ -599,9 +595,8 @@ class Model:
 
     def _leave(self, me: Process) -> Process:
         """Tear down and retire."""
-        state = me.state if "reuse" in self._mutations else me.state.retire()
         return me._replace(
-            state=state._replace(floor=0) if "floor" in self._mutations else state,
+            state=me.state if "reuse" in self._mutations else me.state.retire(),
             status="Idle",
             done=(),
             engine=me.engine if "teardown" in self._mutations else None,
@@ -632,10 +627,8 @@ class Model:
 
     def _receive(self, entry: TaskEntry, me: Process, rank: int) -> tuple[Process, Effect | None]:
         """What `Member.tasks` and `Runner` do with a task."""
-        state, epoch = me.state, entry.epoch
-        if "applied" in self._mutations and epoch == state.promised:
-            state = state._replace(applied=min(state.applied, entry.id.n - 1))
-        state, task = state.take(entry)
+        epoch = entry.epoch
+        state, task = me.state.take(entry)
         if task is None:
             return me, None
         me = me._replace(state=state)

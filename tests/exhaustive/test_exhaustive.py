@@ -8,6 +8,7 @@ import pytest
 
 from barrier import EpochId, Leadership, LogId, all_ranks
 from barrier.protocol.outcomes import Dispatched
+from barrier.protocol.rank_state import RankState
 from barrier.testing import reference
 from barrier.testing.reference import ReferenceLeader, ReferenceRecord, ReferenceReport, ReferenceState
 from tests.exhaustive.model import Bounds
@@ -30,6 +31,18 @@ def test_a_guard_of_the_ranks_that_is_missing_is_found_without_a_fault(guard: st
     assert result.found is not None
     assert result.found.what.startswith(broken)
     assert result.found.history
+
+
+def test_the_decisions_that_are_searched_are_the_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard that is taken out of `barrier.protocol.rank_state` itself is missed here."""
+
+    def nothing(_: RankState) -> None:
+        return None
+
+    monkeypatch.setattr(RankState, "refuses_any", nothing)
+    result = search(QUICK[0], frozenset(), limit=1_000_000, seconds=float("inf"))
+    assert result.found is not None
+    assert result.found.what.startswith("S3")
 
 
 def test_the_barrier_without_its_gate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -613,7 +613,7 @@ RANKS: tuple[Mutation, ...] = (
             "        if self.promised is not None:\n            return NotPromised",
             "        if False:\n            return NotPromised",
         ),
-        (RANK, exhaustive("teardown"), SIMULATION),
+        (RANK, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "promise-current",
@@ -653,14 +653,14 @@ RANKS: tuple[Mutation, ...] = (
             "return self._replace(promised=None, applied=0)",
             "return self._replace(promised=None, applied=0, floor=0)",
         ),
-        (RANK, exhaustive("floor"), SIMULATION),
+        (RANK, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "promise-roster",
         "a rank promises only an epoch whose roster names its own incarnation",
         "S3",
         Edit(_RANK_STATE, "if seen.named != self.incarnation:", "if False:"),
-        (RANK, exhaustive("roster"), SIMULATION),
+        (RANK, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "promise-announced",
@@ -692,14 +692,14 @@ RANKS: tuple[Mutation, ...] = (
             "if entry.id.n <= self.applied:\n            return",
             "if False:\n            return",
         ),
-        (RANK, exhaustive("applied"), SIMULATION),
+        (RANK, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "rewind",
         "a rank does not wait beyond the end of a log that went back",
         "L6",
         Edit(_RANK_STATE, "if end >= read_to or read_to != self.read_to:", "if True:"),
-        (RANK, exhaustive("cursor"), SIMULATION),
+        (RANK, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "rewind-place",
