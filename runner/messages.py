@@ -320,6 +320,12 @@ class Chunk(_Sent):
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 _EVENT: TypeAdapter[RunnerEvent] = TypeAdapter(RunnerEvent)
 _CHUNK: TypeAdapter[Chunk] = TypeAdapter(Chunk)
+_STATUS: TypeAdapter[RunnerStatus] = TypeAdapter(RunnerStatus)
+
+
+def status_named(name: str, **fields: int | str) -> RunnerStatus:
+    """A status by its name, with its fields where it has any; raises pydantic's ValidationError where there is no such status."""
+    return _STATUS.validate_python({"kind": name, **fields})
 
 
 def decode_task(payload: bytes) -> Task:

@@ -18,7 +18,8 @@ import pytest
 from barrier.testing import wait_until
 from planner import InstanceSpec, Planner, Policy
 from runner import Runner
-from runner.messages import ModelSpec, RunnerStatus
+from runner.messages import ModelSpec
+from runner.session import Session
 from tests.mlx.ranks import Ranks, ranks_of
 from tests.mlx.tiny import LAYERS, make_model, reference_text
 
@@ -61,14 +62,17 @@ class Watch:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     made = Watch([])
 
-    def take_on(runner: Runner, status: RunnerStatus) -> None:
-        runner.__dict__["status now"] = status
-        made.seen.append((time.monotonic(), id(runner), status.kind))
+    def take_on(runner: Runner, session: Session) -> None:
+        before: Session | None = vars(runner).get("session now")
+        vars(runner)["session now"] = session
+        if before is None or session.status is not before.status:
+            made.seen.append((time.monotonic(), id(runner), session.status.kind))
+
+    def now(runner: Runner) -> Session:
+        return vars(runner)["session now"]
 
     # The attribute, so that no status is missed, however short.
-    monkeypatch.setattr(
-        Runner, "_status", property(lambda runner: runner.__dict__["status now"], take_on), raising=False
-    )
+    monkeypatch.setattr(Runner, "_session", property(now, take_on), raising=False)
     return made
 
 

@@ -47,6 +47,11 @@ _BARRIER = "barrier/barrier.py"
 _PICTURE = "barrier/store/picture.py"
 _ADMISSION = "runner/admission.py"
 _RUNNER = "runner/runner.py"
+_RUNNER_PROCESS = "runner/process.py"
+_RUNNER_LIFECYCLE = "runner/lifecycle.py"
+_SESSION = "runner/session.py"
+_GENERATIONS = "runner/generations.py"
+_ENDPOINTS = "runner/endpoints.py"
 _MESSAGES = "runner/messages.py"
 _RECOVERY = "planner/recovery.py"
 _DECIDE = "planner/decide.py"
@@ -716,7 +721,7 @@ RANKS: tuple[Mutation, ...] = (
         "missed",
         "a rank that missed an entry fails instead of going on without it",
         "S2",
-        Edit(_RUNNER, "if entry.missed and self._promise is not None", "if False and self._promise is not None"),
+        Edit(_SESSION, "return entry.missed and self.is_in(entry.epoch)", "return False and self.is_in(entry.epoch)"),
         (SECOND_LINE, exhaustive("missed"), SIMULATION),
     ),
     Mutation(
@@ -810,7 +815,7 @@ RANKS: tuple[Mutation, ...] = (
         "judge-two-epochs",
         "a task that names another epoch than its entry is refused",
         "S7",
-        Edit(_RUNNER, "        if task.epoch != str(entry.epoch):", "        if False:"),
+        Edit(_SESSION, "        if task.epoch != str(epoch):", "        if False:"),
         (SECOND_LINE,),
     ),
     Mutation(
@@ -831,14 +836,14 @@ RANKS: tuple[Mutation, ...] = (
         "finality",
         "work under way does not undo a failure",
         "S6",
-        Edit(_RUNNER, "if _FINALITY.get(status.kind, 0) >= _FINALITY.get(self._status.kind, 0):", "if True:"),
+        Edit(_RUNNER_LIFECYCLE, "return _FINALITY.get(status, 0) >= _FINALITY.get(before, 0)", "return True"),
         (SECOND_LINE, SIMULATION),
     ),
     Mutation(
         "engine-death",
         "an engine that died is not loaded anew without its group",
         "S1",
-        Edit(_RUNNER, "            await self._check_engine()\n", ""),
+        Edit(_RUNNER, "                await self._check_engine()\n", ""),
         (SECOND_LINE, SIMULATION),
     ),
 )
@@ -1305,14 +1310,14 @@ COLLECTIVES: tuple[Mutation, ...] = (
         "endpoints-own",
         "an engine is not connected where the record says that it waits elsewhere",
         "S9",
-        Edit(_RUNNER, "    if endpoints[rank] != own:", "    if False:"),
+        Edit(_ENDPOINTS, "    if endpoints[rank] != own:", "    if False:"),
         (ATTEMPTS,),
     ),
     Mutation(
         "endpoints-apart",
         "an engine is not connected where two ranks say that they wait at one place",
         "S9",
-        Edit(_RUNNER, "        if endpoint and first.setdefault(endpoint, other) != other:", "        if False:"),
+        Edit(_ENDPOINTS, "        if endpoint and first.setdefault(endpoint, other) != other:", "        if False:"),
         (ATTEMPTS,),
     ),
     Mutation(
@@ -1333,7 +1338,7 @@ COLLECTIVES: tuple[Mutation, ...] = (
         "prepared-first",
         "no rank says Idle in an attempt before its engine is prepared",
         "S9",
-        Edit(_RUNNER, 'self._member.promise(entry.epoch, status="Preparing")', "self._member.promise(entry.epoch)"),
+        Edit(_RUNNER, "self._member.promise(entry.epoch, status=PREPARING)", "self._member.promise(entry.epoch)"),
         (ATTEMPTS,),
     ),
     Mutation(
@@ -1362,7 +1367,7 @@ COLLECTIVES: tuple[Mutation, ...] = (
         "endpoints-loopback",
         "an engine is not connected where one rank says that it waits at its own machine's loopback address",
         "S9",
-        Edit(_RUNNER, "    if alone and reachable:", "    if False:"),
+        Edit(_ENDPOINTS, "    if alone and reachable:", "    if False:"),
         (ATTEMPTS,),
     ),
     Mutation(
@@ -1399,8 +1404,8 @@ LIFE: tuple[Mutation, ...] = (
         "L3",
         Edit(
             _RUNNER,
-            "        await self._say(outcome=outcome, events=[*events, RunnerStatusUpdated(status=self._status)])\n        await self._host.kill()",
-            "        await self._host.kill()\n        await self._say(outcome=outcome, events=[*events, RunnerStatusUpdated(status=self._status)])",
+            "        await self._move(*self._session.failed(told, work))\n        await self._host.kill()",
+            "        await self._host.kill()\n        await self._move(*self._session.failed(told, work))",
         ),
         (LIVES,),
     ),
@@ -1409,9 +1414,9 @@ LIFE: tuple[Mutation, ...] = (
         "the first failure of an attempt is its cause",
         "L4",
         Edit(
-            _RUNNER,
-            "        if self._failure is None:\n            self._failure = EngineFailure",
-            "        if True:\n            self._failure = EngineFailure",
+            _SESSION,
+            "        if then.failure is None:\n            then = _become",
+            "        if True:\n            then = _become",
         ),
         (LIVES,),
     ),
@@ -1419,7 +1424,11 @@ LIFE: tuple[Mutation, ...] = (
         "cancelled-forgotten",
         "what was cancelled in one attempt is generated in the next",
         "S7",
-        Edit(_RUNNER, "        self._cancelled.clear()\n", ""),
+        Edit(
+            _SESSION,
+            "return Session(self.instance, self.incarnation, lifecycle=self.lifecycle)",
+            "return Session(self.instance, self.incarnation, lifecycle=self.lifecycle, cancelled=self.cancelled)",
+        ),
         (LIVES,),
     ),
     Mutation(
@@ -1427,7 +1436,7 @@ LIFE: tuple[Mutation, ...] = (
         "a text that takes long says how far it is",
         "L2",
         Edit(
-            _RUNNER,
+            _GENERATIONS,
             "                    self._member.note_progress(tokens, task.max_tokens)",
             "                    pass",
         ),
@@ -1462,7 +1471,7 @@ LIFE: tuple[Mutation, ...] = (
         "part-heard",
         "a mistake in a part of a runner ends the runner by name",
         "L4",
-        Edit(_RUNNER, "            self._leaving.set()\n\n        return end", "\n        return end"),
+        Edit(_RUNNER_PROCESS, "            self._leaving.set()\n\n        return end", "\n        return end"),
         (LIVES,),
     ),
 )

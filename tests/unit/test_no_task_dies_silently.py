@@ -356,7 +356,7 @@ async def test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives
     async with runner_rig() as rig:
         await rig.reach("Ready")
         with monkeypatch.context() as broken:
-            broken.setattr("runner.runner._pieces", mistaken)
+            broken.setattr("runner.generations.pieces_of", mistaken)
             await rig.put(make_task("TextGeneration", rig.epoch))
             await settle()
             rig.engine.say("a piece")
@@ -872,7 +872,7 @@ OWNED: dict[str, str] = {
     "runner/host/child.py _receive.create_task": "its end is looked at by `_end_if_mistaken`",
     "runner/host/child.py _receive.add_done_callback": "the same",
     "runner/runner.py _prepare.shield": "of a task that is under the supervisor",
-    "runner/runner.py _run.shield": "`_clean_up` tells of every step that fails; `shut_down` raises to the caller",
+    "runner/process.py _run.shield": "`_clean_up` tells of every step that fails; `shut_down` raises to the caller",
 }
 """Those outside the supervisor, by file and function, with who hears their ends. Test kits are left out: a test hears them."""
 
@@ -897,11 +897,11 @@ TESTED = {
     "planner/cli/up.py _first_of": "test_a_mistake_in_what_up_does_ends_it",
     "planner/race/scenario.py _until": "test_a_mistake_in_what_the_race_waits_for_ends_it",
     "planner/cli/watchdog.py supervised": "test_the_service_manager_is_told_again_after_a_mistake",
-    "runner/runner.py _until_leaving": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
-    "runner/runner.py _part": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
+    "runner/process.py _until_leaving": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
+    "runner/process.py _part": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
     "runner/runner.py _prepare": "test_a_mistake_in_preparing_an_engine_fails_the_attempt",
     "runner/runner.py _check_engine": "test_a_mistake_in_a_part_of_a_runner_ends_it_by_name",
-    "runner/runner.py _generate": "test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives",
+    "runner/generations.py generate": "test_a_mistake_while_generating_fails_the_attempt_and_the_runner_lives",
     "runner/host/inline.py begin": "test_a_mistake_in_a_call_of_an_engine_fails_the_call",
     "runner/host/inline.py close": "test_a_mistake_in_closing_an_engine_does_not_keep_it",
     "runner/host/lives.py _abandon": "test_a_mistake_in_tidying_after_a_call_kills_the_engine",

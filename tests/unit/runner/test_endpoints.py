@@ -10,7 +10,7 @@ from barrier import Barrier, Dispatched, EpochId, InvalidName, Member, Opened, P
 from barrier.testing import FakeStore, ManualClock
 from planner import Policy
 from planner.recovery import Memory, observe
-from runner.runner import check_endpoints
+from runner.endpoints import check_endpoints
 from tests.unit.planner.pictures import SETTINGS, picture
 
 pytestmark = pytest.mark.anyio

@@ -9,8 +9,8 @@ import pytest
 
 from barrier.testing import FaultPlan
 from barrier.testing.waiting import settle
+from runner.generations import pieces_of
 from runner.messages import MAX_PROMPT_CHARS, Chunk, Task, TaskStatusUpdated, decode_chunk, encode
-from runner.runner import _pieces  # pyright: ignore[reportPrivateUsage]  what a client can read is its whole purpose
 from runner.testing.scripted_engine import TEXT
 from tests.unit.runner.rig import PROMPT, Rig, kinds, make_task, runner_rig
 
@@ -318,8 +318,8 @@ async def test_a_stream_that_cannot_be_written_costs_its_client_the_text_and_nob
 @pytest.mark.parametrize("character", ["a", "\0", "\N{GRINNING FACE}"])
 def test_the_longest_text_of_an_engine_comes_in_pieces_that_a_client_reads(character: str) -> None:
     text = character * 300_000
-    pieces = _pieces(text)
+    pieces = pieces_of(text)
     assert "".join(pieces) == text
     chunks = [encode(Chunk(task_id="t" * 128, index=10**9, text=piece)) for piece in pieces]
     assert [decode_chunk(chunk).text for chunk in chunks] == pieces
-    assert _pieces("") == [""]
+    assert pieces_of("") == [""]

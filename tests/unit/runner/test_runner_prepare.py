@@ -8,9 +8,9 @@ import pytest
 
 from barrier import Settings, Verdict
 from barrier.testing import FaultPlan
+from runner.endpoints import check_endpoints
 from runner.engine import EngineFailure
 from runner.messages import RunnerFailed, RunnerStatusUpdated
-from runner.runner import check_endpoints
 from tests.unit.runner.rig import Rig, kinds, make_task, runner_rig
 
 pytestmark = pytest.mark.anyio

@@ -1,0 +1,38 @@
+"""What a runner says of a failure, to people and in reports. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from barrier import supervise
+from runner.engine import EngineFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a rank has failed.
+
+    Attributes:
+        error: one sentence for people; it never quotes a prompt.
+        permanent: whether another attempt could not succeed either.
+    """
+
+    error: str
+    permanent: bool = False
+
+    @classmethod
+    def of(cls, failure: BaseException) -> Failure:
+        """What is said of an exception."""
+        return cls(words_of(failure), isinstance(failure, EngineFailure) and failure.permanent)
+
+
+def words_of(failure: BaseException) -> str:
+    """What is said of a failure. The text of a mistake of ours is nobody's to read: it may quote a prompt."""
+    if isinstance(failure, EngineFailure):
+        return speakable(str(failure))[:2_000]
+    return f"a mistake of ours, {supervise.described(failure)}; the log of this rank has its frames"
+
+
+def speakable(text: str) -> str:
+    """Replace what UTF-8 cannot carry: half a surrogate pair from an engine would fail every later report."""
+    return text.encode("utf-8", "replace").decode()
