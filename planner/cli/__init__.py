@@ -29,18 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Nothing needs to be tidied up before a command runs, and imports do not like to be torn apart.
         signal.signal(signal.SIGINT, _leave_quietly)
         _guard_output()
+    strange = _tell_strangers()
     try:
         from planner.cli.app import run_app  # noqa: PLC0415 - fails where the extra is not installed
 
         code = run_app(list(sys.argv[1:] if arguments is None else arguments))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        if strange:
+            return 2  # which has been told
         if missing not in _NEEDS:
             raise
         print(
             f"rankgate: the command line needs {missing}, which is not installed: run pip install 'rankgate[cli]'",
             file=sys.stderr,
         )
+        return 2
+    except ImportError:
+        if not strange:
+            raise
         return 2
     except KeyboardInterrupt:
         return 130
@@ -61,6 +68,16 @@ def __getattr__(name: str) -> ModuleType:
 
 def _leave_quietly(_number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(130)
+
+
+def _tell_strangers() -> bool:
+    """Warn of packages that have our names and are not ours; returns whether there are any."""
+    from planner.cli.ownership import stranger, strangers  # noqa: PLC0415 - see SIGINT above
+
+    found = strangers()
+    for name, origin in found.items():
+        print(f"rankgate: {stranger(name, origin)}", file=sys.stderr)
+    return bool(found)
 
 
 def _guard_output() -> None:
