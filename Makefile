@@ -94,6 +94,10 @@ bench: $(STAMP) ## the benchmarks
 bench-mlx: $(MLX_STAMP) ## how long two MLX ranks are away when one engine is killed, by what they do meanwhile
 	$(MLX_PY) -m pytest -m bench -s $(ARGS) tests/benchmarks/test_mlx_recovery.py
 
+.PHONY: picture
+picture: $(STAMP) ## draw docs/imports.md, who imports what, from the code
+	$(PY) -m tests.pictures.imports
+
 .PHONY: recording
 recording: $(STAMP) ## record docs/recording.svg, the terminal in the README, from the real command
 	$(PY) -m tests.pictures

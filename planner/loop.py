@@ -145,7 +145,7 @@ class InstanceLoop:
     @property
     def _policy(self) -> Policy:
         """How patiently to plan this instance, whose spec may have times of its own."""
-        return self._planner_policy.for_instance(self._record.spec, self._settings)
+        return self._planner_policy.for_instance(self._record.spec.patience, self._settings)
 
     def stop(self) -> None:
         """Ask for a stop; `run` ends once the attempt is concluded."""

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 from barrier.errors import InvalidSettings
 from barrier.plain import number, plain, typed
 from barrier.settings import Settings
-
-if TYPE_CHECKING:
-    from planner.spec import InstanceSpec
 
 PATIENCE = (
     "prepare_stall",
@@ -101,13 +98,18 @@ class Policy:
                     "a stall must last for two of them at least"
                 )
 
-    def for_instance(self, spec: InstanceSpec, settings: Settings) -> Policy:
-        """This policy with the times that are the instance's own; a stall that no rank could meet (see `check`) is two heartbeats."""
-        if not spec.patience:
+    def for_instance(self, patience: Mapping[str, float], settings: Settings) -> Policy:
+        """This policy with the times that are the instance's own; a stall that no rank could meet (see `check`) is two heartbeats.
+
+        Args:
+            patience: those times by their names (`PATIENCE`), in seconds, as in `InstanceSpec`.
+            settings: with the heartbeat.
+        """
+        if not patience:
             return self
         own = {
             name: max(seconds, 2 * settings.heartbeat) if name.endswith("_stall") else seconds
-            for name, seconds in spec.patience.items()
+            for name, seconds in patience.items()
         }
         base, cap = own.get("backoff_base", self.backoff_base), own.get("backoff_cap", self.backoff_cap)
         if base > cap:  # one of them is the planner's; it gives way

@@ -19,7 +19,7 @@ def spec(**patience: float) -> InstanceSpec:
 
 
 def test_an_instance_may_have_times_of_its_own() -> None:
-    policy = Policy(load_stall=100, connect_stall=50).for_instance(spec(load_stall=5), SETTINGS)
+    policy = Policy(load_stall=100, connect_stall=50).for_instance(spec(load_stall=5).patience, SETTINGS)
     assert (policy.load_stall, policy.connect_stall) == (5, 50)
 
 
@@ -34,7 +34,7 @@ def test_an_instance_may_have_times_of_its_own() -> None:
 def test_of_two_pauses_that_contradict_each_other_the_instance_s_own_counts(
     own: dict[str, float], base: float, cap: float
 ) -> None:
-    policy = Policy(backoff_base=0.5, backoff_cap=30).for_instance(spec(**own), SETTINGS)
+    policy = Policy(backoff_base=0.5, backoff_cap=30).for_instance(spec(**own).patience, SETTINGS)
     assert (policy.backoff_base, policy.backoff_cap) == (base, cap)
 
 
@@ -42,7 +42,7 @@ def test_a_stall_that_no_rank_could_meet_is_not_taken() -> None:
     with pytest.raises(InvalidSettings, match="load_stall is 3 s and the heartbeat is 2 s"):
         Policy(load_stall=3).check(SETTINGS)
     Policy(load_stall=4).check(SETTINGS)
-    assert Policy().for_instance(spec(load_stall=0.1), SETTINGS).load_stall == 4
+    assert Policy().for_instance(spec(load_stall=0.1).patience, SETTINGS).load_stall == 4
 
 
 @pytest.mark.parametrize(
