@@ -106,6 +106,10 @@ recording: $(STAMP) ## record docs/recording.svg, the terminal in the README, fr
 wheel: $(STAMP) ## build dist/rankgate-*.whl
 	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
+.PHONY: release-check
+release-check: $(STAMP) ## whether this may be released: what is built, what an index would show, the wheel's tests, the changelog
+	$(PY) -m tests.release
+
 .PHONY: venv
 venv: $(STAMP) ## make or renew .venv, if pyproject.toml or constraints.txt changed
 
