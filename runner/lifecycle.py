@@ -1,7 +1,7 @@
 """The life of a rank as one table: which task begins in which status, and which status it has during the work and after it.
 
 Whatever else knows the order of the life takes it from here: what a runner accepts (`runner.admission`), how its status moves
-(`runner.session`), what a planner dispatches and what a status proves (X
+(`runner.session`), what a planner dispatches and what a status proves (`planner.lifecycle`), and which calls of the engine there are.
 
 To add a step, write: its task and its two statuses in `runner.messages`; a row here; who is told when, and how long a planner waits, in
 `planner.lifecycle`; the fields of its task in `planner.tasks`; the call of the engine in `runner.runner`. `planner.history` judges by rules
