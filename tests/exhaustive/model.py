@@ -1,8 +1,8 @@
 """Ranks and planners around the reference model, as a graph of states: what can happen next in each of them.
 
-The verbs are `barrier.testing.reference`'s, what a rank promises and takes from the log `barrier.protocol.rank_state`'s, its judgements
-`runner.admission`'s and the planners' choices `planner.decide`'s: they are called, not written again. What is modelled here is what lies
-between them (`runner.Runner`, `barrier.Barrier` and `planner.InstanceLoop`), and what may go wrong.
+The verbs are `barrier.testing.reference`'s, what a rank promises and takes from the log `barrier.protocol.rank_state`'s, what a task and a
+failure make of it `runner.session`'s, and the planners' choices `planner.decide`'s: they are called, not written again. What is modelled here
+is what lies between them (the shell of `runner.Runner`, `barrier.Barrier` and `planner.InstanceLoop`), and what may go wrong.
 
 Where the real code waits for a time, here anything may happen at any moment: a stall, a lapse and a lost wake-up need no clock.
 A planner may try any gate at any moment, since hints are not the truth; a rank may hear of an epoch from the log or the record.
@@ -32,8 +32,21 @@ from planner.decide import Conclude, OpenEpoch, RestoreEpoch, Serve, View, decid
 from planner.lifecycle import TABLE, predecessor, serving_requirement
 from planner.recovery import Memory
 from planner.spec import InstanceSpec, Policy
-from runner.admission import Accept, Promise, Standing, judge
-from runner.messages import ConnectToGroup, LoadModel, ModelSpec, StartWarmup, Task, TextGeneration, derive_task_id
+from runner.admission import Accept, Promise
+from runner.lifecycle import FAILED, LIFECYCLE
+from runner.messages import (
+    ConnectToGroup,
+    LoadModel,
+    ModelSpec,
+    RunnerStatus,
+    StartWarmup,
+    Task,
+    TextGeneration,
+    derive_task_id,
+    status_named,
+)
+from runner.session import Session, Work
+from runner.words import Failure
 from tests.exhaustive.rules import NOW_MS, STEPS, Openings, addressed, epoch_of, is_live, store_breach
 
 LIVE_MS = NOW_MS + 1
@@ -234,6 +247,8 @@ class Model:
         self._wish_memo: dict[int, tuple[object, ...]] = {}
         self._store_faults_memo: dict[int, tuple[tuple[str, int], ...]] = {}
         self._say_memo: dict[tuple[int, int, int], int] = {}
+        self._work_memo: dict[tuple[str, EpochId], Work] = {}
+        self._session_memo: dict[tuple[str, EpochId | None, str, tuple[str, ...]], Session] = {}
         self._swaps: dict[tuple[str, int], int] = {}
         self.generations = tuple(f"generate g{number}" for number in range(1, bounds.generations + 1))
         self._empty = self.stores.number(ReferenceState.empty(bounds.ranks))
@@ -565,12 +580,13 @@ class Model:
             then, outcome = self._loosened(me, seen.epoch, promising=True).promise(seen.epoch, seen, rank)
             if isinstance(outcome, Promised):
                 label = f"promises epoch {seen.epoch.number}"
-                yield become(label, me._replace(state=then, status="Idle", done=()))
-        if me.status in _FINISHED:
-            yield become(f"is {_FINISHED[me.status]}", me._replace(status=_FINISHED[me.status]))
+                yield become(label, me._replace(state=then, status=LIFECYCLE.idle, done=()))
+        if me.status in _AT_WORK:
+            done = self._finished(me)
+            yield become(f"is {done.status}", done)
         if "teardown" in self._mutations and me.engine is not None and me.engine != promised:
             yield become("closes its engine at last", me._replace(engine=None))
-        if "fail" in self._kinds and promised is not None and me.status != "Failed":
+        if "fail" in self._kinds and promised is not None and me.status != FAILED:
             yield become("FAULT fails", self._failed(me), cost=1)
 
     def _seen(self, store: ReferenceState, me: Process, rank: int) -> list[SeenRecord]:
@@ -589,7 +605,7 @@ class Model:
         if "lower" in self._mutations:
             above = epoch != state.promised and (state.promised is not None or epoch.number != state.floor)
             state = state._replace(floor=epoch.number - above)
-        if "reuse" in self._mutations and promising and me.status == "Idle":
+        if "reuse" in self._mutations and promising and me.status == LIFECYCLE.idle:
             state = state._replace(promised=None)
         return state
 
@@ -597,13 +613,20 @@ class Model:
         """Tear down and retire."""
         return me._replace(
             state=me.state if "reuse" in self._mutations else me.state.retire(),
-            status="Idle",
+            status=LIFECYCLE.idle,
             done=(),
             engine=me.engine if "teardown" in self._mutations else None,
         )
 
     def _failed(self, me: Process) -> Process:
-        return me._replace(status="Failed", engine=None)
+        """The engine is given up."""
+        then, _ = self._session(me).failed(_FAILURE)
+        return me._replace(status=then.status.kind, engine=None)
+
+    def _finished(self, me: Process) -> Process:
+        """What the rank was doing is done; texts are done all at once, since what is searched for is the order in which they begin."""
+        then, _ = self._session(me).finished(self._work(me.done[-1], me.state.promised or _NO_EPOCH))
+        return me._replace(status=then.status.kind)
 
     def _read(self, store: ReferenceState, me: Process, rank: int) -> tuple[str, Process, Effect | None] | None:
         """Take the next entry of the log that changes anything."""
@@ -634,40 +657,60 @@ class Model:
         me = me._replace(state=state)
         if not addressed(entry.step, rank):
             return me, None
-        if task.missed and "missed" not in self._mutations:
+        work = self._work(entry.step, epoch)
+        if self._session(me).misses(task, work.task) and "missed" not in self._mutations:
             me = self._failed(me)
-        if not isinstance(judge(self._standing(me, epoch), self._task(entry.step, epoch)), Accept):
+        session = self._loose_session(me, epoch)
+        if not isinstance(session.receive(work.task, epoch, state.floor), Accept):
             return me, None
-        status, engine = _BEGUN.get(entry.step, "Running"), me.engine
-        if entry.step == "load":
-            engine = epoch
-        me = me._replace(status=status, engine=engine, done=(*me.done, entry.step))
+        then, _ = session.begun(work)
+        if entry.step == "connect":
+            then, _ = then.finished(work)  # nothing that is searched for differs in the middle of it
+        engine = epoch if entry.step == "load" else me.engine
+        me = me._replace(status=then.status.kind, engine=engine, done=(*me.done, entry.step))
         return me, Effect(rank, state.incarnation, epoch, entry.step)
 
-    def _standing(self, me: Process, epoch: EpochId) -> Standing:
-        """This process as the judge sees it, with whatever guard of the judge's is taken out."""
-        promised, mine, status = me.state.promised, me.state.incarnation, me.status
-        loose = (
+    def _session(self, me: Process) -> Session:
+        """This process as the runner's own code has it."""
+        return self._session_of(me.state.incarnation, me.state.promised, me.status, me.done)
+
+    def _loose_session(self, me: Process, epoch: EpochId) -> Session:
+        """The same for a task of an epoch, with whatever guard of the judge's is taken out."""
+        promised, status = me.state.promised, me.status
+        if (
             "unbound" in self._mutations
             or ("exact" in self._mutations and promised is not None)
             or ("nonce" in self._mutations and promised is not None and promised.number == epoch.number)
-        )
-        task_ids = {} if "outcomes" in self._mutations else {self._task_id(step, epoch): step for step in me.done}
-        if "table" in self._mutations and status != "Failed":
+        ):
+            promised = epoch
+        if "table" in self._mutations and status != FAILED:
             status = "Ready"
-        return Standing(
-            instance=_GROUP,
-            status=status,  # type: ignore[arg-type]  one of the table's own
-            incarnation=mine,
-            promise=Promise(epoch if loose or promised is None else promised, mine, self.size)
-            if promised is not None or loose
-            else None,
-            floor=me.state.floor,
-            outcomes={
-                task_id: TaskOutcome(task_id=task_id, step=step, n=0, result="done")
-                for task_id, step in task_ids.items()
-            },
+        return self._session_of(
+            me.state.incarnation, promised, status, () if "outcomes" in self._mutations else me.done
         )
+
+    def _session_of(self, incarnation: str, promised: EpochId | None, status: str, done: tuple[str, ...]) -> Session:
+        key = (incarnation, promised, status, done)
+        found = self._session_memo.get(key)
+        if found is None:
+            task_ids = {self._task_id(step, promised or _NO_EPOCH): step for step in done}
+            found = self._session_memo[key] = Session(
+                instance=_GROUP,
+                incarnation=incarnation,
+                status=_STATUSES[status],
+                promise=None if promised is None else Promise(promised, incarnation, self.size),
+                outcomes={
+                    task_id: TaskOutcome(task_id=task_id, step=step, n=0, result="done")
+                    for task_id, step in task_ids.items()
+                },
+            )
+        return found
+
+    def _work(self, step: str, epoch: EpochId) -> Work:
+        found = self._work_memo.get((step, epoch))
+        if found is None:
+            found = self._work_memo[step, epoch] = Work(self._task(step, epoch), step, 0)
+        return found
 
     def _task_id(self, step: str, epoch: EpochId) -> str:
         return derive_task_id(_GROUP, str(epoch), step) if step in STEPS else step.replace(" ", ".")
@@ -1082,13 +1125,16 @@ class Model:
         )
 
 
-_BEGUN = {
-    "connect": "Connected",
-    "load": "Loading",
-    "warm up followers": "WarmingUp",
-    "warm up leader": "WarmingUp",
+_FAILURE = Failure("it failed")
+_NO_EPOCH = EpochId(1, "0" * 32)
+_AT_WORK = frozenset(row.during for row in LIFECYCLE.rows)
+_FIELDS: dict[str, dict[str, int | str]] = {
+    "Loading": {"layers_loaded": 0, "total_layers": 1},
+    FAILED: {"error": _FAILURE.error},
 }
-_FINISHED = {"Loading": "Loaded", "WarmingUp": "Ready", "Running": "Ready"}
+_STATUSES: dict[str, RunnerStatus] = {
+    status: status_named(status, **_FIELDS.get(status, {})) for status in LIFECYCLE.order
+}
 _VERDICTS = {
     "broken": Verdict.aborted("broken"),
     "stalled": Verdict.aborted("stalled"),
