@@ -36,7 +36,7 @@ from planner.lifecycle import (
 )
 from planner.recovery import ABSENT, LOST, UNATTRIBUTED, Memory, Sighting, exhausted, is_history
 from planner.spec import InstanceSpec, Policy
-from runner.lifecycle import LIFECYCLE
+from runner.lifecycle import GENERATE, LIFECYCLE, LOAD, PREPARING
 from runner.messages import RejectionCode, derive_task_id
 
 
@@ -473,7 +473,7 @@ def _still(view: View, limits: Mapping[int, float], stall: float, now: float) ->
 
 
 def _running(snapshot: Snapshot) -> list[RankView]:
-    return [rank for rank in snapshot.ranks if rank.report and rank.report.status == "Running"]
+    return [rank for rank in snapshot.ranks if rank.report and rank.report.status == GENERATE.during]
 
 
 def _last_sign(memory: Memory, rank: RankView) -> float:
@@ -484,8 +484,8 @@ def _last_sign(memory: Memory, rank: RankView) -> float:
     """
     report = rank.report
     if report is not None and (
-        (report.status == "Loading" and report.progress is not None and report.progress[0] >= report.progress[1])
-        or (report.status == "Running" and report.progress is None and rank.rank > 0)
+        (report.status == LOAD.during and report.progress is not None and report.progress[0] >= report.progress[1])
+        or (report.status == GENERATE.during and report.progress is None and rank.rank > 0)
     ):
         return memory.progress_at
     return max(memory.asked_at, memory.moved.get(rank.rank, memory.progress_at))
@@ -555,7 +555,7 @@ def _patience(
 
 
 def _prepares(rank: RankView) -> bool:
-    return rank.report is not None and rank.report.status == "Preparing"
+    return rank.report is not None and rank.report.status == PREPARING
 
 
 def _how_far(rank: RankView) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Literal, TypeAlias
 
 from barrier import RankRule, Requirement
-from runner.lifecycle import LIFECYCLE, Lifecycle, Row
+from runner.lifecycle import CONNECT, LIFECYCLE, LOAD, WARM_UP, Lifecycle, Row
 
 StepName: TypeAlias = Literal["connect", "load", "warm up followers", "warm up leader"]
 Ranks: TypeAlias = Callable[[int], tuple[int, int]]
@@ -71,9 +71,9 @@ class Step:
 
 
 TURNS: tuple[Turn, ...] = (
-    Turn("ConnectToGroup", (("connect", everyone),), "connect_stall"),
-    Turn("LoadModel", (("load", everyone),), "load_stall"),
-    Turn("StartWarmup", (("warm up followers", followers), ("warm up leader", leader)), "warmup_stall"),
+    Turn(CONNECT.task, (("connect", everyone),), "connect_stall"),
+    Turn(LOAD.task, (("load", everyone),), "load_stall"),
+    Turn(WARM_UP.task, (("warm up followers", followers), ("warm up leader", leader)), "warmup_stall"),
 )
 """Who is told when. Texts have no turn: they are dispatched when clients ask for them."""
 

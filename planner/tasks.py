@@ -6,6 +6,7 @@ from barrier.protocol.ids import EpochId
 from planner.lifecycle import Step
 from planner.policy import Policy
 from planner.spec import InstanceSpec
+from runner.lifecycle import CONNECT, LOAD
 from runner.messages import (
     MAX_DEADLINE_SECONDS,
     ConnectToGroup,
@@ -23,10 +24,10 @@ DEADLINE_SHARE = 0.8
 def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: Policy) -> Task:
     """The task of a row, for this epoch; its id is derived, so that asking again gives the same one."""
     task_id = derive_task_id(spec.name, str(epoch), step.name)
-    if step.dispatches == "ConnectToGroup":
+    if step.dispatches == CONNECT.task:
         deadline = min(policy.connect_stall * DEADLINE_SHARE, MAX_DEADLINE_SECONDS)
         return ConnectToGroup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, deadline=deadline)
-    if step.dispatches == "LoadModel":
+    if step.dispatches == LOAD.task:
         return LoadModel(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, model=spec.model)
     return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)
 

@@ -52,12 +52,12 @@ class Row:
 LEAVING = Row("Shutdown", entry="", during="ShuttingDown", after="Shutdown", call="close")
 """Accepted in every status, and the end of them all."""
 
-TABLE: tuple[Row, ...] = (
-    Row("ConnectToGroup", entry="Idle", during="Connecting", after="Connected", call="connect", meets=True),
-    Row("LoadModel", entry="Connected", during="Loading", after="Loaded", call="load"),
-    Row("StartWarmup", entry="Loaded", during="WarmingUp", after="Ready", call="warm_up"),
-    Row("TextGeneration", entry="Ready", during="Running", after="Ready", call="generate", repeats=True),
-)
+CONNECT = Row("ConnectToGroup", entry="Idle", during="Connecting", after="Connected", call="connect", meets=True)
+LOAD = Row("LoadModel", entry="Connected", during="Loading", after="Loaded", call="load")
+WARM_UP = Row("StartWarmup", entry="Loaded", during="WarmingUp", after="Ready", call="warm_up")
+GENERATE = Row("TextGeneration", entry="Ready", during="Running", after="Ready", call="generate", repeats=True)
+
+TABLE: tuple[Row, ...] = (CONNECT, LOAD, WARM_UP, GENERATE)
 """The table. A row's entry is the status after the row before."""
 
 _FINALITY: Mapping[str, int] = MappingProxyType({FAILED: 1, LEAVING.during: 2, LEAVING.after: 3})

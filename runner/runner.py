@@ -31,7 +31,7 @@ from runner.endpoints import meeting_points, reachable_at
 from runner.engine import EngineFailure, EngineGroup
 from runner.generations import Generations
 from runner.host import EngineHost
-from runner.lifecycle import LIFECYCLE, PREPARING
+from runner.lifecycle import GENERATE, PREPARING
 from runner.messages import (
     CancelTask,
     ConnectToGroup,
@@ -349,7 +349,7 @@ class Runner(RunnerProcess):
     def _become(self, then: Session) -> None:
         before, self._session = self._session, then
         if then.status.kind != before.status.kind:
-            between_texts = LIFECYCLE.serving[-1] in (then.status.kind, before.status.kind)
+            between_texts = GENERATE.during in (then.status.kind, before.status.kind)
             logger.log("DEBUG" if between_texts else "INFO", "{}", then.status.kind)
 
     async def _say(self, say: Say, *, endpoint: str | None = None) -> None:

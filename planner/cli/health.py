@@ -27,6 +27,7 @@ from barrier.spares import read_spares
 from barrier.store.keys import Keys
 from planner.cli.process import connect_store
 from planner.registry import Registry
+from runner.lifecycle import FAILED
 
 _LATE = 3.0
 """Heartbeats without a beat after which a planner's event loop counts as hung."""
@@ -170,7 +171,7 @@ async def runner_health(store: Store, state: ProcessState) -> Health:
             return Health(False, f"{where}: the report is not readable: {error}")
         if report.incarnation != incarnation:
             return Health(False, f"{where}: another process holds the rank now (node {report.node}, pid {report.pid})")
-        if report.status == "Failed":
+        if report.status == FAILED:
             return Health(False, f"{where}: Failed: {report.error or 'no reason given'}")
         said.append(f"{where}: {report.status}, {max(left, 0) / 1000:.1f} s of the lease left")
     return Health(bool(said), "; ".join(said) or "this runner holds no rank")

@@ -16,7 +16,7 @@ from barrier.printable import printable, printable_text
 from barrier.protocol.model import RankView
 from planner.explain import explain_instance, is_serving
 from planner.lifecycle import next_step, serving_requirement
-from runner.lifecycle import FAILED, LEAVING, LIFECYCLE, PREPARING
+from runner.lifecycle import FAILED, GENERATE, LEAVING, LIFECYCLE, LOAD, PREPARING
 
 if TYPE_CHECKING:
     from planner.launcher import ProcessState
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BAR = 10
 """Length of a progress bar, in characters."""
 
-_LOADED = LIFECYCLE.since("LoadModel")
+_LOADED = LIFECYCLE.since(LOAD.task)
 _AT_WORK = ("yellow", "blue", "magenta")  # one after another
 _STYLES = {
     PREPARING: "yellow",
@@ -45,7 +45,7 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("layers", "left"),
     ("lease", "right"),
 )
-_STATUS_CHARS = len("Connecting")
+_STATUS_CHARS = max(len(row.during) for row in LIFECYCLE.rows)
 _GAP = 2  # spaces between two columns
 _NODE_CHARS = 16
 _FRAME_LINES = 3  # the title and the table's head
@@ -148,7 +148,7 @@ def _row(view: RankView, process: ProcessState | None, picture: Picture, waited_
     else:
         status = report.status
         layers = (picture.layers if status in _LOADED else 0, picture.layers)
-        if report.progress and status == "Running":
+        if report.progress and status == GENERATE.during:
             notes.append(f"{report.progress[0]} of {report.progress[1]} tokens")
         elif report.progress:
             layers = report.progress

@@ -29,6 +29,7 @@ from planner.cli.show import Show, can_draw, make_show, people, tell
 from planner.embedded import EmbeddedServer
 from planner.history import NoSuchAttempt, read_history, timeline
 from planner.launcher import Launcher, ProcessState, Program, own_command, own_environment
+from runner.lifecycle import GENERATE
 
 _OUTLASTED = 15.0
 """Seconds of silence of the store that bringing everything up outlasts: a machine that is busy with that may answer late."""
@@ -322,7 +323,7 @@ class Cluster:
         deadline = self._clock.now() + TICK
         while True:
             snapshot = await barrier.inspect()
-            busy = any(view.report and view.report.status == "Running" for view in snapshot.ranks)
+            busy = any(view.report and view.report.status == GENERATE.during for view in snapshot.ranks)
             left = deadline - self._clock.now()
             if not busy or left <= 0:
                 return snapshot

@@ -15,10 +15,8 @@ import pytest
 from barrier import EpochId, RankRule
 from planner.lifecycle import TURNS, Turn, everyone, proofs_of, steps_of
 from runner.admission import Accept, Judgement, NotYet, Promise, Stale, Standing, judge
-from runner.lifecycle import TABLE, Lifecycle, Row
+from runner.lifecycle import CONNECT, GENERATE, LOAD, WARM_UP, Lifecycle, Row
 from runner.messages import LoadModel, ModelSpec, StartWarmup, StatusName, Task
-
-CONNECT, LOAD, WARM_UP, GENERATE = TABLE
 
 VERIFY = Row("VerifyModel", entry="Loaded", during="Verifying", after="Verified", call="verify")
 """The row: when the task may begin, and what the rank is called during the work and after it."""

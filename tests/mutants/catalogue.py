@@ -1117,7 +1117,7 @@ PLANNERS: tuple[Mutation, ...] = (
         "stall-silent",
         "a rank that generates and does not answer has no progress of its own: it goes by that of the others",
         "L2",
-        Edit(_DECIDE, 'report.status == "Running" and report.progress is None and rank.rank > 0', "False"),
+        Edit(_DECIDE, "report.status == GENERATE.during and report.progress is None and rank.rank > 0", "False"),
         (DECIDED,),
     ),
     Mutation(
