@@ -647,7 +647,7 @@ RANKS: tuple[Mutation, ...] = (
             "        if not self.is_above(epoch):\n            return",
             "        if False:\n            return",
         ),
-        (RANK, exhaustive("reuse"), SIMULATION),
+        (RANK, EXHAUSTIVE, SIMULATION),
     ),
     Mutation(
         "promise-spent",
