@@ -1,11 +1,11 @@
 """The life of a rank as one table: which task begins in which status, and which status it has during the work and after it.
 
 Whatever else knows the order of the life takes it from here: what a runner accepts (`runner.admission`), how its status moves
-(`runner.session`), what a planner dispatches and what a status proves (`planner.lifecycle`), and which calls of the engine there are.
+(`runner.session`), what a planner dispatches and what a status proves (`planner.lifecycle`), the test kit, and the screen.
 
 To add a step, write: its task and its two statuses in `runner.messages`; a row here; who is told when, and how long a planner waits, in
 `planner.lifecycle`; the fields of its task in `planner.tasks`; the call of the engine in `runner.runner`. `planner.history` judges by rules
-of its own, and imports nothing of this.
+of its own, and imports nothing of this. tests/fundamentals/test_add_a_lifecycle_step.py shows what follows from a table with one more row.
 """
 
 from __future__ import annotations
