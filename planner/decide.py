@@ -1,4 +1,4 @@
-"""What to do next about an instance: a pure function of the picture, the memory and the time, which also says why."""
+"""Decides what to do next about an instance, and says why: a pure function of the picture, the memory and the time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from runner.messages import RejectionCode, derive_task_id
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Do nothing until then, or until something happens that deserves a look. `overdue`: ranks are away for longer than is usual."""
+    """Do nothing until `until`, or until something changes. `overdue`: ranks are away for longer than `Policy.assemble_timeout`."""
 
     until: float
     reason: str
@@ -69,7 +69,7 @@ class RestoreEpoch:
 
 @dataclass(frozen=True, slots=True)
 class PassGate:
-    """Dispatch the step's task as soon as its ranks have arrived; give up waiting then."""
+    """Dispatch the step's task as soon as its ranks have arrived. Wait until `until`, then decide again."""
 
     step: Step
     attempt: int
@@ -81,7 +81,7 @@ class PassGate:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """All ranks serve: hand out what clients ask for, and look again then."""
+    """All ranks serve: hand out what clients ask for, and look again at `until`."""
 
     until: float
     reason: str
@@ -98,7 +98,7 @@ class Conclude:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The instance is hopeless: say so, with the whole explanation, and stop."""
+    """The instance cannot be brought up: stop trying, and give the whole explanation."""
 
     verdict: Verdict
     reason: str
@@ -106,7 +106,7 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A stop was asked for, and nothing is left to do."""
+    """Somebody asked to stop the instance, and nothing is left to do."""
 
     reason: str
 
@@ -116,7 +116,7 @@ Action: TypeAlias = Wait | OpenEpoch | RestoreEpoch | PassGate | Serve | Conclud
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """All that a decision may depend on, besides the time."""
+    """Everything that a decision depends on, except the time."""
 
     spec: InstanceSpec
     policy: Policy
@@ -128,10 +128,10 @@ class View:
 FOREVER = float("inf")
 
 _NAMED = 8
-"""How many ranks a sentence names."""
+"""The largest number of ranks that a sentence names."""
 
 INVALID: RejectionCode = "Invalid"
-"""The code of a refusal that no other attempt will change."""
+"""The code of a refusal that another attempt would only repeat."""
 
 
 def decide(view: View, now: float) -> Action:
@@ -153,7 +153,7 @@ def decide(view: View, now: float) -> Action:
 
 
 def topic(action: Action, snapshot: Snapshot) -> object:
-    """What tells one reason from the next: ages and leases in it change all the time, and say nothing new."""
+    """A key of the reason, equal while the reason says nothing new: ages and leases in the sentence change all the time."""
     match action:
         case PassGate(step=step, attempt=attempt, requirement=requirement):
             return step.name, attempt, explain_key(snapshot, requirement)
@@ -170,36 +170,39 @@ def _without_epoch(view: View, now: float) -> Action:
     """The record is gone, or there never was one."""
     snapshot, memory = view.snapshot, view.memory
     agreed = _agreement(snapshot, view.spec.digest)
-    if agreed is not None and not snapshot.unreadable:  # a record that is there must be ended, not written back
+    if agreed is not None and not snapshot.unreadable:  # an unreadable record is not written back; its epoch must end
         epoch, status = agreed
         steps = _restorable_steps(snapshot, status)
         last_over = 0 if memory.accounted is None else memory.accounted.number
         known_to_be_over = epoch.number <= last_over or snapshot.log_end.number > epoch.number
         if steps and not known_to_be_over:
             return RestoreEpoch(
-                epoch, status, steps, f"the record is gone, and all ranks agree that they are {status} in it"
+                epoch,
+                status,
+                steps,
+                f"the record is gone, and all ranks say that they are {status} in the same attempt",
             )
     if memory.epoch_lost_at is not None and now < memory.epoch_lost_at + view.settings.lease:
         return Wait(
             memory.epoch_lost_at + view.settings.lease,
-            "the record is gone; waiting one lease for all ranks to agree on it",
+            "the record is gone; waiting one lease until all ranks report the same attempt",
         )
     if memory.stopping and any(rank.report is None for rank in snapshot.ranks):
-        return Finished("stopped; not all ranks were here to be told")
-    # With the record went what was to come of the last attempt's end.
+        return Finished("stopped; some ranks were away and could not be told")
+    # The lost record held the last verdict. The memory still has it.
     if memory.last_failure is not None and not memory.stopping:
         return _after_verdict(view, memory.last_failure, now)
     return _assemble(view, now, "no attempt is under way")
 
 
 def _untold(view: View, now: float) -> bool:
-    """Whether ranks may still hold a model in an attempt whose record was lost: there is nothing to conclude then."""
+    """Whether ranks may still hold a model in an epoch whose record was lost. Without a record, nothing can be concluded."""
     bound = any(rank.report and rank.report.epoch for rank in view.snapshot.ranks)
     return view.snapshot.epoch is None and (bound or now < view.memory.hold_until)
 
 
 def _agreement(snapshot: Snapshot, digest: str) -> tuple[EpochId, str] | None:
-    """The epoch and status that every rank reports, if they all report the same, at the same place of the log."""
+    """The epoch and status that every rank reports, if all report the same at the same position in the task log."""
     said = {
         (view.report.epoch, view.report.status, view.report.applied) if view.report else None for view in snapshot.ranks
     }
@@ -214,7 +217,7 @@ def _agreement(snapshot: Snapshot, digest: str) -> tuple[EpochId, str] | None:
 
 
 def _restorable_steps(snapshot: Snapshot, status: str) -> tuple[str, ...]:
-    """The steps that rank 0's status proves; rank 0 is the last to be told each of them."""
+    """The steps that rank 0's status proves. Rank 0 is told each step last."""
     return proven_steps(status, 0, snapshot.world_size)
 
 
@@ -233,7 +236,7 @@ def _after_verdict(view: View, verdict: Verdict, now: float) -> Action:
 
 def _spent(view: View, verdict: Verdict) -> str:
     worst, count = max(view.memory.charges.items(), key=lambda item: item[1])
-    who = "no rank to blame" if worst == UNATTRIBUTED else f"each time by rank {worst}"
+    who = "no rank could be blamed" if worst == UNATTRIBUTED else f"each time by rank {worst}"
     return (
         f"{view.spec.name} is given up after {count} failed attempts in a row ({who}; the limit is {view.policy.max_failures} "
         f"retries). The last one: {verdict.reason}"
@@ -265,7 +268,7 @@ def _assemble(view: View, now: float, why: str) -> Action:
 
 
 def _wait_for_absent(view: View, absent: list[int], now: float, why: str) -> Action:
-    """Ranks that are away may come at any time: unless a limit was set, they are waited for without an end."""
+    """Ranks that are away may come at any time, so the planner waits for them without an end, unless a limit was set."""
     memory, patience, name = view.memory, view.policy.assemble_timeout, view.spec.name
     began = max(memory.since if memory.missing_since is None else memory.missing_since, memory.backoff_until)
     limit = view.policy.absence_limit if view.spec.absence_limit is None else view.spec.absence_limit
@@ -273,17 +276,17 @@ def _wait_for_absent(view: View, absent: list[int], now: float, why: str) -> Act
     ranks = ", ".join(f"rank {rank}" for rank in absent)
     if limit is not None and now >= ends:
         reason = (
-            f"{name}: {ranks} did not come within {number(limit)} s, which is the absence limit, so it is given up. "
+            f"{name} is given up: {ranks} did not come within {number(limit)} s, which is the absence limit. "
             f"Start the missing runners, then launch {name} again"
         )
         return GiveUp(Verdict.aborted(reason, absent[0], code=ABSENT), reason)
     if now < began + patience:
         return Wait(min(began + patience, ends), f"{why}; waiting for {ranks} to come")
-    told = patience * 2 ** int(math.log2((now - began) / patience))  # said again when they are away for twice as long
-    ends_by_itself = "" if limit is None else f", unless they stay away for {number(limit)} s"
+    told = patience * 2 ** int(math.log2((now - began) / patience))  # the next warning comes after twice the time
+    gives_up = "" if limit is None else f" It gives up when they have been away for {number(limit)} s."
     reason = (
-        f"{why}; {name}: {ranks} did not come within {number(told)} s. Start the missing runners, or launch with a smaller world_size; "
-        f"it waits on, and is taken up by itself when they come{ends_by_itself}"
+        f"{why}; {name}: {ranks} did not come within {number(told)} s. Start the missing runners, or launch with a smaller world_size. "
+        f"The planner waits on, and begins the next attempt when they come.{gives_up}"
     )
     return Wait(min(began + 2 * told, ends), reason, overdue=True)
 
@@ -292,7 +295,7 @@ def _wait_for_absent(view: View, absent: list[int], now: float, why: str) -> Act
 
 
 def _end_of(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
-    """What ends the attempt for all ranks, if anything does: a collective with one rank missing hangs."""
+    """What ends the epoch for all ranks, if anything does. It ends for all, because a collective with a missing rank hangs."""
     snapshot = view.snapshot
     if epoch.digest != view.spec.digest:
         return _abort(epoch, Verdict.aborted("the attempt was opened for another spec"))
@@ -314,7 +317,7 @@ def _end_of(view: View, epoch: EpochRecord, now: float) -> Conclude | None:
 
 
 def _absence(view: View, epoch: EpochRecord, silent: list[RankView]) -> Verdict:
-    """Ranks are away. One that has left says so by taking its report back; of the others only the lease tells."""
+    """The verdict when ranks are away. A rank that leaves takes its report back. Of the others only the lapsed lease is known."""
     many = len(silent) * 2 > epoch.world_size and len(silent) > 1
     culprit = None if many else silent[0].rank
     unreadable = next((rank.undecodable for rank in silent if rank.undecodable), "")
@@ -323,10 +326,10 @@ def _absence(view: View, epoch: EpochRecord, silent: list[RankView]) -> Verdict:
     quiet = [rank for rank in gone if rank not in left]
     said: list[str] = []
     if left:
-        said.append(f"{_names(left)} left: it was asked to end, or ended by itself{_where(gone, left)}")
+        said.append(f"{_names(left)} left: its runner was asked to end, or ended by itself{_where(gone, left)}")
     if quiet:
         seen = gone[quiet[0]]
-        # The rank's own, which may be another than this planner's; and none where this planner has never seen it.
+        # The rank's own lease, which may differ from this planner's. It is not known if this planner never saw the rank.
         lease = f"its lease of {number(seen.lease_ms / 1000)} s" if seen is not None and seen.lease_ms else "its lease"
         why = unreadable or f"no report for longer than {lease}"
         said.append(f"{_names(quiet)} fell silent: {why}{_where(gone, quiet)}")
@@ -351,7 +354,7 @@ def _names(ranks: list[int]) -> str:
 
 
 def _where(gone: Mapping[int, Sighting | None], ranks: list[int]) -> str:
-    """Where one rank was last seen; of several that would be a list in a list."""
+    """Where the rank was last seen. Empty for several ranks: that would be a list in a list."""
     seen = gone[ranks[0]]
     if len(ranks) > 1 or seen is None:
         return ""
@@ -374,7 +377,7 @@ def _ahead(rank: RankView, epoch: EpochRecord) -> str | None:
 
 
 def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankView, TaskOutcome]]:
-    """Ranks that refused a step's newest dispatch, and what they said to it."""
+    """Ranks that refused the newest dispatch of a step, and their outcomes."""
     dispatched = epoch.steps.get(step.name)
     if dispatched is None:
         return []
@@ -384,9 +387,9 @@ def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankVi
         if rank.report is None or rank.report.epoch != epoch.id:
             continue
         if step.name in proven_steps(rank.report.status, rank.rank, epoch.world_size):
-            continue  # it did; what it refused there was something else (a restored record does not know the places)
+            continue  # it did the step, so it refused some other task (a restored record does not know the positions)
         for outcome in rank.report.outcomes:
-            # The step as well: what is not for a rank, its status does not prove, and the place may be that of somebody's garbage.
+            # Compare the step too: foreign garbage may stand at this position, and no status proves a step that is not for this rank.
             by_place = outcome.task_id == f"log-{epoch.id.number}-{dispatched.n}" and outcome.step == step.name
             ours = outcome.task_id == task_id or by_place
             if ours and outcome.result == "rejected" and outcome.n == dispatched.n:
@@ -416,7 +419,7 @@ def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
 
 
 def _begun(view: View, epoch: EpochRecord, step: Step) -> str:
-    """The ranks that began a step. Its gate cannot open again for those that refused it: it wants all of them before it."""
+    """The ranks that began a step. Then the others cannot be asked again: the gate needs all ranks in the status before the step."""
     task_id = derive_task_id(view.spec.name, str(epoch.id), step.name)
     ranks = [
         f"rank {rank.rank}"
@@ -429,7 +432,7 @@ def _begun(view: View, epoch: EpochRecord, step: Step) -> str:
 
 
 def _split_generation(view: View, epoch: EpochRecord) -> Conclude | None:
-    """A generation that some ranks refused and others began: a collective with a rank missing hangs."""
+    """End the epoch if some ranks refused a generation that others began: a collective with a missing rank hangs."""
     refused: dict[str, tuple[RankView, str]] = {}
     begun: set[str] = set()
     for rank in view.snapshot.ranks:
@@ -461,10 +464,10 @@ def _stalled_serving(view: View, epoch: EpochRecord, now: float) -> Conclude | N
 
 
 def _still(view: View, limits: Mapping[int, float], stall: float, now: float) -> list[int]:
-    """The ranks that stand still, where one has reached its limit: it, and those that cannot be told apart from it.
+    """The ranks that stand still, if one has reached its limit: this rank, and all that cannot be told apart from it.
 
-    In a collective all stand still where one does. A move is known as late as the heartbeat and the look that told of it, so
-    limits that are that near to one another say nothing of who was first.
+    In a collective all ranks stand still when one does. The planner learns of a sign up to a heartbeat and a look later. So
+    limits that are closer together than that do not say which rank stood still first.
     """
     if all(now < limit for limit in limits.values()):
         return []
@@ -477,10 +480,10 @@ def _running(snapshot: Snapshot) -> list[RankView]:
 
 
 def _last_sign(memory: Memory, rank: RankView) -> float:
-    """From when a rank's patience counts: its own last move, or the last thing that was asked of it, whatever others do meanwhile.
+    """The time from which a rank's stall counts: its own last sign, or the last dispatch. Signs of other ranks do not count.
 
-    Two kinds of ranks may have to wait for the others, so that anybody's move counts for them: one that has loaded all of its
-    layers, since engines may end a load together; and one that generates and does not answer, which has no sign of its own.
+    There are two exceptions, for ranks that may have to wait for others. For them the last sign of any rank counts: a rank that has
+    loaded all of its layers (engines may end a load together), and a rank that generates and does not answer (it has no sign of its own).
     """
     report = rank.report
     if report is not None and (
@@ -492,7 +495,7 @@ def _last_sign(memory: Memory, rank: RankView) -> float:
 
 
 def _retry_of(view: View, epoch: EpochRecord, now: float) -> Action | None:
-    """A step that a rank refused as not yet possible is asked again in the same epoch, behind the same gate."""
+    """Ask again, in the same epoch and behind the same gate, for a step that a rank refused with NotYet."""
     for step in steps_for(epoch.world_size):
         refused = _rejections(view, epoch, step)
         if refused:
@@ -536,11 +539,11 @@ def _gate(view: View, epoch: EpochRecord, step: Step, now: float, why: str = "")
 def _patience(
     view: View, epoch: EpochRecord, requirement: Requirement, stall: str, now: float
 ) -> tuple[float, Conclude | None]:
-    """Until when the ranks that are missing are waited for; and the end of the attempt, where one of them has stalled."""
+    """Until when the planner waits for the missing ranks; and the end of the epoch, if one of them has stalled."""
     usual: float = getattr(view.policy, stall)
     missing = [view.snapshot.ranks[rank] for rank in missing_ranks(view.snapshot, requirement)]
     if not missing:
-        return view.memory.progress_at + usual, None  # the dispatch may have been held up; no rank is late
+        return view.memory.progress_at + usual, None  # no rank is late; the dispatch itself may be
     stalls = {rank.rank: view.policy.prepare_stall if _prepares(rank) else usual for rank in missing}
     limits = {rank.rank: _last_sign(view.memory, rank) + stalls[rank.rank] for rank in missing}
     first = min(limits, key=limits.__getitem__)
@@ -559,7 +562,7 @@ def _prepares(rank: RankView) -> bool:
 
 
 def _how_far(rank: RankView) -> tuple[int, float]:
-    """Who is furthest behind: by status, then by the share of its work that is done."""
+    """How far a rank is: its status, then the share of its work that is done. The smallest value is furthest behind."""
     report = rank.report
     if report is None:
         return -1, 0.0

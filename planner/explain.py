@@ -1,4 +1,4 @@
-"""What an instance waits for, and whether it serves: pure functions of a picture. Commands that only look need no more of the planner."""
+"""What an instance waits for, and whether it serves: pure functions of a picture. Commands that only look import no more than this."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from planner.lifecycle import next_step, serving_requirement
 
 
 def is_serving(snapshot: Snapshot) -> bool:
-    """Whether every rank serves, in one epoch that goes on."""
+    """Whether every rank serves, in one epoch without a verdict."""
     epoch = snapshot.epoch
     return (
         epoch is not None
@@ -21,7 +21,7 @@ def explain_instance(snapshot: Snapshot, *, wanted: bool = False) -> str:
 
     Args:
         snapshot: the picture.
-        wanted: whether another attempt is to follow when one has ended: then what that one waits for is told as well.
+        wanted: whether another attempt follows when the last one has ended. Then the sentence also says what the next one waits for.
     """
     size, epoch = snapshot.world_size, snapshot.epoch
     if wanted and epoch is not None and epoch.verdict is not None:
@@ -31,7 +31,7 @@ def explain_instance(snapshot: Snapshot, *, wanted: bool = False) -> str:
 
 
 def _between_attempts(snapshot: Snapshot, ordinal: int, verdict: Verdict) -> str:
-    """What happened, and what is waited for now."""
+    """How the last attempt ended, and what the next one waits for."""
     ended = "was stopped" if verdict.kind == "Stopped" else f"ended: {verdict.reason}"
     away = [view for view in snapshot.ranks if view.report is None]
     waits = f"all {snapshot.world_size} ranks are here, and the next attempt begins after a pause"
@@ -39,6 +39,6 @@ def _between_attempts(snapshot: Snapshot, ordinal: int, verdict: Verdict) -> str
         ranks = ", ".join(f"rank {view.rank}{view.undecodable and f' ({view.undecodable})'}" for view in away)
         waits = (
             f"waiting for {len(away)} of {snapshot.world_size} ranks to come: {ranks}. Start the missing runners; "
-            f"{snapshot.group} is taken up by itself then"
+            f"the next attempt of {snapshot.group} begins by itself when they come"
         )
     return f"{snapshot.group}, attempt {ordinal} {ended}; {waits}"

@@ -1,4 +1,4 @@
-"""How patiently an instance is brought up. It needs no pydantic, so that the command line knows the defaults and begins soon."""
+"""How long the planner waits, and how often it tries again. No pydantic here, so that the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -18,35 +18,34 @@ PATIENCE = (
     "backoff_base",
     "backoff_cap",
 )
-"""The times of `Policy` that an instance may have of its own."""
+"""The times of `Policy` that an instance may set for itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How patiently instances are brought up. All times in seconds.
+    """How long the planner waits, and how often it tries again. All times are in seconds.
 
     Attributes:
-        assemble_timeout: how long ranks may be away before that is told as a warning, and before `Instance.ready` without a timeout
-            of its own waits no longer. The instance itself goes on waiting, and is taken up again when they come.
-        absence_limit: how long ranks may be away before the instance is given up; ``None``: that never happens. An instance's own
-            limit beats it. A planner that takes over counts anew.
-        prepare_stall: how long a rank may prepare its engine (imports, a download) without a sign of its own.
-        connect_stall: how long a rank that is missing may show no sign of its own in a step up to Connected; slow is not stalled. The
-            engines are given four fifths of it to connect (`planner.tasks.DEADLINE_SHARE`), so that they say first what they
-            waited for.
-        load_stall: the same for loading: a rank has loaded no further layer for so long. One that has loaded all of them may wait
-            for the others as long as anything moves.
-        warmup_stall: the same for warming up.
-        generate_stall: the same while generating: rank 0 has answered no further token for so long. The others have no progress of
-            their own there, and are waited for as long as anything moves.
-        max_failures: how many failed attempts in a row of one rank are followed by another try; the next one gives the instance up.
-            Attempts that no rank is to blame for are counted apart, with the same limit. A rank that is away has not failed; it has if
-            its process died, which shows when another one comes.
-        max_rejections: how often one step is asked again in one epoch after a rank answered NotYet.
-        backoff_base: the longest first pause between attempts; doubled for every further failure of the same rank.
-        backoff_cap: the longest pause of all.
-        stable_after: how long an instance must be Ready for its failures to be forgotten; a completed generation does it too.
-        generations: how many generations may be in the runners' hands at once.
+        assemble_timeout: how long ranks may be away before the log warns. `Instance.ready` without a timeout of its own also waits
+            so long. The planner itself goes on waiting, and begins the next attempt when the ranks come.
+        absence_limit: how long ranks may be away before the planner gives the instance up; ``None``: it never does. An instance's own
+            limit comes first. A planner that takes over counts from its own start.
+        prepare_stall: how long a rank may show no sign of its own while it prepares its engine (imports, a download).
+        connect_stall: how long a missing rank may show no sign of its own in a step up to Connected; slow is not stalled. The
+            engines get four fifths of it to connect (`planner.tasks.DEADLINE_SHARE`), so that they report first what they waited for.
+        load_stall: how long a rank may load no further layer. A rank that has loaded all of its layers may wait for the others as
+            long as any rank shows progress.
+        warmup_stall: how long a rank may show no sign of its own in the warm-up.
+        generate_stall: how long rank 0 may generate no further token. The other ranks show no progress of their own then; they may
+            wait as long as any rank shows progress.
+        max_failures: how many failed attempts of one rank in a row are followed by another attempt. After the next failure the planner
+            gives the instance up. Attempts that no rank is to blame for have a count of their own, with the same limit. A rank that is
+            away has not failed, unless its process died: the planner knows that when another process comes for the rank.
+        max_rejections: how often the planner asks for one step again in one epoch after a rank answered NotYet.
+        backoff_base: the longest first pause between two attempts. It doubles with every further failure of the same rank.
+        backoff_cap: the longest pause between two attempts.
+        stable_after: how long an instance must be Ready before the planner forgets its failures. A completed generation does so at once.
+        generations: how many generations the runners may have at once.
     """
 
     assemble_timeout: float = 120.0
@@ -64,7 +63,7 @@ class Policy:
     generations: int = 16
 
     def __post_init__(self) -> None:
-        """Refuse what could never work."""
+        """Refuse values that could never work."""
         for field in fields(self):
             value: float | None = getattr(self, field.name)
             if value is None:  # no limit
@@ -76,34 +75,35 @@ class Policy:
                 )
         if self.backoff_cap < self.backoff_base:
             raise InvalidSettings(
-                f"backoff_cap is {typed(self.backoff_cap)} s and backoff_base is {typed(self.backoff_base)} s; the cap must not be below"
+                f"backoff_cap is {typed(self.backoff_cap)} s and backoff_base is {typed(self.backoff_base)} s; "
+                "backoff_cap must be at least backoff_base"
             )
 
     @property
     def shortest_stall(self) -> float:
-        """The shortest time in which somebody could be taken for stalled, in seconds."""
+        """The shortest stall, in seconds."""
         return min(getattr(self, name) for name in PATIENCE if name.endswith("_stall"))
 
     def check(self, settings: Settings) -> None:
-        """Refuse a stall that a rank which is well could not meet: it says its progress once a heartbeat.
+        """Refuse a stall that a healthy rank could not meet: ranks report their progress once a heartbeat.
 
         Raises:
-            InvalidSettings: a stall is shorter than two heartbeats; with both values.
+            InvalidSettings: a stall is shorter than two heartbeats. The message has both values.
         """
         for name in PATIENCE:
             seconds: float = getattr(self, name)
             if name.endswith("_stall") and seconds < 2 * settings.heartbeat:
                 raise InvalidSettings(
-                    f"{name} is {number(seconds)} s and the heartbeat is {number(settings.heartbeat)} s; ranks say their progress once a heartbeat, so "
-                    "a stall must last for two of them at least"
+                    f"{name} is {number(seconds)} s and the heartbeat is {number(settings.heartbeat)} s; ranks report their progress once a "
+                    "heartbeat, so a stall must be at least two heartbeats"
                 )
 
     def for_instance(self, patience: Mapping[str, float], settings: Settings) -> Policy:
-        """This policy with the times that are the instance's own; a stall that no rank could meet (see `check`) is two heartbeats.
+        """This policy with the instance's own times. A stall that is too short (see `check`) becomes two heartbeats.
 
         Args:
-            patience: those times by their names (`PATIENCE`), in seconds, as in `InstanceSpec`.
-            settings: with the heartbeat.
+            patience: the instance's own times by name (`PATIENCE`), in seconds, as in `InstanceSpec`.
+            settings: has the heartbeat.
         """
         if not patience:
             return self
@@ -112,6 +112,6 @@ class Policy:
             for name, seconds in patience.items()
         }
         base, cap = own.get("backoff_base", self.backoff_base), own.get("backoff_cap", self.backoff_cap)
-        if base > cap:  # one of them is the planner's; it gives way
+        if base > cap:  # one of the two is the planner's own: that one changes
             own |= {"backoff_cap": base} if "backoff_base" in own else {"backoff_base": cap}
         return replace(self, **own)

@@ -1,4 +1,4 @@
-"""Generations: clients ask through a stream, whichever planner leads hands out, and the answer comes on a stream of its own."""
+"""Generations: clients write requests to a stream, the leading planner dispatches them, and each answer has a stream of its own."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from runner.messages import (
 )
 
 MAX_WAITING = 1_000
-"""How many requests may wait for an instance; the oldest are dropped beyond that."""
+"""How many requests may wait for an instance. When there are more, the oldest are dropped."""
 
 GENERATE = "generate "
-"""How the names of the steps begin whose tasks hold a prompt."""
+"""Names of steps whose tasks hold a prompt begin with this."""
 
 _BATCH = 64
 
 _ENVELOPE_BYTES = 1_024
-"""Room for everything in a TextGeneration but its prompt, in bytes."""
+"""Room in a TextGeneration for everything except its prompt, in bytes."""
 
 _CUT_SHORT = "the attempt that generated this text ended before it was complete; ask again"
 
@@ -61,12 +61,12 @@ class Request:
 
 
 class RequestQueue:
-    """Both ends of one instance's requests.
+    """The requests of one instance: what a client does with them, and what a planner does.
 
     Args:
-        store: where.
+        store: the store.
         keys: the instance's keys.
-        clock: time, for the client's deadline.
+        clock: measures the client's deadline.
     """
 
     def __init__(self, store: Store, keys: Keys, clock: Clock) -> None:
@@ -79,11 +79,11 @@ class RequestQueue:
     # --- the client's end ---------------------------------------------------------------------------------------------
 
     async def generate(self, prompt: str, *, max_tokens: int, seconds: float) -> AsyncGenerator[str, None]:
-        """Ask, and yield the answer piece by piece. Leaving early cancels the generation.
+        """Ask for a text, and yield it piece by piece. A caller that leaves early cancels the generation.
 
         Raises:
-            InvalidName: the prompt is too long, or `max_tokens` out of range; nothing was sent.
-            GenerationFailed: refused, failed, or not complete in time.
+            InvalidName: the prompt is too long, or `max_tokens` is out of range; nothing was sent.
+            GenerationFailed: the generation was refused, failed, or was not complete in time.
             StoreError: the store cannot be reached.
         """
         if len(prompt) > MAX_PROMPT_CHARS:
@@ -111,7 +111,7 @@ class RequestQueue:
             await _to_the_end(self._withdraw(request_id, entry, finished=finished, seconds=seconds))
 
     async def _withdraw(self, request_id: str, entry: bytes | None, *, finished: bool, seconds: float) -> None:
-        """Take a request back, and cancel what is being done for it. `entry` is ``None`` where it is not known whether it was sent."""
+        """Take a request back, and cancel its generation. `entry` is ``None`` if nobody knows whether the request was sent."""
         if not finished:
             await self._ask(f"cancel.{secrets.token_hex(12)}", cancels=request_id, seconds=seconds)
         if entry is not None:
@@ -123,7 +123,7 @@ class RequestQueue:
     ) -> bytes:
         settings = self._store.settings
         with self._store.errors():
-            # One transaction with a key of the group's: on a cluster, the clock that the deadline is judged by is that server's.
+            # Read the time in one transaction with a key of the group: on a cluster, the planner compares the deadline with that server's clock.
             async with self._store.commands.pipeline(transaction=True) as pipe:
                 pipe.pttl(self._keys.requests)
                 pipe.time()
@@ -138,7 +138,7 @@ class RequestQueue:
             }
             asked = [
                 ("XADD", self._keys.requests, "MAXLEN", MAX_WAITING, "*", *chain.from_iterable(fields.items())),
-                # What nobody takes up, because no planner runs, is gone with the last deadline, and the prompts with it.
+                # If no planner runs, the requests and their prompts are gone after the last deadline.
                 ("PEXPIRE", self._keys.requests, max(left_ms, round(max(seconds, settings.output_lifetime) * 1000))),
             ]
             signals = self._keys.signals
@@ -160,9 +160,7 @@ class RequestQueue:
                 reading = self._read(reader, key, place, block)
                 try:
                     reply = await self._clock.wait_for(reading, left + 0.001)
-                except (
-                    TimeoutError
-                ):  # ours: outside of what tells the store's errors, or a late text would be told as an outage
+                except TimeoutError:  # outside of `store.errors`, which would call a late text an outage of the store
                     break
                 for _, entries in stream_entries(reply):
                     for entry_id, fields in entries:
@@ -171,9 +169,12 @@ class RequestQueue:
                             chunk = decode_chunk(fields.get(b"chunk", b""))
                         except MalformedMessage as error:
                             raise GenerationFailed(f"the answer is not readable: {error}") from None
-                        if chunk.finish not in ("error", "cancelled"):  # whoever says these has not counted
+                        if chunk.finish not in (
+                            "error",
+                            "cancelled",
+                        ):  # such a chunk may come from a planner, which has no index
                             if chunk.index < expected:
-                                continue  # the runner's reply was lost after the commit, and it wrote the piece again
+                                continue  # the store's reply was lost after the commit, and the runner wrote the piece again
                             if chunk.index > expected:
                                 raise GenerationFailed(
                                     f"piece {expected} of the text is gone from the store; ask again"
@@ -191,10 +192,10 @@ class RequestQueue:
     # --- the planner's end --------------------------------------------------------------------------------------------
 
     async def hand_out(self, barrier: Barrier, spec: InstanceSpec, snapshot: Snapshot, limit: int) -> tuple[int, int]:
-        """Dispatch what waits, as far as the limit allows.
+        """Dispatch the requests that wait, up to the limit.
 
         Returns:
-            How many generations were seen complete, and how many requests still wait for a place.
+            How many generations are newly complete, and how many requests still wait.
         """
         epoch = snapshot.epoch
         if epoch is None or barrier.leadership is None:
@@ -213,7 +214,7 @@ class RequestQueue:
             try:
                 step, payload = _task_of(request, spec.name, epoch.id, barrier.leadership.term)
                 outcome = await barrier.dispatch(epoch.id, step, payload, SERVING, repeatable=True)
-            except ValueError:  # somebody else's client; the error's own text may quote the prompt
+            except ValueError:  # written by a foreign client. The error is not quoted: it may hold the prompt
                 await self._fail(request, "the request is not one that a runner accepts: check its id and its size")
                 continue
             match outcome:
@@ -223,7 +224,7 @@ class RequestQueue:
                     self._in_hand[request.id] = request
                     logger.info("request {} of at most {} tokens is handed out", request.id, request.max_tokens)
                 case Already(place) if place.number == epoch.id.number:
-                    self._in_hand[request.id] = request  # a predecessor of this planner dispatched it
+                    self._in_hand[request.id] = request  # an earlier planner dispatched it
                 case Already():
                     await self._fail(request, _CUT_SHORT)
                 case _:
@@ -232,19 +233,19 @@ class RequestQueue:
         return completed, waiting
 
     async def fail_in_hand(self, reason: str) -> None:
-        """End the streams of all generations that the runners had: their attempt is over."""
+        """End the answers of all dispatched generations with an error: their epoch is over."""
         for request in list(self._in_hand.values()):
             await self._fail(request, reason)
 
     async def fail_all(self, reason: str) -> None:
-        """End the streams of everything that was asked for: the instance will not come back."""
+        """End the answers of all requests with an error: the instance will not come back."""
         await self.fail_in_hand(reason)
         while pending := await self._pending(0):
             for request in pending:
                 await self._fail(request, reason)
 
     async def _drop_completed(self, snapshot: Snapshot) -> int:
-        """What rank 0 has answered needs no planner any more."""
+        """Drop the requests that rank 0 has answered; returns how many of them were completed."""
         first = snapshot.ranks[0].report
         completed = 0
         for outcome in first.outcomes if first else ():
@@ -256,10 +257,10 @@ class RequestQueue:
         return completed
 
     async def _pending(self, now_ms: int) -> list[Request]:
-        """What waits, oldest first. What is too old is answered with an error."""
+        """The requests that wait, oldest first. A request that is too old is answered with an error."""
         with self._store.errors():
             entries = await self._store.commands.xrange(self._keys.requests, count=_BATCH)
-            if len(entries) == _BATCH:  # a cancellation must not wait behind those whose turn has not come
+            if len(entries) == _BATCH:  # a cancellation must not wait behind requests that wait
                 newest = await self._store.commands.xrevrange(
                     self._keys.requests, min=f"({entries[-1][0].decode()}", count=_BATCH
                 )
@@ -281,7 +282,7 @@ class RequestQueue:
                 with self._store.errors():
                     await self._store.commands.xdel(self._keys.requests, entry_id)
                 continue
-            if request.until_ms < now_ms:  # its client has given up, or is no more
+            if request.until_ms < now_ms:  # its client has given up or is gone
                 if request.id in self._in_hand:
                     await self._drop(request)
                 else:
@@ -290,7 +291,7 @@ class RequestQueue:
             pending.append(request)
         known = {request.id for request in pending}
         for request_id in [one for one in self._in_hand if one not in known]:
-            del self._in_hand[request_id]  # its client has the whole answer and took the request away
+            del self._in_hand[request_id]  # its client has the whole answer and deleted the request
         return pending
 
     async def _fail(self, request: Request, reason: str) -> None:
@@ -309,8 +310,8 @@ class RequestQueue:
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Do it also while the caller is being cancelled: an anyio scope cancels each await anew. The store's timeouts bound it."""
-    # Nothing depends on it: what is not taken back ends by its own deadline.
+    """Finish the work even while the caller is being cancelled: an anyio scope cancels each await again. The store's timeouts bound it."""
+    # Nothing depends on it: a request that is not taken back ends by its own deadline.
     task = supervise.background(
         _told(work), "taking back a request", on_mistake=lambda _: None, expected=(RankgateError,)
     )

@@ -1,4 +1,4 @@
-"""The commands and their options. What a command does is in other modules, as ``cli.look``, which are imported when it runs."""
+"""The commands and their options. What a command does is in other modules, such as ``cli.look``. They are imported when it runs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 _PROMPT = "Why do all ranks have to wait for one another?"
 _MOST_PROCESSES = 128
 _USUAL = Policy()
-_UP_TIMES = Settings(lease=3.0, heartbeat=0.5)  # shorter than usual, so that one sees the layers move
+_UP_TIMES = Settings(lease=3.0, heartbeat=0.5)  # shorter than usual, so that people see the layers move
 
 app = OnceTyper(
     name="rankgate",
@@ -80,7 +80,7 @@ app = OnceTyper(
     help="Brings up model instances that are split over several ranks: no rank is told to load before every rank is connected.",
 )
 
-# typer exports this subclass of what its parser raises, and where that lives differs between its versions.
+# The base class of all errors of typer's parser. Its module differs between versions of typer, and this subclass of it is exported.
 _USAGE_ERROR: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
 
@@ -93,7 +93,7 @@ def run_app(arguments: list[str]) -> int:
         return int(app.run(arguments, "rankgate") or 0)
     except typer.Abort:
         return 130
-    except RankgateError as error:  # what several options mean together is no good
+    except RankgateError as error:  # several options contradict one another
         cli.process.complain(str(error))
         return 2
     except _USAGE_ERROR as error:
@@ -110,7 +110,7 @@ def _finish(code: int) -> NoReturn:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from planner import __version__  # noqa: PLC0415 - reads what is installed, for this option alone
+        from planner import __version__  # noqa: PLC0415 - slow, as it reads what is installed; only this option needs it
 
         print(f"rankgate {__version__}")
         raise typer.Exit
@@ -143,7 +143,7 @@ def up(
             "--ranks-per-process",
             callback=between(1),
             metavar="K",
-            help="1: every rank is a process, with its engine in a child. More: so many ranks share a process, engines included.",
+            help="1: every rank is a process, with its engine in a child process. More: K ranks and their engines share one process.",
         ),
     ] = 1,
     lease: Lease = _UP_TIMES.lease,
@@ -155,7 +155,7 @@ def up(
         typer.Option("--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long the text may take."),
     ] = 120.0,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="All simulated delays and texts follow from it.")
+        int, typer.Option("--seed", metavar="N", help="The same number gives the same simulated delays and texts.")
     ] = 0,
     engine_config: Annotated[
         str,
@@ -169,15 +169,15 @@ def up(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Start server, runners and planner on this machine, generate a text, and leave no process behind.
+    """Start server, runners and planner on this machine, generate a text, and end every process that was started.
 
-    Without --redis an embedded Valkey is started. The engines are simulated. While it runs, a table shows every rank and what
-    the barrier waits for; where stdout is no terminal, one line a change. Then it tells where the time went, and what an
-    independent look at the event history says. Exit code 0 if a text came out and no promise was broken.
+    Without --redis, the command starts an embedded Valkey. The engines are simulated. A table shows every rank and what the barrier
+    waits for. If stdout is not a terminal, each change is one line. At the end the command says how long each part took, and checks
+    the event history independently of the planner. The exit code is 0 if the text is complete and no guarantee was broken.
     """
     if redis is None and given(context, "password_file"):
         raise typer.BadParameter(
-            "--redis-password-file is for a server that --redis names, and none is named: leave it out"
+            "--redis-password-file is the password of the server that --redis names, and --redis is not given: leave it out"
         )
     processes = -(-world_size // ranks_per_process)
     if processes > _MOST_PROCESSES:
@@ -187,7 +187,7 @@ def up(
         )
     late = _held_back_from_connecting(hold_back, range(world_size))
     engines = {"seed": seed, **_json_object("--engine-config", text_or_file(engine_config))}
-    # What is wrong with it is said before anything starts.
+    # A wrong engine configuration is refused here, before anything starts.
     cli.runner_process.EngineChoice(config=engines, hold_back=late).host(0, world_size)
     options = cli.up.UpOptions(
         spec=_spec(instance, world_size, model, layers),
@@ -220,7 +220,7 @@ def runner(
             "--world-size",
             callback=between(1),
             metavar="N",
-            help="Number of ranks. Without --rank and --ranks, any free one is taken.",
+            help="Number of ranks. Without --rank and --ranks, the runner takes any free rank.",
         ),
     ] = None,
     ranks: Annotated[
@@ -244,13 +244,14 @@ def runner(
     ] = "{}",
     inline_engine: Annotated[
         bool,
-        typer.Option(
-            "--inline-engine", help="Keep the engine in this process, where it cannot be killed if it blocks."
-        ),
+        typer.Option("--inline-engine", help="Run the engine in this process. Then it cannot be killed if it blocks."),
     ] = False,
     hold_back: HoldBack = None,
     node: Annotated[
-        str | None, typer.Option("--node", metavar="NAME", help="This machine, for people; its host name by default.")
+        str | None,
+        typer.Option(
+            "--node", metavar="NAME", help="The name of this machine, as people see it; by default its host name."
+        ),
     ] = None,
     address: Address = "",
     ports: Ports = "",
@@ -258,7 +259,7 @@ def runner(
         bool,
         typer.Option(
             "--spare/--no-spare",
-            help="Wait for a rank that others hold for as long as it takes, or end after two leases.",
+            help="If another process holds the rank: wait without an end, or end after two leases.",
         ),
     ] = True,
     wait_for_store: WaitForStore = 0.0,
@@ -271,14 +272,14 @@ def runner(
     log: Annotated[str | None, typer.Option("--log", hidden=True)] = None,
     parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
 ) -> None:
-    """Run one rank of an instance, or several, until SIGTERM or Ctrl-C; then the rank is given back.
+    """Run one rank of an instance, or several, until SIGTERM or Ctrl-C. Then the runner gives its ranks back.
 
-    Where others hold the rank, it says so at once and waits as a spare, which rankgate status shows.
+    If another process holds the rank, the runner says so at once and waits as a spare. rankgate status shows spares.
 
-    The engine lives in a child process, so that it can be killed whatever it does.
+    The engine runs in a child process, so that it can always be killed.
     """
     if parent is not None:
-        from planner.launcher import leave_with_parent  # noqa: PLC0415 - only where a launcher says so
+        from planner.launcher import leave_with_parent  # noqa: PLC0415 - only a launcher passes --parent
 
         leave_with_parent(parent)
 
@@ -311,7 +312,7 @@ def runner(
         spare=spare,
         state_file=state_file,
     )
-    # Engines inherit the environment, and have no business with the server's password.
+    # Engines inherit the environment, and do not need the server's password.
     os.environ.pop("RANKGATE_REDIS", None)
     os.environ.pop("RANKGATE_REDIS_PASSWORD_FILE", None)
     _finish(cli.process.run(lambda interrupts: cli.runner_process.serve_ranks(options, interrupts)))
@@ -327,7 +328,7 @@ def planner(
         typer.Option(
             "--assemble-timeout",
             metavar="SECONDS",
-            help="After how long the log warns that ranks are away. They are waited for all the same.",
+            help="The log warns when ranks have been away for so long. The planner still waits for them.",
         ),
     ] = _USUAL.assemble_timeout,
     absence_limit: AbsenceLimit = None,
@@ -336,7 +337,7 @@ def planner(
         typer.Option(
             "--max-failures",
             metavar="N",
-            help="How often it is tried again after one rank failed; the failure after that gives the instance up.",
+            help="How often the planner tries again after failures of one rank. After the next failure it gives the instance up.",
         ),
     ] = _USUAL.max_failures,
     prepare_stall: PrepareStall = _USUAL.prepare_stall,
@@ -355,10 +356,10 @@ def planner(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Plan every instance that was launched, until SIGTERM or Ctrl-C. Of several planners one leads, the others stand by.
+    """Plan every instance that was launched, until SIGTERM or Ctrl-C. Of several planners, one leads and the others stand by.
 
-    With --instance-file that instance is launched too, unless it was stopped or given up as it stands there, or is up with
-    another spec: that stays, and rankgate launch --file changes it. The log says what an instance waits for whenever that changes.
+    With --instance-file, the planner also launches that instance. It does not if the instance was stopped or given up with the same
+    spec, or is up with another spec; use rankgate launch --file then. The log says what an instance waits for when that changes.
     """
     cli.process.configure_log(cli.process.log_level(verbose, quiet, "INFO"))
     target = _target(
@@ -399,34 +400,44 @@ def launch(
     model: Model = "simulated",
     layers: Layers = 16,
     absence_limit: AbsenceLimit = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return only once all ranks serve.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until all ranks serve, or return at once.")
+    ] = True,
     timeout: Annotated[
         float,
-        typer.Option("--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long to wait for that."),
+        typer.Option(
+            "--timeout", callback=between(POSITIVE), metavar="SECONDS", help="How long to wait until all ranks serve."
+        ),
     ] = 300.0,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Generate a text from this once all ranks serve.")
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="Generate a text from this prompt when all ranks serve."),
     ] = None,
     yes: Annotated[
         bool,
-        typer.Option("--yes", "-y", help="Replace what is up with another spec without asking; for scripts."),
+        typer.Option(
+            "--yes", "-y", help="If the instance is up with another spec, replace it without asking; for scripts."
+        ),
     ] = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
     """Ask for an instance to be up. A planner brings it up with the runners that are there.
 
-    Where it is up with another spec, the difference is shown, and replacing it must be agreed to: that ends it for all ranks.
+    If the instance is up with another spec, the command shows the difference and asks before it replaces the instance. A
+    replacement ends the attempt for all ranks.
     """
     cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     if prompt is not None and not wait:
         raise typer.BadParameter(
-            "--prompt is for an instance that serves, and --no-wait does not wait for that: drop one"
+            "--prompt needs an instance that serves, and --no-wait does not wait until it serves: leave one of them out"
         )
     if name is None:
         spec = _named_spec(file, "INSTANCE", "argument")
         if beside := [option for option, place in _OF_A_SPEC.items() if given(context, place)]:
-            raise typer.BadParameter(f"--file {file} says all about the instance: leave {' and '.join(beside)} out")
+            raise typer.BadParameter(
+                f"--file {file} already says this about the instance: leave {' and '.join(beside)} out"
+            )
         if absence_limit is not None:
             spec = spec.model_copy(update={"absence_limit": absence_limit})
     elif file is not None:
@@ -459,7 +470,7 @@ def stop(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Stop an instance: every rank tears down; the runners stay, for the next one of that name."""
+    """Stop an instance: every rank tears its engine down. The runners stay, and can serve the next instance of that name."""
     cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
     _finish(cli.process.run(lambda _: cli.commands.stop(target, name, seconds=timeout), exit_at_sigterm=143))
@@ -471,7 +482,8 @@ def generate(
     prompt: Annotated[
         str,
         typer.Argument(
-            metavar="PROMPT", help="What to generate a text from; - reads it from stdin, where nobody sees it."
+            metavar="PROMPT",
+            help="What to generate a text from; - reads it from stdin, so it is not in the list of processes.",
         ),
     ],
     redis: Redis = None,
@@ -503,19 +515,23 @@ def status(
     redis: Redis = None,
     password_file: PasswordFile = None,
     namespace: Namespace = DEFAULT_NAMESPACE,
-    everything: Annotated[bool, typer.Option("--all", help="In the list, what was stopped lately, too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs; times in milliseconds.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List the instances that were stopped lately, too.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for programs; times are in milliseconds.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again whenever it changes, until Ctrl-C.")] = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Show all instances, or the ranks of one: status, progress, lease left, and what is waited for."""
+    """Show all instances, or the ranks of one: status, progress, the time left of each lease, and what the instance waits for."""
     cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs: choose one of them")
     if everything and name is not None:
-        raise typer.BadParameter(f"--all is for the list, and {name} is shown whether it was stopped or not: drop one")
+        raise typer.BadParameter(f"--all is for the list of all instances, and {name} names one: leave one of them out")
     if watch:
         _finish(cli.process.run(lambda _: cli.look.watch(target, name, everything=everything)))
     _finish(
@@ -534,7 +550,7 @@ def explain(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say in one sentence what an instance waits for: every missing rank with node, status, its age, lease and last error."""
+    """Say in one sentence what an instance waits for. It names each missing rank with node, status, lease and last error."""
     cli.process.configure_log(cli.process.log_level(verbose, quiet, "WARNING"))
     target = _target(redis, namespace, password_file)
     _finish(cli.process.run(lambda _: cli.look.explain(target, name), exit_at_sigterm=143))
@@ -562,29 +578,33 @@ def acl(
             "--world-size",
             callback=between(1, MAX_WORLD_SIZE),
             metavar="N",
-            help="A user for each of so many ranks. Without it and --rank, all ranks of the instance share one.",
+            help="Print one user for each of N ranks. Without --world-size and --rank, all ranks of the instance share one user.",
         ),
     ] = None,
     admin: Annotated[
-        bool, typer.Option("--admin", help="With an administrator, for whom nothing is refused, in a whole file.")
+        bool, typer.Option("--admin", help="With --role all: add an administrator, who may do everything.")
     ] = False,
     passwords: Annotated[
         Path | None,
         typer.Option(
-            "--passwords", metavar="FOLDER", help="One file a user with its password; missing ones are made at random."
+            "--passwords",
+            metavar="FOLDER",
+            help="A folder with one password file for each user. Missing files are made, with random passwords.",
         ),
     ] = None,
     password_file: Annotated[
         str | None,
         typer.Option(
-            "--password-file", metavar="FILE", help="The one user's password, on the first line; - reads it from stdin."
+            "--password-file",
+            metavar="FILE",
+            help="The password of a single user, on the first line; - reads it from stdin.",
         ),
     ] = None,
 ) -> None:
-    """Print Redis ACL rules: lines for an aclfile or for redis.conf. Needs Redis 7.0 or Valkey 7.2, and asks no server.
+    """Print Redis ACL rules: lines for an aclfile or for redis.conf. They need Redis 7.0 or Valkey 7.2. No server is asked.
 
-    A rank may write its own report and read its instance's task log; a planner may do what planning needs in its namespace; an
-    observer may look. A whole file turns the default user off. Only hashes of passwords are printed.
+    A rank may write its own report and read its instance's task log. A planner may do what planning needs in its namespace. An
+    observer may only read. A whole file turns the default user off. Passwords are printed only as hashes.
     """
     options = cli.acl.AclOptions(
         instance=instance,
@@ -600,41 +620,41 @@ def acl(
 
 
 health = OnceTyper(
-    help="Ask whether a process of this machine does its work, as the others see it. Exit code 0 if so, otherwise 1.",
+    help="Ask the store whether a process of this machine does its work. The exit code is 0 if it does, otherwise 1.",
     rich_markup_mode=None,
 )
 app.add_typer(health, name="health", short_help="Ask whether a runner or planner does its work.")
 
 
-@health.command("runner", short_help="Is the rank held, its lease alive, its engine sound?")
+@health.command("runner", short_help="Does the runner hold its rank, with a live lease and no failure?")
 def runner_health(
     state_file: StateFile = None,
     redis: Redis = None,
     password_file: PasswordFile = None,
     command_timeout: CommandTimeout = None,
 ) -> None:
-    """Ask the store whether every rank of the runner with that state file has a live report of its own that says no failure."""
+    """Ask whether the runner with that state file has a live report for each of its ranks, and none of them says Failed."""
     _health("runner", state_file, redis, password_file, command_timeout)
 
 
-@health.command("planner", short_help="Does it plan, and is every instance led?")
+@health.command("planner", short_help="Does the planner run, and has every instance a planner?")
 def planner_health(
     state_file: StateFile = None,
     redis: Redis = None,
     password_file: PasswordFile = None,
     command_timeout: CommandTimeout = None,
 ) -> None:
-    """Ask whether the planner with that state file turns, and whether every instance that shall be up is led, by whomever."""
+    """Ask whether the planner with that state file runs, and whether every instance that shall be up has a planner, this or another."""
     _health("planner", state_file, redis, password_file, command_timeout)
 
 
-@app.command(short_help="Show, for real, the race that the barrier ends.")
+@app.command(short_help="Show the race that the barrier prevents, with real processes.")
 def race(verbose: Verbose = 0, quiet: Quiet = False) -> None:
-    """Show, for real and side by side, the race that the barrier ends; takes some 20 seconds.
+    """Show the race that the barrier prevents. It takes about 20 seconds.
 
-    The same scenario three times, with real processes on an embedded Valkey: a planner that trusts stale statuses with a runner
-    that dies of a task out of state; the same planner with a runner that refuses such a task; and the barrier. Exit code 0 if
-    with the barrier no process died, nothing was refused, and all ranks became Ready.
+    The command plays one scenario three times, with real processes on an embedded Valkey. First: a planner that decides from old
+    statuses, and a runner that crashes when a task comes out of state. Second: the same planner, and a runner that refuses such a
+    task. Third: the barrier. The exit code is 0 if, with the barrier, no process died, no task was refused, and all ranks became Ready.
     """
     cli.process.configure_log(cli.process.log_level(verbose, quiet, "ERROR"))
     _finish(cli.process.run(lambda _: cli.commands.race(), exit_at_sigterm=143))
@@ -654,7 +674,7 @@ def _health(
     cli.process.configure_log("ERROR")
     if state_file is None:
         raise typer.BadParameter(
-            "which process? Pass the --state-file that it was started with, or set RANKGATE_STATE_FILE"
+            "no process is named: pass the --state-file that it was started with, or set RANKGATE_STATE_FILE"
         )
     url = needed_url(redis, password_file)
     settings = times(None, None, command_timeout, usual=Settings())
@@ -682,11 +702,11 @@ def _named_spec(path: Path | None, instead_of: str, kind: str = "option") -> Ins
 
 
 _OF_A_SPEC = {"--world-size": "world_size", "--model": "model", "--layers": "layers"}
-"""What a file says instead."""
+"""Options that an instance file replaces, and their parameters."""
 
 
 def _agree(path: Path, option: str, value: object, key: str, in_file: object) -> None:
-    """Refuse an option that says something else than the file beside it."""
+    """Refuse an option that contradicts the file."""
     if value is not None and value != in_file:
         raise typer.BadParameter(f"{option} is {value} and {path} has {key} = {in_file}: leave one of them out")
 
@@ -714,7 +734,7 @@ def _chosen_ranks(rank: int | None, ranks: str | None, world_size: int | None) -
     if rank is None and ranks is None:
         if world_size is None:
             raise typer.BadParameter(
-                "which rank is this? Pass --rank R, --ranks A-B, or --world-size N for any free one"
+                "no rank is named: pass --rank R, --ranks A-B, or --world-size N for any free rank"
             )
         return None
     chosen = rank_range(ranks) if ranks is not None else range(cast("int", rank), cast("int", rank) + 1)

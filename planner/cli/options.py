@@ -1,4 +1,4 @@
-"""The options that several commands share, and how their texts are read. Only here and in `app` is the environment looked at."""
+"""The options that several commands share, and how their texts are read. Only this module and `app` read the environment."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 
 def engine_name(value: str) -> str:
-    """A callback that refuses what cannot be an engine's name. Whether there is such an engine is known where it starts."""
+    """A callback that refuses what cannot be an engine's name. It does not look whether that engine exists."""
     if value == "simulated" or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", value):
         return value
     raise typer.BadParameter(
@@ -57,7 +57,7 @@ def engine_name(value: str) -> str:
 
 
 def given(context: typer.Context, parameter: str) -> bool:
-    """Whether this parameter stands on the command line; not if it comes from the environment, which an option beats."""
+    """Whether this parameter was given on the command line. A value from the environment does not count: an option beats it."""
     source = context.get_parameter_source(parameter)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -77,7 +77,7 @@ Redis: TypeAlias = Annotated[
         metavar="URL",
         envvar="RANKGATE_REDIS",
         help="The Redis or Valkey server: redis://[user:password@]host:port/0, rediss://…, unix:///path, "
-        "redis+sentinel://host:port,…/service/0 or redis+cluster://host:port,…; ?password_file=PATH keeps the password out of it.",
+        "redis+sentinel://host:port,…/service/0 or redis+cluster://host:port,…; ?password_file=PATH reads the password from a file.",
     ),
 ]
 PasswordFile: TypeAlias = Annotated[
@@ -86,7 +86,7 @@ PasswordFile: TypeAlias = Annotated[
         "--redis-password-file",
         metavar="FILE",
         envvar="RANKGATE_REDIS_PASSWORD_FILE",
-        help="The server's password, on the first line of a file; the URL then holds at most the user.",
+        help="A file whose first line is the server's password. The URL may then name a user, but no password.",
     ),
 ]
 WaitForStore: TypeAlias = Annotated[
@@ -96,7 +96,7 @@ WaitForStore: TypeAlias = Annotated[
         callback=between(0.0),
         metavar="SECONDS",
         envvar="RANKGATE_WAIT_FOR_STORE",
-        help="How long to ask again for a server that is not up yet; 0 gives up at once.",
+        help="How long to try again while the server cannot be used; with 0 the command ends at once.",
     ),
 ]
 StateFile: TypeAlias = Annotated[
@@ -105,7 +105,7 @@ StateFile: TypeAlias = Annotated[
         "--state-file",
         metavar="FILE",
         envvar="RANKGATE_STATE_FILE",
-        help="Where this process says who it is, for rankgate health.",
+        help="The file in which this process says who it is. rankgate health reads it.",
     ),
 ]
 InstanceFile: TypeAlias = Annotated[
@@ -124,7 +124,7 @@ Namespace: TypeAlias = Annotated[
         metavar="NAME",
         envvar="RANKGATE_NAMESPACE",
         callback=_name,
-        help="Keeps several clusters on one server apart.",
+        help="The cluster's name. Clusters with different names can share one server.",
     ),
 ]
 Lease: TypeAlias = Annotated[
@@ -133,7 +133,7 @@ Lease: TypeAlias = Annotated[
         "--lease",
         metavar="SECONDS",
         envvar="RANKGATE_LEASE",
-        help="A rank that is silent for so long counts as gone. The same for all.",
+        help="A rank that does not report for so long counts as gone. Give all processes the same value.",
     ),
 ]
 Heartbeat: TypeAlias = Annotated[
@@ -160,18 +160,20 @@ Verbose: TypeAlias = Annotated[
         "-v",
         "--verbose",
         count=True,
-        help="Log each decision and task; -vv each look, wake-up, report and log entry as well. Never a prompt.",
+        help="Log each decision and task. -vv also logs each look, wake-up, report and log entry. Prompts are never logged.",
     ),
 ]
 Quiet: TypeAlias = Annotated[bool, typer.Option("-q", "--quiet", help="Log errors only.")]
 Name: TypeAlias = Annotated[str, typer.Argument(metavar="INSTANCE", callback=_name, help="The instance's name.")]
 AnyName: TypeAlias = Annotated[
     str | None,
-    typer.Argument(metavar="INSTANCE", callback=_name_or_none, help="One instance's ranks; all instances without it."),
+    typer.Argument(
+        metavar="INSTANCE", callback=_name_or_none, help="Show the ranks of this instance. Without it: all instances."
+    ),
 ]
 LaunchedName: TypeAlias = Annotated[
     str | None,
-    typer.Argument(metavar="INSTANCE", callback=_name_or_none, help="The instance's name; or pass --file."),
+    typer.Argument(metavar="INSTANCE", callback=_name_or_none, help="The instance's name. Or pass --file instead."),
 ]
 NameOption: TypeAlias = Annotated[
     str, typer.Option("--instance", metavar="NAME", callback=_name, help="The instance's name.")
@@ -179,7 +181,10 @@ NameOption: TypeAlias = Annotated[
 AnyNameOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--instance", metavar="NAME", callback=_name_or_none, help="The instance's name; or pass --instance-file."
+        "--instance",
+        metavar="NAME",
+        callback=_name_or_none,
+        help="The instance's name. Or pass --instance-file instead.",
     ),
 ]
 AnyWorldSize: TypeAlias = Annotated[
@@ -189,7 +194,7 @@ WorldSize: TypeAlias = Annotated[
     int, typer.Option("--world-size", callback=between(1, MAX_WORLD_SIZE), metavar="N", help="Number of ranks.")
 ]
 Model: TypeAlias = Annotated[
-    str, typer.Option("--model", metavar="ID", help="The name that the engine knows the model by.")
+    str, typer.Option("--model", metavar="ID", help="The model's name, as the engine knows it.")
 ]
 AbsenceLimit: TypeAlias = Annotated[
     float | None,
@@ -197,7 +202,7 @@ AbsenceLimit: TypeAlias = Annotated[
         "--absence-limit",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="Give an instance up when ranks were away for so long; without it they are waited for, however long that takes.",
+        help="Give the instance up when ranks have been away for so long. Without a limit the planner waits without an end.",
     ),
 ]
 
@@ -208,7 +213,7 @@ def _address(value: str) -> str:
         return value
     if value.count(":") == 1 or value.endswith("]"):
         raise typer.BadParameter(
-            f"it is {shown(value)}; give a host name or an IP address alone, for each attempt binds a port of its own (--ports limits which)"
+            f"it is {shown(value)}; give a host name or an IP address without a port: each attempt binds a port of its own (see --ports)"
         )
     import socket  # noqa: PLC0415 - the other commands start sooner without it
 
@@ -240,7 +245,7 @@ def with_ports(config: dict[str, Any], ports: str) -> dict[str, Any]:
     if not ports:
         return config
     if "ports" in config:
-        raise typer.BadParameter("--ports is given and --engine-config has ports, too: leave one of them out")
+        raise typer.BadParameter("--ports is given, and --engine-config has ports too: leave one of them out")
     first, _, last = ports.partition("-")
     return {**config, "ports": [int(first), int(last or first)]}
 
@@ -251,7 +256,7 @@ Address: TypeAlias = Annotated[
         "--address",
         callback=_address,
         metavar="HOST",
-        help="Under which name or IP address the other ranks reach this machine; by default the one from which it reaches the server.",
+        help="The host name or IP address by which other ranks reach this machine; by default its address on the way to the server.",
     ),
 ]
 Ports: TypeAlias = Annotated[
@@ -260,7 +265,7 @@ Ports: TypeAlias = Annotated[
         "--ports",
         callback=_ports,
         metavar="FIRST-LAST",
-        help="Where the engine may wait for the other ranks, for machines behind a firewall; any free port by default.",
+        help="The ports at which the engine may wait for other ranks, for machines behind a firewall; by default any free port.",
     ),
 ]
 PrepareStall: TypeAlias = Annotated[
@@ -269,7 +274,7 @@ PrepareStall: TypeAlias = Annotated[
         "--prepare-stall",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="How long a rank may prepare its engine (imports, a download) before it is at fault.",
+        help="How long a rank may show no progress while it prepares its engine (imports, a download).",
     ),
 ]
 ConnectStall: TypeAlias = Annotated[
@@ -278,7 +283,7 @@ ConnectStall: TypeAlias = Annotated[
         "--connect-stall",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="How long the ranks may take to connect; the engines end by themselves after four fifths of it.",
+        help="How long a missing rank may show no progress until it is Connected. Engines stop connecting after 4/5 of this time.",
     ),
 ]
 LoadStall: TypeAlias = Annotated[
@@ -287,7 +292,7 @@ LoadStall: TypeAlias = Annotated[
         "--load-stall",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="How long a load may go without any progress. A slow one that moves goes on.",
+        help="How long a rank may load no further layer. A slow load that makes progress goes on.",
     ),
 ]
 WarmupStall: TypeAlias = Annotated[
@@ -296,7 +301,7 @@ WarmupStall: TypeAlias = Annotated[
         "--warmup-stall",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="How long the warm-up may take at the most.",
+        help="How long a rank may show no progress in the warm-up.",
     ),
 ]
 GenerateStall: TypeAlias = Annotated[
@@ -305,7 +310,7 @@ GenerateStall: TypeAlias = Annotated[
         "--generate-stall",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="How long a text may go without another token.",
+        help="How long rank 0 may generate no further token.",
     ),
 ]
 BackoffBase: TypeAlias = Annotated[
@@ -314,12 +319,14 @@ BackoffBase: TypeAlias = Annotated[
         "--backoff-base",
         callback=between(POSITIVE),
         metavar="SECONDS",
-        help="The longest pause before the second try; doubled for each further failure of a rank.",
+        help="The longest pause before the second attempt. It doubles with each further failure of the same rank.",
     ),
 ]
 BackoffCap: TypeAlias = Annotated[
     float,
-    typer.Option("--backoff-cap", callback=between(POSITIVE), metavar="SECONDS", help="The longest pause of all."),
+    typer.Option(
+        "--backoff-cap", callback=between(POSITIVE), metavar="SECONDS", help="The longest pause between two attempts."
+    ),
 ]
 Layers: TypeAlias = Annotated[
     int, typer.Option("--layers", callback=between(1, 10_000), metavar="N", help="How many layers the model has.")
@@ -332,7 +339,7 @@ HoldBack: TypeAlias = Annotated[
     typer.Option(
         "--hold-back",
         metavar="RANK:SECONDS",
-        help="That rank's simulated engine takes so many seconds longer to connect. May be given several times.",
+        help="The simulated engine of RANK takes SECONDS longer to connect. May be given several times.",
     ),
 ]
 
@@ -355,14 +362,14 @@ def times(lease: float | None, heartbeat: float | None, command_timeout: float |
 
 
 def needed_url(url: str | None, password_file: Path | None = None) -> str:
-    """The server's URL, which names the password's file; raises typer.BadParameter where none was given, or it has two passwords."""
+    """The server's URL, with the password's file in it. Raises typer.BadParameter if no URL or two passwords are given."""
     if not url:
         raise typer.BadParameter("no server is given: pass --redis URL, or set RANKGATE_REDIS")
     return url if password_file is None else _with_password_file(url, password_file)
 
 
 def _with_password_file(url: str, path: Path) -> str:
-    """The file and not what is in it: the password may be renewed while this process runs."""
+    """Put the file's name into the URL, and not the password: the password may be renewed while this process runs."""
     try:
         password = path.read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r")
     except (OSError, UnicodeDecodeError) as error:
@@ -372,7 +379,7 @@ def _with_password_file(url: str, path: Path) -> str:
     try:
         parts = urlsplit(url)
     except ValueError:
-        return url  # told when it is connected to, without quoting it
+        return url  # connecting to it refuses it, without quoting it
     user = parts.netloc.rpartition("@")[0]
     if ":" in user or "password_file=" in parts.query:
         raise typer.BadParameter(
@@ -383,7 +390,7 @@ def _with_password_file(url: str, path: Path) -> str:
 
 
 def held_back(texts: list[str] | None, ranks: range) -> dict[int, float]:
-    """Read ``--hold-back``: extra seconds by rank. Raises typer.BadParameter for a text or a rank that makes no sense."""
+    """Read ``--hold-back``: extra seconds by rank. Raises typer.BadParameter for a wrong text or a rank that is not here."""
     extra: dict[int, float] = {}
     for text in texts or ():
         rank_text, _, seconds_text = text.partition(":")
@@ -419,7 +426,7 @@ def rank_range(text: str) -> range:
 
 
 def text_or_file(text: str) -> str:
-    """The text itself, or that of the file which ``@path`` names. Raises typer.BadParameter where it cannot be read."""
+    """The text itself, or for ``@path`` the text of that file. Raises typer.BadParameter if the file cannot be read."""
     if not text.startswith("@"):
         return text
     try:

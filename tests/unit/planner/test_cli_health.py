@@ -203,7 +203,7 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     monkeypatch.delenv("RANKGATE_STATE_FILE", raising=False)
     assert main(["health", "runner"]) == 2
-    assert "which process?" in capsys.readouterr().err
+    assert "no process is named" in capsys.readouterr().err
     path = tmp_path / "state"
     assert main(["health", "runner", "--state-file", str(path), "--redis", "redis://127.0.0.1:1"]) == 1
     assert "has not begun yet" in capsys.readouterr().err

@@ -390,8 +390,8 @@ def test_an_instance_that_nobody_plans_says_so() -> None:
         (
             seen_as("Idle", "-", verdict=Verdict.aborted("rank 1 left", 1)),
             (
-                "demo, attempt 1 ended: rank 1 left; waiting for 1 of 2 ranks to come: rank 1. Start the missing runners; demo is "
-                "taken up by itself then"
+                "demo, attempt 1 ended: rank 1 left; waiting for 1 of 2 ranks to come: rank 1. Start the missing runners; the next "
+                "attempt of demo begins by itself when they come"
             ),
         ),
         (
@@ -401,8 +401,8 @@ def test_an_instance_that_nobody_plans_says_so() -> None:
         (
             seen_as("Idle", "-", verdict=Verdict.stopped()),  # and launched anew
             (
-                "demo, attempt 1 was stopped; waiting for 1 of 2 ranks to come: rank 1. Start the missing runners; demo is taken up "
-                "by itself then"
+                "demo, attempt 1 was stopped; waiting for 1 of 2 ranks to come: rank 1. Start the missing runners; the next attempt "
+                "of demo begins by itself when they come"
             ),
         ),
         (

@@ -261,7 +261,7 @@ def test_ranks_that_do_not_come_are_waited_for_without_an_end_and_named_ever_mor
     assert action.until == NOW - away + 2 * told
     assert action.reason == (
         f"no attempt is under way; demo: rank 1, rank 3 did not come within {plain.number(told)} s. Start the missing runners, or launch "
-        "with a smaller world_size; it waits on, and is taken up by itself when they come"
+        "with a smaller world_size. The planner waits on, and begins the next attempt when they come."
     )
     assert isinstance(
         act(absent("Idle", "Idle"), policy=policy, remembered=memory(missing_since=NOW - away)), OpenEpoch
@@ -277,10 +277,10 @@ def test_with_a_limit_ranks_that_do_not_come_within_it_end_it_and_are_named(own:
     early, late = decide(view, NOW + 24), decide(view, NOW + 25)
     assert isinstance(early, Wait)
     assert early.until == NOW + 25
-    assert "unless they stay away for 25 s" in early.reason
+    assert "It gives up when they have been away for 25 s." in early.reason
     assert isinstance(late, GiveUp)
     assert late.reason == (
-        "demo: rank 1, rank 3 did not come within 25 s, which is the absence limit, so it is given up. "
+        "demo is given up: rank 1, rank 3 did not come within 25 s, which is the absence limit. "
         "Start the missing runners, then launch demo again"
     )
     assert late.verdict.culprit == 1
@@ -355,7 +355,7 @@ def test_failures_without_a_culprit_have_a_budget_of_their_own() -> None:
     assert goes_on(act(told, policy=policy, remembered=memory(charges={UNATTRIBUTED: 1, 0: 1, 1: 1})))
     action = act(told, policy=policy, remembered=memory(charges={UNATTRIBUTED: 2}))
     assert isinstance(action, GiveUp)
-    assert "no rank to blame" in action.reason
+    assert "no rank could be blamed" in action.reason
     assert "the store went back" in action.reason
 
 
@@ -760,7 +760,7 @@ def test_a_stop_whose_record_was_lost_does_not_wait_for_ranks_that_are_gone() ->
     stopping = memory(stopping=True, epoch_lost_at=NOW)
     action = act(picture("Ready", "-", opened=False), now=NOW + LEASE, remembered=stopping)
     assert isinstance(action, Finished)
-    assert action.reason == "stopped; not all ranks were here to be told"
+    assert action.reason == "stopped; some ranks were away and could not be told"
 
 
 def test_a_stop_tears_down_whatever_the_last_attempt_came_to() -> None:
