@@ -353,24 +353,34 @@ class Model:
                     label, cost > 0,
                     (then, snap, known, history, late, zombie, faults - cost, restarts, zombies, ranks, others), breach,
                 ))  # fmt: skip
-        if restarts:
-            found += self._restarts(state)
-        if self._mortal:
-            found += self._lease_of_the_dead(state)
-        if zombie:
-            found += self._zombie_moves(state)
-        if late:
-            rank, report = self.late.values[late - 1]
-            then = self._say(store, rank, late, report)
-            found.append((
-                f"the late report of rank {rank} ({report.status}) arrives", False,
-                (then, snap, openings, history, 0, zombie, faults, restarts, zombies, ranks, minds), None,
-            ))  # fmt: skip
-        if faults:
-            found += self._faults(state)
+        found += self._befalls(state)
         if self._symmetric:
             return [(label, fault, self._canonical(then), breach) for label, fault, then, breach in found]
         return found
+
+    def _befalls(self, state: State) -> Iterator[Move]:
+        """What neither a rank nor a planner that lives does."""
+        _, _, _, _, late, zombie, faults, restarts, _, _, _ = state
+        if restarts:
+            yield from self._restarts(state)
+        if self._mortal:
+            yield from self._lease_of_the_dead(state)
+        if zombie:
+            yield from self._zombie_moves(state)
+        if late:
+            yield self._late_report(state)
+        if faults:
+            yield from self._faults(state)
+
+    def _late_report(self, state: State) -> Move:
+        """What a rank said before, and what only now comes to the store."""
+        store, snap, openings, history, late, zombie, faults, restarts, zombies, ranks, minds = state
+        rank, report = self.late.values[late - 1]
+        then = self._say(store, rank, late, report)
+        return (
+            f"the late report of rank {rank} ({report.status}) arrives", False,
+            (then, snap, openings, history, 0, zombie, faults, restarts, zombies, ranks, minds), None,
+        )  # fmt: skip
 
     def _lease_of_the_dead(self, state: State) -> Iterator[Move]:
         """Nobody renews the lease of a planner that was killed."""
