@@ -79,10 +79,15 @@ test-mlx-rounds: $(MLX_STAMP) ## two instances side by side, killed and left-ove
 	    $(ARGS) tests/mlx/test_mlx_attempts.py
 
 .PHONY: lint
-lint: $(STAMP) ## ruff, pyright, the import contracts and the dependencies
+lint: $(STAMP) ## ruff, pyright, what a user's type checker knows of our types, the import contracts and the dependencies
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+	@for package in barrier runner planner; do \
+	    found=$$(PATH=".venv/bin:$$PATH" .venv/bin/pyright --verifytypes $$package --ignoreexternal) \
+	        || { printf '%s\n' "$$found"; exit 1; }; \
+	    printf '%s\n' "$$found" | sed -n "s/^Type completeness score/&, $$package/p"; \
+	done
 	.venv/bin/lint-imports
 	.venv/bin/deptry .
 

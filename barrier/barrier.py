@@ -99,11 +99,11 @@ class Barrier:
         holder: str | None = None,
         wakeups: Wakeups | None = None,
     ) -> None:
-        self.keys = Keys(namespace, group)
-        self.store = adopt(redis, settings=settings)
-        self.settings = self.store.settings
+        self.keys: Keys = Keys(namespace, group)
+        self.store: Store = adopt(redis, settings=settings)
+        self.settings: Settings = self.store.settings
         self.clock: Clock = clock or SystemClock()
-        self.holder = holder or f"{socket.gethostname()[:60]}-{new_nonce()[:12]}"
+        self.holder: str = holder or f"{socket.gethostname()[:60]}-{new_nonce()[:12]}"
         self.leadership: Leadership | None = None
         self._owns_store = redis is not self.store
         self._owns_wakeups = wakeups is None

@@ -67,8 +67,8 @@ class Claims:
     """
 
     def __init__(self, store: Store, keys: Keys, clock: Clock, incarnation: str) -> None:
-        self.tries = 0
-        self.waits = False
+        self.tries: int = 0
+        self.waits: bool = False
         self._store = store
         self._keys = keys
         self._clock = clock

@@ -63,8 +63,8 @@ class Life:
     """
 
     def __init__(self, who: Report, now: float) -> None:
-        self.state = RankState(who.incarnation)
-        self.said = Said()
+        self.state: RankState = RankState(who.incarnation)
+        self.said: Said = Said()
         self._who = who
         self._claimed = False
         self._seq = 0

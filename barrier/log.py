@@ -21,7 +21,7 @@ from loguru import logger as _loguru
 from barrier.printable import printable
 
 if TYPE_CHECKING:
-    from loguru import Record
+    from loguru import Logger, Record
 
 _LIVE = "rankgate"
 
@@ -68,5 +68,5 @@ def prepare(record: Record) -> None:
 for _package in ("barrier", "runner", "planner"):
     _loguru.disable(_package)
 
-logger = _loguru.patch(prepare)
+logger: Logger = _loguru.patch(prepare)
 """What our modules log with."""

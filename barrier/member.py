@@ -78,19 +78,19 @@ class Member:
         clock: Clock | None = None,
         incarnation: str | None = None,
     ) -> None:
-        self.keys = Keys(namespace, group)
-        self.world_size = None if world_size is None else valid_world_size(world_size)
+        self.keys: Keys = Keys(namespace, group)
+        self.world_size: int | None = None if world_size is None else valid_world_size(world_size)
         if rank is None and world_size is None:
             raise InvalidName(
                 "neither rank nor world_size is given: say which rank this is, or how many there are to choose from"
             )
         if rank is not None and not 0 <= rank < (world_size or 16_384):
             raise InvalidName(f"rank is {rank}; it must be from 0 to {(world_size or 16_384) - 1}")
-        self.store = adopt(redis, settings=settings)
-        self.settings = self.store.settings
+        self.store: Store = adopt(redis, settings=settings)
+        self.settings: Settings = self.store.settings
         self.clock: Clock = clock or SystemClock()
-        self.incarnation = incarnation or new_incarnation(time.time_ns() // 1_000_000)
-        self.about = LogContext(self.keys.group, rank)
+        self.incarnation: str = incarnation or new_incarnation(time.time_ns() // 1_000_000)
+        self.about: LogContext = LogContext(self.keys.group, rank)
         """What the lines of this rank's log are about."""
         self._owns_store = redis is not self.store
         self._address = address

@@ -42,8 +42,8 @@ class Reporter:
     def __init__(
         self, store: Store, keys: Keys, clock: Clock, life: Life, offer: Callable[[News | ClaimLost], None]
     ) -> None:
-        self.turn = asyncio.Lock()
-        self.renewed_at = -inf
+        self.turn: asyncio.Lock = asyncio.Lock()
+        self.renewed_at: float = -inf
         self.replaced: ClaimLost | None = None
         self._store = store
         self._keys = keys

@@ -136,7 +136,7 @@ TABLE = steps_of(LIFECYCLE, TURNS, 2)
 ALONE = steps_of(LIFECYCLE, TURNS, 1)
 """The same for a single rank, which has nobody to connect to and no followers."""
 
-SERVING = LIFECYCLE.serving
+SERVING: tuple[str, ...] = LIFECYCLE.serving
 
 
 def steps_for(world_size: int) -> tuple[Step, ...]:

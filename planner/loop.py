@@ -135,11 +135,11 @@ class InstanceLoop:
         self._told: object = None
         self._poked = asyncio.Event()
         self._changed = asyncio.Event()
-        self.state = State()
+        self.state: State = State()
         self._about = LogContext(record.spec.name)
         self._decided: object = None
         self._led: object = None
-        self.looks = 0
+        self.looks: int = 0
         """How often it has set about looking at its instance, whether or not the store answered."""
 
     @property

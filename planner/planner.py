@@ -181,14 +181,14 @@ class Planner:
         holder: str | None = None,
     ) -> None:
         self.namespace = namespace
-        self.policy = policy or Policy()
+        self.policy: Policy = policy or Policy()
         self.clock: Clock = clock or SystemClock()
         self._store = adopt(redis, settings=settings)
         self._owns_store = redis is not self._store
         self._registry = Registry(self._store, namespace)
         self._wakeups = Wakeups(self._store, self.clock)
         self._rng = rng or random.Random()  # noqa: S311  jitter is no secret
-        self.holder = holder or f"{socket.gethostname()[:60]}-{os.getpid()}-{new_nonce()[:6]}"
+        self.holder: str = holder or f"{socket.gethostname()[:60]}-{os.getpid()}-{new_nonce()[:6]}"
         """How this planner calls itself, whichever instance it looks after."""
         self._planned: dict[str, _Planned] = {}
         self._watching: asyncio.Task[None] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import WatchError
@@ -33,7 +33,7 @@ class InstanceRecord(BaseModel):
         wire: the version in which it is written; see `barrier.protocol.wire`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
 
     spec: InstanceSpec
     desired: Literal["up", "down", "gone"] = "up"
@@ -70,7 +70,7 @@ class Registry:
     def __init__(self, store: Store, namespace: str) -> None:
         self._store = store
         self._namespace = namespace
-        self.keys = NamespaceKeys(namespace)
+        self.keys: NamespaceKeys = NamespaceKeys(namespace)
         self._lifetime_ms = round(store.settings.record_lifetime * 1000)
 
     async def launch(self, spec: InstanceSpec, *, over: Collection[InstanceSpec] | None = None) -> InstanceRecord:

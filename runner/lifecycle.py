@@ -85,11 +85,13 @@ class Lifecycle:
                     f"{row.task} begins in {row.entry}, and {before.task} before it ends in {before.after}"
                 )
         self.rows = rows
-        self.alone = _alone(rows)
-        self.idle = rows[0].entry
+        self.alone: tuple[Row, ...] = _alone(rows)
+        self.idle: str = rows[0].entry
         way = (PREPARING, self.idle, *(status for row in rows for status in (row.during, row.after)))
-        self.order = (*dict.fromkeys(way), LEAVING.during, LEAVING.after, FAILED)
-        self.serving = tuple(status for row in rows if row.repeats for status in (row.entry, row.during))
+        self.order: tuple[str, ...] = (*dict.fromkeys(way), LEAVING.during, LEAVING.after, FAILED)
+        self.serving: tuple[str, ...] = tuple(
+            status for row in rows if row.repeats for status in (row.entry, row.during)
+        )
         self._rows = tuple({row.task: row for row in some} for some in (self.alone, rows))
         self._accepts = tuple({status: _accepted(some, status) for status in self.order} for some in (self.alone, rows))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from runner.worded import Worded
@@ -10,7 +12,7 @@ from runner.worded import Worded
 class Message(BaseModel):
     """Frozen and strict: an unknown field or a wrong type is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ModelSpec(Message, metaclass=Worded):

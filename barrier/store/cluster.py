@@ -77,9 +77,9 @@ class ClusterMap:
     """
 
     def __init__(self, seeds: Sequence[Address], node_class: type[Connection], kwargs: dict[str, Any]) -> None:
-        self.seeds = tuple(seeds)
+        self.seeds: tuple[Address, ...] = tuple(seeds)
         self.node_class = node_class
-        self.stale = True
+        self.stale: bool = True
         self._kwargs = kwargs
         self._ranges: list[tuple[int, int, Address]] = []
         self._asking = asyncio.Lock()

@@ -39,8 +39,8 @@ class ReportFrames:
         self.rank = rank
         self._incarnation = incarnation
         claim, lease_ms = keys.claim(rank), round(settings.lease * 1000)
-        self.holder = pack(("GET", claim))
-        self.look = (
+        self.holder: bytes = pack(("GET", claim))
+        self.look: tuple[bytes, bytes, bytes, bytes] = (
             pack(("SET", claim, incarnation, "PX", lease_ms, "NX")),  # heals a flushed claim
             pack(("PEXPIRE", claim, lease_ms)),
             pack(("HMGET", keys.epoch, *LOOK_FIELDS)),

@@ -84,7 +84,7 @@ class Standing:
 
     def __init__(self, judge: Callable[[dict[str, Any], str], object] | None = None) -> None:
         self.judge = judge
-        self.turn = 0
+        self.turn: int = 0
         self._connected: WeakSet[Hanging] = WeakSet()
 
     def connected(self, connection: Hanging) -> None:

@@ -178,7 +178,7 @@ class Store:
         self._make_reader = make_reader
         self.settings = settings
         self.where = where
-        self.read_only_scripts = False
+        self.read_only_scripts: bool = False
         self.spread = spread
         self._verified = False
         self._verifying = asyncio.Lock()

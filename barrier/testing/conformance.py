@@ -108,10 +108,10 @@ class Twins:
 
     def __init__(self, store: Store, keys: Keys | None = None) -> None:
         self.store = store
-        self.keys = keys or Keys("conformance", secrets.token_hex(8))
-        self.state = ref.ReferenceState.empty(WORLD_SIZE)
-        self.leaderships = [Leadership(7, "nobody")]
-        self.epochs = [EpochId(1, "f" * 32)]
+        self.keys: Keys = keys or Keys("conformance", secrets.token_hex(8))
+        self.state: ref.ReferenceState = ref.ReferenceState.empty(WORLD_SIZE)
+        self.leaderships: list[Leadership] = [Leadership(7, "nobody")]
+        self.epochs: list[EpochId] = [EpochId(1, "f" * 32)]
         self.calls: list[Call] = []
 
     async def call(self, call: Call) -> Any:  # noqa: ANN401  one of `barrier.protocol.outcomes`, or None

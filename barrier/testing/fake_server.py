@@ -76,8 +76,8 @@ class CompilingRuntime:
     def __init__(self, runtime: Any) -> None:  # noqa: ANN401  lupa is untyped
         self._runtime = runtime
         self._compiled: dict[bytes | str, Callable[[], Any]] = {}
-        self.table_from = runtime.table_from
-        self.globals = runtime.globals
+        self.table_from: Any = runtime.table_from
+        self.globals: Any = runtime.globals
 
     def execute(self, code: bytes | str) -> Any:  # noqa: ANN401  whatever a script returns
         """Run a script. Lua collects its garbage by itself."""

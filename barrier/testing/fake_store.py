@@ -17,8 +17,8 @@ from typing import Any
 try:
     import fakeredis
     from fakeredis.aioredis import FakeAsyncRedisConnection, FakeReader, FakeWriter
-except ImportError as missing:
-    raise ImportError("barrier.testing needs fakeredis: pip install 'rankgate[testing]'") from missing
+except ImportError as _missing:
+    raise ImportError("barrier.testing needs fakeredis: pip install 'rankgate[testing]'") from _missing
 if find_spec("lupa") is None:  # fakeredis works without, and then knows no scripts
     raise ImportError("barrier.testing needs lupa, which runs the scripts: pip install 'rankgate[testing]'")
 
@@ -64,7 +64,7 @@ class FakeStore:
         self.clock = clock
         one_of("server_type", server_type, ("redis", "valkey"))
         self._names: dict[str, None] = {}
-        self.server = fakeredis.FakeServer(version=(7, 2), server_type=server_type)  # pyright: ignore[reportArgumentType]  a literal type that it keeps private
+        self.server: Any = fakeredis.FakeServer(version=(7, 2), server_type=server_type)  # pyright: ignore[reportArgumentType]  a literal type that it keeps private
         self._databases: defaultdict[int, WatchedDatabase] = defaultdict(lambda: WatchedDatabase(self.server.lock))
         self.server.dbs = self._databases  # pyright: ignore[reportAttributeAccessIssue]  invariant, and never replaced
         self.sent: Counter[str] = CountsByName(self._names)

@@ -70,7 +70,7 @@ class ScriptedRank:
         }
         self._group = group
         self._log: AsyncIterator[LogEntry] | None = None
-        self.member = self._new_member()
+        self.member: Member = self._new_member()
 
     def _new_member(self) -> Member:
         # Lives must sort after one another, and two of them may begin within one millisecond of a test.

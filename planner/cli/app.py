@@ -71,7 +71,7 @@ _MOST_PROCESSES = 128
 _USUAL = Policy()
 _UP_TIMES = Settings(lease=3.0, heartbeat=0.5)  # shorter than usual, so that people see the layers move
 
-app = OnceTyper(
+app: OnceTyper = OnceTyper(
     name="rankgate",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -619,7 +619,7 @@ def acl(
     _finish(cli.acl.print_acl(options))
 
 
-health = OnceTyper(
+health: OnceTyper = OnceTyper(
     help="Ask the store whether a process of this machine does its work. The exit code is 0 if it does, otherwise 1.",
     rich_markup_mode=None,
 )

@@ -280,7 +280,7 @@ class Observer:
         self._namespace = namespace
         self._barriers: dict[tuple[str, int], Barrier] = {}
         self._clock = SystemClock()
-        self.registry = Registry(store, namespace)
+        self.registry: Registry = Registry(store, namespace)
 
     async def __aenter__(self) -> Observer:
         """Nothing is sent yet."""

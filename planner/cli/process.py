@@ -63,7 +63,7 @@ class Interrupts:
 
     def __init__(self, first: Callable[[], object]) -> None:
         self.received: signal.Signals | None = None
-        self.hurry = False
+        self.hurry: bool = False
         self.expected = False
         self._first = first
         self._again: Callable[[], object] = first

@@ -44,7 +44,7 @@ class Output:
 
     def __init__(self) -> None:
         self.failure: str | None = None
-        self.impatient = False
+        self.impatient: bool = False
         self._guarded: list[GuardedStream] = []
         self._writing = False
         self._on_loss: Callable[[], object] = lambda: None
@@ -166,7 +166,7 @@ class GuardedStream(io.FileIO):
         found = os.fstat(number)
         self._kind = stat.S_IFMT(found.st_mode)
         # systemd says so (JOURNAL_STREAM in systemd.exec(5)). Its journal may be restarted, and takes nobody with it.
-        self.to_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        self.to_journal: bool = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
     def has_other_end(self) -> bool:
         """Whether there is somebody on the other side who may leave."""
@@ -179,5 +179,5 @@ class GuardedStream(io.FileIO):
         return len(view)
 
 
-output = Output()
+output: Output = Output()
 """Those of this process. Nothing is guarded before `Output.guard`."""

@@ -135,7 +135,7 @@ class Cluster:
         self._text = ""
         self._job = asyncio.current_task()
         self._let_go = False
-        self.exit_code = 1
+        self.exit_code: int = 1
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Start everything. All of it is ended, in the opposite order, when the stack is left."""

@@ -56,13 +56,13 @@ class Run:
 
     def __init__(self, title: str, programs: Sequence[Program], say: Say) -> None:
         self.title = title
-        self.deaths = 0
-        self.last_words = ""
+        self.deaths: int = 0
+        self.last_words: str = ""
         self._say = say
         self._began: float | None = None
         self._accident = False
         restarts = Restarts(first_pause=DOWN, longest_pause=DOWN, most=RESTARTS)
-        self.launcher = Launcher(programs, restarts=restarts, on_change=self._changed)
+        self.launcher: Launcher = Launcher(programs, restarts=restarts, on_change=self._changed)
 
     @property
     def seconds(self) -> float:

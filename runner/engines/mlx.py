@@ -34,7 +34,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
@@ -69,7 +69,7 @@ class MlxConfig(BaseModel):
             and one that takes longer than the host's grace to stop costs the loaded model. mlx-lm's own default is 2,048.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model: str | None = Field(default=None, min_length=1)
     ports: tuple[int, int] | None = None

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, TypeAlias
+from typing import Annotated, ClassVar, Literal, NoReturn, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -63,7 +63,7 @@ class SimulatedFault(BaseModel, metaclass=Worded):
         after_layers: for ``load``, how many layers are loaded before it strikes.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     phase: FaultPhase
     action: FaultAction
@@ -98,7 +98,7 @@ class SimulatedConfig(BaseModel, metaclass=Worded):
             removing it starts the count anew.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     seed: int = 0
     connect_seconds: _Seconds = 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
@@ -113,7 +113,7 @@ class EngineSpec(BaseModel, metaclass=Worded):
         config: passed to the factory as it is; JSON values only. It travels over a pipe, never on the command line.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     factory: str
     config: dict[str, JsonValue] = Field(default_factory=dict, repr=False)

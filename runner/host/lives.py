@@ -25,7 +25,7 @@ class Call:
         self.on_taken: Callable[[], None] = lambda: None
         self.on_done: Callable[[], None] = lambda: None
         """Called when it ends well, whether or not somebody still waits for it."""
-        self.over = False
+        self.over: bool = False
         self.left = False
         """Whether whoever asked for it has gone."""
         self._failure: EngineFailure | None = None
@@ -80,8 +80,8 @@ class Life(ABC):
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_gone = on_gone
 
-        self.asked_at = asyncio.get_running_loop().time()
-        self.preparing = 0.0
+        self.asked_at: float = asyncio.get_running_loop().time()
+        self.preparing: float = 0.0
         """Seconds that its start and its preparations have taken."""
         self.used = False
         """Whether it was asked for more than to be prepared: it may be in a group, or hold a model."""

@@ -89,7 +89,7 @@ class ScriptedRunner:
         if isinstance(redis, FakeStore):
             clock = clock or redis.clock
             redis = redis.client(f"rank {rank}")
-        self.engine = ScriptedEngine(auto=True, text=tuple(text))
+        self.engine: ScriptedEngine = ScriptedEngine(auto=True, text=tuple(text))
         """The engine of all its lives, to be scripted in more detail than here."""
         self.rank = rank
         self.received: list[Task] = []
@@ -114,7 +114,7 @@ class ScriptedRunner:
         # Lives must sort after one another, and two of them may begin within one millisecond of a test.
         life = next(_lives)
         self._member = _MortalMember(self._redis, self._group, incarnation=f"{life:012x}{life:016x}", **self._options)
-        self.host = ScriptedHost(self.engine, rank=self.rank)
+        self.host: ScriptedHost = ScriptedHost(self.engine, rank=self.rank)
         self._runner = _DeviatingRunner(self._member, self.host, clock=self._clock, script=self)
 
     # --- the script ---------------------------------------------------------------------------------------------------
