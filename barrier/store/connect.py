@@ -19,7 +19,6 @@ for each new connection, as certificates, keys and CAs are: what is renewed in p
 
 from __future__ import annotations
 
-import inspect
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +45,9 @@ from barrier.store.standing import IDLE_SECONDS, PasswordFile, Standing, user_of
 from barrier.store.store import Store, check_info, translated
 from barrier.store.urls import OURS, YES, check_tls_files, options
 
+__all__ = ["adopt", "connect"]
+
+
 _INTERNAL = ("himport_registry", "maint_", "orig_", "maintenance_")
 """Connection arguments that redis-py adds for itself and that must not be handed to a second pool."""
 
@@ -56,13 +58,8 @@ _LONGEST_SECRET = 4_096
 _ASK_SENTINEL_SECONDS = 1.0
 """How long a sentinel may take to answer before the next one is asked."""
 
-_UNTYPED_CONNECTION: Any = AbstractConnection
 # Off: CLIENT SETINFO is a right that a rank's user does not have, and every connection would leave a line in the ACL log.
-_NO_SETINFO: dict[str, Any] = (
-    {"driver_info": None}
-    if "driver_info" in inspect.signature(_UNTYPED_CONNECTION).parameters
-    else {"lib_name": None, "lib_version": None}  # redis-py 7.1
-)
+_NO_SETINFO: dict[str, Any] = {"driver_info": None}
 
 
 async def connect(url: str, *, settings: Settings | None = None, role: Role | None = None) -> Store:
