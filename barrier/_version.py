@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from importlib import metadata
 
+__all__: list[str] = []
+
+
 try:
     __version__ = metadata.version("rankgate")
 except metadata.PackageNotFoundError:

@@ -49,6 +49,9 @@ from barrier.store.keys import Keys
 from barrier.store.store import Store
 from barrier.store.wakeups import Subscription, Wakeups
 
+__all__ = ["MAX_NOTES_BYTES", "MAX_PAYLOAD_BYTES", "Barrier", "Statuses", "Wake"]
+
+
 MAX_PAYLOAD_BYTES = 256 * 1024
 MAX_NOTES_BYTES = 64 * 1024
 _PAGE = 64

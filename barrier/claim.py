@@ -22,6 +22,9 @@ from barrier.store.keys import Keys
 from barrier.store.report_frames import Command
 from barrier.store.store import Store, is_spoiled
 
+__all__ = ["Claims", "Wanted", "name_of"]
+
+
 _BATCH = 100
 _SHOWN = 4
 _FOR_EVER = -1  # what PTTL says of a key without a lifetime

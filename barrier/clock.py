@@ -7,6 +7,9 @@ import time
 from collections.abc import Awaitable
 from typing import Protocol, TypeVar
 
+__all__ = ["Clock", "SystemClock", "T"]
+
+
 T = TypeVar("T")
 
 

@@ -23,6 +23,22 @@ right. So the list of what is permanent is the closed one, and an answer that no
 
 from __future__ import annotations
 
+__all__ = [
+    "ClaimLost",
+    "HeartbeatFailed",
+    "InvalidName",
+    "InvalidSettings",
+    "PartFailed",
+    "RankTaken",
+    "RankgateError",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreFull",
+    "StoreRefused",
+    "StoreUnavailable",
+    "StoreUnsuitable",
+]
+
 
 class RankgateError(Exception):
     """The root of every error of ours."""

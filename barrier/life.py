@@ -9,6 +9,8 @@ from barrier.protocol.names import valid_endpoint, valid_status
 from barrier.protocol.rank_state import RankState
 from barrier.protocol.report import MAX_OUTCOMES, Report, TaskOutcome
 
+__all__ = ["Life", "Said"]
+
 
 class Said(NamedTuple):
     """What a rank says of itself besides its place in the protocol; see `barrier.Report` for each."""

@@ -23,6 +23,9 @@ from barrier.printable import printable
 if TYPE_CHECKING:
     from loguru import Logger, Record
 
+__all__ = ["LogContext", "logger", "prepare"]
+
+
 _LIVE = "rankgate"
 
 

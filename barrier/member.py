@@ -39,6 +39,9 @@ from barrier.store.report_frames import Event, append
 from barrier.store.store import Store
 from barrier.task_log import TaskLog
 
+__all__ = ["Member"]
+
+
 _trace = logger.opt(lazy=True).trace
 
 

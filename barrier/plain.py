@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
     from pydantic_core import ErrorDetails
 
+__all__ = ["number", "plain", "problems", "typed"]
+
+
 _MOST_DIGITS = 1e15
 _MOST_PROBLEMS = 4
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+__all__ = ["printable", "printable_text"]
+
+
 # Controls (C0 without tab and line feed, DEL, C1), what embeds, overrides or isolates a direction, and halves of surrogate pairs.
 _NOT_IN_TEXTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

@@ -20,6 +20,9 @@ from barrier.store.keys import Keys
 from barrier.store.report_frames import Event, ReportFrames
 from barrier.store.store import Store, is_spoiled
 
+__all__ = ["Reporter"]
+
+
 _UNSAID_EVENTS = 1_000
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from barrier.errors import InvalidSettings
 from barrier.plain import plain, typed
 
+__all__ = ["Settings"]
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

@@ -16,6 +16,9 @@ from barrier.protocol.report import Report, UndecodableReport
 from barrier.store.keys import SPARE_SEATS, Keys
 from barrier.store.store import Store
 
+__all__ = ["Seat", "Spare", "read_spares", "read_surplus", "seats_for"]
+
+
 _NODE_CHARS = 64
 
 

@@ -28,6 +28,24 @@ from barrier.clock import Clock
 from barrier.errors import RankgateError
 from barrier.log import logger
 
+__all__ = [
+    "Expected",
+    "P",
+    "T",
+    "alongside",
+    "background",
+    "described",
+    "end",
+    "ends_of",
+    "guarded",
+    "hear_loop",
+    "keep_going",
+    "passed_over",
+    "restarted",
+    "tell_mistake",
+]
+
+
 T = TypeVar("T")
 P = ParamSpec("P")
 Expected: TypeAlias = tuple[type[BaseException], ...]

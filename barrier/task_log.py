@@ -15,6 +15,9 @@ from barrier.protocol.rank_state import News
 from barrier.store.keys import Keys
 from barrier.store.store import Store, stream_entries
 
+__all__ = ["TaskLog"]
+
+
 _BATCH = 100
 
 

@@ -26,7 +26,6 @@ from barrier.plain import number
 from barrier.printable import printable
 from planner.explain import is_serving
 from planner.lifecycle import (
-    SERVING,
     Step,
     next_step,
     predecessor,
@@ -34,8 +33,9 @@ from planner.lifecycle import (
     serving_requirement,
     steps_for,
 )
+from planner.policy import Policy
 from planner.recovery import ABSENT, LOST, UNATTRIBUTED, Memory, Sighting, exhausted, is_history
-from planner.spec import InstanceSpec, Policy
+from planner.spec import InstanceSpec
 from runner.lifecycle import GENERATE, LIFECYCLE, LOAD, PREPARING
 from runner.messages import RejectionCode, derive_task_id
 
@@ -130,7 +130,7 @@ FOREVER = float("inf")
 _NAMED = 8
 """The largest number of ranks that a sentence names."""
 
-INVALID: RejectionCode = "Invalid"
+_INVALID: RejectionCode = "Invalid"
 """The code of a refusal that another attempt would only repeat."""
 
 
@@ -412,7 +412,7 @@ def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
             status = rank.report.status if rank.report else "gone"
             times = f" {attempts} times" if attempts > 1 else ""
             others = f" that {begun} began" if begun else ""
-            failure = "permanent" if outcome.code == INVALID else "transient"
+            failure = "permanent" if outcome.code == _INVALID else "transient"
             reason = f"{_who(rank)}, which is {status}, rejected {step.dispatches}{times}{others} ({_said(outcome)})"
             return _abort(epoch, Verdict.aborted(reason, rank.rank, failure))
     return _split_generation(view, epoch)
@@ -576,7 +576,7 @@ def _who(rank: RankView) -> str:
 
 
 __all__ = [
-    "SERVING",
+    "FOREVER",
     "Action",
     "Conclude",
     "Finished",
@@ -588,6 +588,5 @@ __all__ = [
     "View",
     "Wait",
     "decide",
-    "is_serving",
     "topic",
 ]

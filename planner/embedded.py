@@ -40,6 +40,23 @@ from barrier.log import logger
 from barrier.plain import number
 from barrier.printable import printable
 
+__all__ = [
+    "LOOPBACK",
+    "UNIX_PATH_LIMIT",
+    "EmbeddedServer",
+    "EmbeddedServerError",
+    "Endpoint",
+    "ServerProcess",
+    "Transport",
+    "choose_endpoint",
+    "find_free_port",
+    "find_valkey_binary",
+    "last_words",
+    "make_server_directory",
+    "quoted",
+]
+
+
 Transport: TypeAlias = Literal["unix", "tcp"]
 
 LOOPBACK = "127.0.0.1"

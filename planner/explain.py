@@ -5,6 +5,8 @@ from __future__ import annotations
 from barrier import Snapshot, Verdict, explain, missing_ranks
 from planner.lifecycle import next_step, serving_requirement
 
+__all__ = ["explain_instance", "is_serving"]
+
 
 def is_serving(snapshot: Snapshot) -> bool:
     """Whether every rank serves, in one epoch without a verdict."""

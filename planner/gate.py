@@ -47,9 +47,13 @@ from barrier.log import logger
 from barrier.protocol.names import shown
 from barrier.protocol.outcomes import ConcludeOutcome, OpenOutcome, ReleaseOutcome, WaitOutcome
 from planner.lifecycle import Step, StepName, predecessor, steps_for
-from planner.spec import InstanceSpec, Policy
+from planner.policy import Policy
+from planner.spec import InstanceSpec
 from planner.tasks import task_for
 from runner.messages import ModelSpec, Task, encode
+
+__all__ = ["LoadGate"]
+
 
 _OTHER_PREFIX = "Runner"
 """What other systems begin a status with that is one of ours but for that."""

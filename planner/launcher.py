@@ -31,6 +31,19 @@ from barrier.errors import InvalidSettings
 from barrier.plain import number
 from barrier.printable import printable
 
+__all__ = [
+    "Launcher",
+    "ProcessPhase",
+    "ProcessState",
+    "Program",
+    "Restarts",
+    "exit_sentence",
+    "leave_with_parent",
+    "own_command",
+    "own_environment",
+]
+
+
 ProcessPhase: TypeAlias = Literal["running", "pausing", "given up", "ended"]
 
 _DRAIN_SECONDS = 0.5  # a helper that a dead process left behind may hold its pipe open; its last words come at once

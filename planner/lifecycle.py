@@ -14,6 +14,28 @@ from typing import Literal, TypeAlias
 from barrier import RankRule, Requirement
 from runner.lifecycle import CONNECT, LIFECYCLE, LOAD, WARM_UP, Lifecycle, Row
 
+__all__ = [
+    "ALONE",
+    "SERVING",
+    "TABLE",
+    "TURNS",
+    "Ranks",
+    "Step",
+    "StepName",
+    "Turn",
+    "everyone",
+    "followers",
+    "leader",
+    "next_step",
+    "predecessor",
+    "proofs_of",
+    "proven_steps",
+    "serving_requirement",
+    "steps_for",
+    "steps_of",
+]
+
+
 StepName: TypeAlias = Literal["connect", "load", "warm up followers", "warm up leader"]
 Ranks: TypeAlias = Callable[[int], tuple[int, int]]
 """The first and the last of some ranks, given the world size."""

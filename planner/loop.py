@@ -47,16 +47,19 @@ from planner.decide import (
     View,
     Wait,
     decide,
-    is_serving,
     topic,
 )
+from planner.explain import is_serving
 from planner.lifecycle import serving_requirement
+from planner.policy import Policy
 from planner.recovery import Memory, encode_notes, forgive, hold, leases, observe
 from planner.registry import InstanceRecord, Registry
 from planner.requests import GENERATE, RequestQueue
-from planner.spec import Policy
 from planner.tasks import task_for
 from runner.messages import encode
+
+__all__ = ["InstanceLoop", "State"]
+
 
 _T = TypeVar("_T")
 

@@ -22,9 +22,12 @@ from barrier.store.store import Store
 from barrier.store.wakeups import Wakeups
 from planner.explain import explain_instance
 from planner.loop import InstanceLoop, State
+from planner.policy import Policy
 from planner.registry import InstanceRecord, Registry
 from planner.requests import GenerationFailed, RequestQueue
-from planner.spec import InstanceSpec, Policy
+from planner.spec import InstanceSpec
+
+__all__ = ["Instance", "InstanceFailed", "Planner"]
 
 
 class InstanceFailed(RankgateError):

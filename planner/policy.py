@@ -9,6 +9,9 @@ from barrier.errors import InvalidSettings
 from barrier.plain import number, plain, typed
 from barrier.settings import Settings
 
+__all__ = ["PATIENCE", "Policy"]
+
+
 PATIENCE = (
     "prepare_stall",
     "connect_stall",

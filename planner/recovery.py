@@ -8,7 +8,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from barrier import EpochId, EpochRecord, RankView, Settings, Snapshot, Verdict
-from planner.spec import Policy
+from planner.policy import Policy
+
+__all__ = [
+    "ABSENT",
+    "LOST",
+    "UNATTRIBUTED",
+    "Memory",
+    "Sighting",
+    "backoff_seconds",
+    "decode_notes",
+    "encode_notes",
+    "exhausted",
+    "forgive",
+    "hold",
+    "is_history",
+    "leases",
+    "observe",
+]
+
 
 UNATTRIBUTED = -1
 """Whom a failure is charged to that no rank is to blame for."""

@@ -16,7 +16,10 @@ from barrier.store.keys import Keys, NamespaceKeys
 from barrier.store.store import Store, is_spoiled
 from planner.spec import InstanceSpec
 
-MAX_CHANGES = 1_000
+__all__ = ["FORGET_AFTER", "InstanceRecord", "OtherSpec", "OtherVersion", "Registry"]
+
+
+_MAX_CHANGES = 1_000
 FORGET_AFTER = 3_600.0
 
 
@@ -148,7 +151,7 @@ class Registry:
             # A planner that began after the store forgot would not know the instance, and could not succeed its leader.
             if written:
                 async with self._store.commands.pipeline(transaction=True) as pipe:
-                    pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
+                    pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=_MAX_CHANGES, approximate=True)
                     pipe.pexpire(self.keys.changes, self._lifetime_ms)
                     await pipe.execute()
 
@@ -241,7 +244,7 @@ class Registry:
                     pipe.multi()
                     pipe.hset(self.keys.instances, name, changed.model_dump_json())
                     pipe.pexpire(self.keys.instances, self._lifetime_ms)
-                    pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=MAX_CHANGES, approximate=True)
+                    pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=_MAX_CHANGES, approximate=True)
                     pipe.pexpire(self.keys.changes, self._lifetime_ms)
                     try:
                         await pipe.execute()

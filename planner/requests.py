@@ -30,6 +30,9 @@ from runner.messages import (
     encode,
 )
 
+__all__ = ["GENERATE", "MAX_WAITING", "GenerationFailed", "Request", "RequestQueue"]
+
+
 MAX_WAITING = 1_000
 """How many requests may wait for an instance. When there are more, the oldest are dropped."""
 

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from barrier.errors import InvalidSettings
 from barrier.plain import number
 from barrier.protocol.names import shown, valid_name, valid_world_size
-from planner.policy import PATIENCE, Policy
+from planner.policy import PATIENCE
 from runner.model import ModelSpec
 from runner.worded import Worded
 
-__all__ = ["PATIENCE", "InstanceSpec", "Policy"]
+__all__ = ["InstanceSpec"]
+
 
 _OPTIONAL = ("absence_limit", "patience")
 

@@ -17,6 +17,9 @@ from runner.messages import (
     derive_task_id,
 )
 
+__all__ = ["DEADLINE_SHARE", "generation_task", "task_for"]
+
+
 DEADLINE_SHARE = 0.8
 """The part of `Policy.connect_stall` in which the ranks must have connected: so the engine says first what it waited for."""
 

@@ -13,6 +13,23 @@ from barrier.protocol.report import TaskOutcome
 from runner.lifecycle import CANCEL, FAILED, LEAVING, LIFECYCLE, Lifecycle
 from runner.messages import Rejection, RejectionCode, StatusName, Task
 
+__all__ = [
+    "ACCEPTS",
+    "Accept",
+    "AlreadyDone",
+    "Invalid",
+    "Judgement",
+    "NotYet",
+    "Promise",
+    "Refusal",
+    "Stale",
+    "Standing",
+    "TaskResult",
+    "judge",
+    "rejection_of",
+]
+
+
 ACCEPTS: Mapping[str, frozenset[str]] = MappingProxyType(
     {status: LIFECYCLE.accepts(status, 1) | LIFECYCLE.accepts(status, 2) for status in LIFECYCLE.order}
 )

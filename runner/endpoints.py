@@ -10,6 +10,8 @@ from barrier.plain import number
 from barrier.protocol.names import valid_endpoint
 from runner.engine import EngineFailure
 
+__all__ = ["check_endpoints", "meeting_points", "reachable_at"]
+
 
 async def meeting_points(member: Member, world_size: int, *, clock: Clock, seconds: float) -> tuple[str, ...]:
     """Where each rank's engine waits in the promised epoch, in rank order, as `check_endpoints` lets it pass.

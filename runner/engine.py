@@ -12,6 +12,8 @@ from typing import Protocol
 
 from runner.messages import ModelSpec
 
+__all__ = ["Engine", "EngineDied", "EngineFailure", "EngineGroup", "GenerationRequest", "bind_endpoint", "valid_ports"]
+
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:

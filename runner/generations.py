@@ -14,6 +14,8 @@ from runner.messages import MAX_MESSAGE_BYTES, Chunk, TextGeneration, encode
 from runner.session import REMEMBERED, Work
 from runner.words import speakable
 
+__all__ = ["Generations", "pieces_of"]
+
 
 class Generations:
     """The texts that wait at a rank, and the one that is generated.

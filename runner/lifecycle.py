@@ -15,6 +15,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+__all__ = [
+    "CANCEL",
+    "CONNECT",
+    "FAILED",
+    "GENERATE",
+    "LEAVING",
+    "LIFECYCLE",
+    "LOAD",
+    "PREPARING",
+    "TABLE",
+    "WARM_UP",
+    "Lifecycle",
+    "Row",
+    "may_follow",
+]
+
+
 PREPARING = "Preparing"
 """The status of a rank that has promised an attempt and makes its engine ready. No task begins in it."""
 

@@ -17,6 +17,50 @@ from pydantic_core import from_json
 from barrier.protocol.wire import WIRE_VERSION, refusal_of
 from runner.model import Message, ModelSpec
 
+__all__ = [
+    "MAX_DEADLINE_SECONDS",
+    "MAX_MESSAGE_BYTES",
+    "MAX_PROMPT_CHARS",
+    "CancelTask",
+    "Chunk",
+    "ConnectToGroup",
+    "LoadModel",
+    "MalformedMessage",
+    "Rejection",
+    "RejectionCode",
+    "RunnerConnected",
+    "RunnerConnecting",
+    "RunnerEvent",
+    "RunnerFailed",
+    "RunnerIdle",
+    "RunnerLoaded",
+    "RunnerLoading",
+    "RunnerPreparing",
+    "RunnerReady",
+    "RunnerRunning",
+    "RunnerShutdown",
+    "RunnerShuttingDown",
+    "RunnerStatus",
+    "RunnerStatusUpdated",
+    "RunnerWarmingUp",
+    "ShortText",
+    "Shutdown",
+    "StartWarmup",
+    "StatusName",
+    "Task",
+    "TaskAcknowledged",
+    "TaskKind",
+    "TaskStatusUpdated",
+    "TextGeneration",
+    "decode_chunk",
+    "decode_event",
+    "decode_task",
+    "derive_task_id",
+    "encode",
+    "status_named",
+]
+
+
 MAX_MESSAGE_BYTES = 256 * 1024
 """The longest message that is parsed at all, in bytes. A prompt of some 60,000 words fits; a 1 MB payload is refused unread."""
 

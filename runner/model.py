@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from runner.worded import Worded
 
+__all__ = ["Message", "ModelSpec"]
+
 
 class Message(BaseModel):
     """Frozen and strict: an unknown field or a wrong type is refused."""

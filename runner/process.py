@@ -16,6 +16,9 @@ from barrier.log import logger
 from runner.engine import EngineFailure
 from runner.host import EngineHost
 
+__all__ = ["EXPECTED", "RunnerProcess"]
+
+
 EXPECTED = (RankgateError, EngineFailure)
 """What may end a part of a runner without being a mistake of ours."""
 

@@ -49,6 +49,9 @@ from runner.process import EXPECTED, RunnerProcess
 from runner.session import Say, Session, Work
 from runner.words import Failure, words_of
 
+__all__ = ["Runner"]
+
+
 _SAID_TO_PREPARE_AFTER = 0.25
 """Seconds after which a rank says that it prepares its engine; an engine that is ready sooner costs no report of its own."""
 

@@ -45,6 +45,9 @@ from runner.messages import (
 )
 from runner.words import Failure
 
+__all__ = ["QUEUED_TEXTS", "REMEMBERED", "Say", "Session", "Work"]
+
+
 REMEMBERED = 256
 """How many tasks of an epoch a runner remembers, to recognise a repeated one. The log's order protects against older ones."""
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+__all__ = ["Worded"]
+
 
 class Worded(type(BaseModel)):
     """Made of wrong values, a model of this kind raises `barrier.InvalidSettings`; pydantic's own text quotes a page of its manual.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from barrier import supervise
 from runner.engine import EngineFailure
 
+__all__ = ["Failure", "speakable", "words_of"]
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:

@@ -1,1 +1,3 @@
 """What ranks and planners say to one another, and what follows from it. No module in here waits, or knows a store."""
+
+__all__: list[str] = []

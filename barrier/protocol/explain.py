@@ -6,6 +6,8 @@ from barrier.printable import printable
 from barrier.protocol.model import RankView, Snapshot
 from barrier.protocol.requirement import Requirement, missing_ranks
 
+__all__ = ["explain", "explain_key"]
+
 
 def explain(snapshot: Snapshot, requirement: Requirement) -> str:
     """Say what the barrier waits for, naming **all** missing ranks with node, last status, its age, lease left and last error.

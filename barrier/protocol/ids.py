@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from barrier.errors import InvalidName
 from barrier.protocol.names import shown
 
+__all__ = ["INCARNATION_WIDTH", "EpochId", "LogId", "new_incarnation", "new_nonce"]
+
+
 INCARNATION_WIDTH = 28
 
 

@@ -12,6 +12,8 @@ from barrier.protocol.model import Verdict, read_verdict
 from barrier.protocol.names import shown
 from barrier.protocol.report import MAX_APPLIED
 
+__all__ = ["EpochAnnounced", "Garbage", "LogEntry", "TaskEntry", "VerdictAnnounced", "decode_entry", "describe"]
+
 
 @dataclass(frozen=True, slots=True)
 class EpochAnnounced:

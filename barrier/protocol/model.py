@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from barrier.protocol.ids import EpochId, LogId
 from barrier.protocol.report import Report
 
+__all__ = ["EpochRecord", "FailureClass", "Leadership", "RankView", "Snapshot", "StepRecord", "Verdict", "read_verdict"]
+
+
 FailureClass: TypeAlias = Literal["transient", "permanent"]
 
 

@@ -7,11 +7,26 @@ from functools import lru_cache
 
 from barrier.errors import InvalidName
 
+__all__ = [
+    "DIGEST",
+    "MAX_WORLD_SIZE",
+    "NAME",
+    "STATUS",
+    "shown",
+    "valid_digest",
+    "valid_endpoint",
+    "valid_name",
+    "valid_status",
+    "valid_step",
+    "valid_world_size",
+]
+
+
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 STATUS = re.compile(r"[A-Za-z][A-Za-z0-9]{0,31}")
-STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,95}")
+_STEP = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,95}")
 DIGEST = re.compile(r"[0-9a-f]{0,64}")
-ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
+_ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 MAX_WORLD_SIZE = 16_384
 
 
@@ -34,7 +49,7 @@ def valid_status(value: str) -> str:
 
 def valid_step(value: str) -> str:
     """Return the value if it may name a step or a task: 1 to 96 of letters, digits, space and ``._:-``."""
-    if STEP.fullmatch(value) is None:
+    if _STEP.fullmatch(value) is None:
         raise InvalidName(f"step {shown(value)} is not a step name: use 1 to 96 of letters, digits, space and ._:-")
     return value
 
@@ -48,7 +63,7 @@ def valid_digest(value: str) -> str:
 
 def valid_endpoint(value: str) -> str:
     """Return the value if it is ``host:port``, with an IPv6 address in brackets; raise `InvalidName` otherwise."""
-    found = ENDPOINT.fullmatch(value)
+    found = _ENDPOINT.fullmatch(value)
     if found is None or not 1 <= int(found[1]) <= 65_535:
         raise InvalidName(
             f"endpoint {shown(value)} is not host:port: use a host name or an IP address (IPv6 in brackets) and a port from 1 to 65535"

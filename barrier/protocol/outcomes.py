@@ -12,6 +12,33 @@ from typing import TypeAlias
 from barrier.protocol.ids import EpochId, LogId
 from barrier.protocol.model import Leadership, Verdict
 
+__all__ = [
+    "Aborted",
+    "Already",
+    "CheckOutcome",
+    "ConcludeOutcome",
+    "Concluded",
+    "Disagree",
+    "DispatchOutcome",
+    "Dispatched",
+    "Fenced",
+    "Following",
+    "LeadOutcome",
+    "Leading",
+    "NotReady",
+    "OpenOutcome",
+    "Opened",
+    "ReleaseOutcome",
+    "Released",
+    "RestoreOutcome",
+    "Restored",
+    "Superseded",
+    "TimedOut",
+    "Unconcluded",
+    "Unknown",
+    "WaitOutcome",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Leading:

@@ -14,6 +14,8 @@ from barrier.protocol.log import EpochAnnounced, TaskEntry, VerdictAnnounced
 from barrier.protocol.record import SeenRecord
 from barrier.protocol.report import MAX_APPLIED
 
+__all__ = ["News", "NotPromised", "PromiseOutcome", "Promised", "RankState"]
+
 
 @dataclass(frozen=True, slots=True)
 class Promised:

@@ -9,6 +9,20 @@ from barrier.errors import InvalidName
 from barrier.protocol.ids import INCARNATION_WIDTH, EpochId
 from barrier.protocol.model import Verdict, read_verdict
 
+__all__ = [
+    "ENDPOINTS_CHUNK",
+    "LOOK_FIELDS",
+    "ROSTER_CHUNK",
+    "SeenRecord",
+    "endpoint_fields",
+    "promise_fields",
+    "read_endpoints",
+    "read_for_promise",
+    "read_look",
+    "read_number",
+]
+
+
 ROSTER_CHUNK = 64
 """How many ranks' incarnations one field of the record holds; as in lua/prelude.lua."""
 ENDPOINTS_CHUNK = 64

@@ -22,10 +22,13 @@ from barrier.errors import InvalidName
 from barrier.protocol.ids import EpochId
 from barrier.protocol.names import shown, valid_status
 
+__all__ = ["MAX_APPLIED", "MAX_OUTCOMES", "MAX_REPORT_BYTES", "SCHEMA", "Report", "TaskOutcome", "UndecodableReport"]
+
+
 SCHEMA = "2"
 MAX_REPORT_BYTES = 16 * 1024
 MAX_APPLIED = 10**10 - 1
-MAX_ENDPOINT_CHARS = 300
+_MAX_ENDPOINT_CHARS = 300
 """The longest endpoint, in characters: a host name of 255 and a port fit."""
 MAX_OUTCOMES = 8
 """How many of its last tasks' outcomes a report carries."""
@@ -65,7 +68,7 @@ class _ReportBody(BaseModel):
     rank: int = Field(ge=0)
     seq: int = Field(default=0, ge=0)
     node: str = Field(default="", max_length=255)
-    endpoint: str = Field(default="", max_length=MAX_ENDPOINT_CHARS)
+    endpoint: str = Field(default="", max_length=_MAX_ENDPOINT_CHARS)
     pid: int = 0
     world_size: int | None = None
     lease_ms: int = Field(default=0, ge=0)
@@ -93,7 +96,7 @@ def _fields(**said: object) -> str:
 def _who(rank: int, node: str, endpoint: str, pid: int, world_size: int | None, lease_ms: int) -> str:
     """What is the same in all reports of a rank, within one epoch."""
     rest = _fields(
-        node=node[:255], endpoint=endpoint[:MAX_ENDPOINT_CHARS], pid=pid, world_size=world_size, lease_ms=lease_ms
+        node=node[:255], endpoint=endpoint[:_MAX_ENDPOINT_CHARS], pid=pid, world_size=world_size, lease_ms=lease_ms
     )
     return f'"rank":{rank}{rest and "," + rest}'
 

@@ -12,6 +12,8 @@ from barrier.protocol.ids import LogId
 from barrier.protocol.model import EpochRecord, FailureClass, RankView, Snapshot
 from barrier.protocol.names import valid_status
 
+__all__ = ["Break", "RankRule", "Requirement", "all_ranks", "find_break", "missing_ranks", "needed_from"]
+
 
 @dataclass(frozen=True, slots=True)
 class RankRule:
@@ -38,7 +40,7 @@ def all_ranks(world_size: int, statuses: str | Iterable[str]) -> Requirement:
     return (RankRule(0, world_size - 1, (statuses,) if isinstance(statuses, str) else tuple(statuses)),)
 
 
-def rank_arrived(view: RankView, epoch: EpochRecord, requirement: Requirement) -> bool:
+def _rank_arrived(view: RankView, epoch: EpochRecord, requirement: Requirement) -> bool:
     """Whether one rank's live report counts: exactly this epoch, the roster's incarnation, and a required status."""
     report = view.report
     if report is None or report.epoch != epoch.id or report.incarnation != epoch.roster[view.rank]:
@@ -51,7 +53,7 @@ def missing_ranks(snapshot: Snapshot, requirement: Requirement) -> tuple[int, ..
     epoch = snapshot.epoch
     if epoch is None or len(snapshot.ranks) != epoch.world_size:
         return tuple(range(snapshot.world_size))
-    return tuple(view.rank for view in snapshot.ranks if not rank_arrived(view, epoch, requirement))
+    return tuple(view.rank for view in snapshot.ranks if not _rank_arrived(view, epoch, requirement))
 
 
 @dataclass(frozen=True, slots=True)

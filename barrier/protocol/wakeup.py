@@ -8,6 +8,9 @@ from functools import lru_cache
 
 from barrier.printable import printable
 
+__all__ = ["Hint", "decode_hint", "parse_id", "told"]
+
+
 _LONGEST_WORD = 32
 _SHARED_WORDS = 1_024
 _LONGEST_SHARED = 80  # bytes: the epoch's number, its nonce, an incarnation, any status name of ours

@@ -19,6 +19,21 @@ from barrier.errors import InvalidName
 from barrier.protocol.names import MAX_WORLD_SIZE, valid_name, valid_world_size
 from barrier.store.keys import SPARE_SEATS, Keys, NamespaceKeys
 
+__all__ = [
+    "NOBODY",
+    "SESSION",
+    "AclUser",
+    "Grant",
+    "acl_file",
+    "admin_user",
+    "all_users",
+    "hashed",
+    "observer_user",
+    "planner_user",
+    "rank_user",
+]
+
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 SESSION = ("info", "multi", "exec", "discard", "unwatch", "ping", "select", "role", "cluster|slots", "asking")

@@ -13,6 +13,9 @@ from barrier.errors import InvalidSettings
 from barrier.store.connection import StoreConnection
 from barrier.store.fitness import is_fake
 
+__all__ = ["refuse_unusable"]
+
+
 _BY_NAME = (
     ("FakeStore", "pass its client()"),
     ("Cluster", "for a cluster pass what barrier.connect('redis+cluster://…') returns"),

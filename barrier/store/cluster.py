@@ -24,6 +24,9 @@ from barrier.store.connection import StoreConnection
 from barrier.store.standing import is_about_the_server
 from barrier.store.wording import said
 
+__all__ = ["Address", "ClusterMap", "ClusterPool", "first_key"]
+
+
 Address: TypeAlias = tuple[str, int]
 
 _KEYLESS = frozenset(
@@ -137,7 +140,7 @@ class ClusterMap:
         return [(first, last, (master[0].decode() or address[0], master[1])) for first, last, master, *_ in reply]
 
 
-class ClusterConnection(StoreConnection):
+class _ClusterConnection(StoreConnection):
     """One connection for a pool: a connection to each node that it has had to do with.
 
     A call without a key (EXEC after WATCH, UNWATCH, INFO) goes where the last one went.
@@ -260,5 +263,5 @@ class ClusterPool(ConnectionPool):
 
     def __init__(self, cluster: ClusterMap, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
         self.cluster = cluster
-        made: type[AbstractConnection] = ClusterConnection
+        made: type[AbstractConnection] = _ClusterConnection
         super().__init__(connection_class=made, cluster=cluster, **kwargs)  # pyright: ignore[reportUnknownMemberType]  as above

@@ -19,6 +19,8 @@ from redis.asyncio.connection import AbstractConnection
 from barrier.errors import StoreError
 from barrier.store.standing import IDLE_SECONDS, Standing, facts_of, is_about_the_server, signature_of
 
+__all__ = ["GAP", "Arguments", "StoreConnection", "Template", "at_rest", "pack", "store_connection"]
+
 
 @dataclass(frozen=True, slots=True)
 class Arguments:

@@ -20,6 +20,9 @@ from barrier.store.cluster import ClusterPool
 from barrier.store.fitness import sentinel_form
 from barrier.store.wording import host_is_unknown, said
 
+__all__ = ["diagnosed"]
+
+
 _LONGEST_LINE = 80
 
 

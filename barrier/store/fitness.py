@@ -19,6 +19,20 @@ from barrier.store.keys import Keys, NamespaceKeys
 if TYPE_CHECKING:
     from barrier.store.store import Store
 
+__all__ = [
+    "NEEDS",
+    "OBSERVER",
+    "PLANNER",
+    "RANK",
+    "Role",
+    "check_commands",
+    "check_kind",
+    "check_rights",
+    "is_fake",
+    "sentinel_form",
+]
+
+
 Role: TypeAlias = Literal["planner", "rank", "observer"]
 
 _WAY_ROUND = frozenset({"eval_ro", "evalsha_ro"})

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from barrier.protocol.names import valid_name, valid_step
 
+__all__ = ["SPARE_SEATS", "Keys", "NamespaceKeys"]
+
+
 SPARE_SEATS = 16
 """How many of those who wait for a rank can be seen."""
 

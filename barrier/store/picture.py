@@ -17,6 +17,9 @@ from barrier.protocol.model import EpochRecord, Leadership, RankView, Snapshot, 
 from barrier.protocol.report import MAX_REPORT_BYTES, Report, UndecodableReport
 from barrier.protocol.wire import refusal_of
 
+__all__ = ["DAY_MS", "as_fields", "as_words", "read_record", "read_snapshot"]
+
+
 _LONGEST_VERSION = 10
 DAY_MS = 86_400_000
 """How far above the store's clock an epoch's number may be that no planner is known to have given; as in lua/prelude.lua."""

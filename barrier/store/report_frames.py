@@ -12,6 +12,9 @@ from barrier.settings import Settings
 from barrier.store.connection import GAP, Template, pack
 from barrier.store.keys import Keys
 
+__all__ = ["Command", "Event", "ReportFrames", "append"]
+
+
 Command: TypeAlias = tuple[Any, ...]
 
 Event: TypeAlias = Mapping[str, str]

@@ -19,7 +19,10 @@ from barrier.errors import StoreUnavailable
 from barrier.store.connection import Arguments
 from barrier.store.store import Store
 
-READ_ONLY = ("check", "inspect")
+__all__ = ["VERBS", "Script", "call", "not_understood", "run", "script"]
+
+
+_READ_ONLY = ("check", "inspect")
 """Verbs that write nothing: sent as such where the server knows how, so that they need no right to write."""
 
 VERBS = ("lead", "open", "restore", "dispatch", "check", "conclude", "inspect")
@@ -76,7 +79,7 @@ async def run(
     """Run one verb: EVALSHA, and EVAL with the whole text where the server does not know it (it may have been flushed)."""
     loaded = script(name)
     words = call(loaded, keys, args)
-    suffix = "_RO" if name in READ_ONLY and store.read_only_scripts else ""
+    suffix = "_RO" if name in _READ_ONLY and store.read_only_scripts else ""
     with store.errors():
         [reply] = await store.exchange([(f"EVALSHA{suffix}", loaded.sha, *words)])
         if isinstance(reply, NoScriptError):

@@ -13,6 +13,8 @@ from barrier.store.cluster import Address
 from barrier.store.connection import StoreConnection
 from barrier.store.wording import said
 
+__all__ = ["MasterConnection"]
+
 
 class MasterConnection(StoreConnection):
     """Mixed in before a connection of redis-py that asks Sentinel for the master: talks to a master, and to the present one.

@@ -18,6 +18,9 @@ from redis.credentials import CredentialProvider
 
 from barrier.errors import StoreRefused
 
+__all__ = ["IDLE_SECONDS", "PasswordFile", "Standing", "facts_of", "is_about_the_server", "signature_of", "user_of"]
+
+
 IDLE_SECONDS = 4.5
 """How long a connection may lie unused and be used again. A balancer or a firewall forgets what is idle, some after 5 s and without
 a word; a call that uses such a connection fails. To make one anew costs two round trips."""
@@ -65,7 +68,7 @@ def is_about_the_server(error: BaseException) -> bool:
     return not text.startswith(_ORDINARY_TEXTS) and "RANKGATE_CORRUPT" not in text
 
 
-class Hanging(Protocol):
+class _Hanging(Protocol):
     """A connection, as far as it matters here."""
 
     def hang_up(self) -> None:
@@ -85,13 +88,13 @@ class Standing:
     def __init__(self, judge: Callable[[dict[str, Any], str], object] | None = None) -> None:
         self.judge = judge
         self.turn: int = 0
-        self._connected: WeakSet[Hanging] = WeakSet()
+        self._connected: WeakSet[_Hanging] = WeakSet()
 
-    def connected(self, connection: Hanging) -> None:
+    def connected(self, connection: _Hanging) -> None:
         """Know of one more."""
         self._connected.add(connection)
 
-    def doubt(self, finder: Hanging) -> None:
+    def doubt(self, finder: _Hanging) -> None:
         """End the connections: the finder's reply says that the server is the wrong one now.
 
         The others, blocked readers too, end at once. The finder may have replies to read; it ends before it is used again.

@@ -27,8 +27,11 @@ from barrier.store.connection import at_rest, pack
 from barrier.store.fitness import check_commands, check_kind, is_fake
 from barrier.store.wording import host_is_unknown, said, scrubbed
 
-MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
-SAFE_POLICY = "noeviction"
+__all__ = ["Store", "StreamEntry", "check_info", "is_spoiled", "raw_entries", "stream_entries", "translated"]
+
+
+_MINIMUM_VERSIONS = {"redis": (6, 2), "valkey": (7, 2)}
+_SAFE_POLICY = "noeviction"
 
 _MULTI, _EXEC = pack(("MULTI",)), pack(("EXEC",))
 
@@ -388,11 +391,11 @@ def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
     Returns:
         ``redis`` or ``valkey``, and major and minor version; empty where INFO did not say.
     """
-    policy = info.get("maxmemory_policy", SAFE_POLICY)
-    if policy != SAFE_POLICY:
+    policy = info.get("maxmemory_policy", _SAFE_POLICY)
+    if policy != _SAFE_POLICY:
         raise StoreUnsuitable(
             f"the store at {where} has maxmemory-policy {policy}, which may drop a barrier's key without an error; "
-            f"set maxmemory-policy {SAFE_POLICY}"
+            f"set maxmemory-policy {_SAFE_POLICY}"
         )
     if info.get("role", "master") != "master":
         master = ":".join(str(info[key]) for key in ("master_host", "master_port") if key in info)
@@ -400,7 +403,7 @@ def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
     kind = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get(f"{kind}_version", ""))
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers and numbers < MINIMUM_VERSIONS[kind]:
-        wanted = ".".join(str(part) for part in MINIMUM_VERSIONS[kind])
+    if numbers and numbers < _MINIMUM_VERSIONS[kind]:
+        wanted = ".".join(str(part) for part in _MINIMUM_VERSIONS[kind])
         raise StoreUnsuitable(f"the store at {where} is {kind} {version}; {kind} {wanted} or newer is needed")
     return kind, numbers

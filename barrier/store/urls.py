@@ -25,6 +25,9 @@ from barrier.errors import InvalidSettings
 from barrier.log import logger
 from barrier.protocol.names import shown
 
+__all__ = ["NO", "OURS", "YES", "check_tls_files", "options"]
+
+
 OURS = ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file", "sentinel_tls")
 """What a URL may say after its ``?`` that is not redis-py's."""
 

@@ -43,6 +43,20 @@ from barrier.store.picture import as_fields, as_words, read_snapshot
 from barrier.store.script import call, not_understood, run, script
 from barrier.store.store import Store, StreamEntry, is_spoiled, raw_entries
 
+__all__ = [
+    "DispatchArgs",
+    "check",
+    "conclude",
+    "dispatch",
+    "dispatch_when_pushed",
+    "inspect",
+    "lead",
+    "look",
+    "open_epoch",
+    "restore",
+]
+
+
 _HINTS = 2_000
 """Hints taken in one read."""
 

@@ -21,6 +21,9 @@ from barrier.log import logger
 from barrier.protocol.wakeup import Hint, decode_hint, parse_id, told
 from barrier.store.store import Store, stream_entries
 
+__all__ = ["Subscription", "Wakeups"]
+
+
 _BATCH = 2_000
 _BUFFERED = 20_000
 _FIRST_PAUSE = 0.05  # seconds

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 
 from redis import exceptions as driver
 
+__all__ = ["host_is_unknown", "said", "scrubbed"]
+
+
 _LONGEST = 300
 _DRIVERS_OWN = re.compile(
     r"Error .*connecting to |Error while (reading|writing)|Timeout |Connection closed|Multiple exceptions|Connection (lost|reset)"

@@ -33,16 +33,32 @@ from barrier.store.keys import Keys
 from barrier.store.store import Store
 from barrier.testing import reference as ref
 
+__all__ = [
+    "KINDS",
+    "LIVES",
+    "NONCES",
+    "REQUIREMENTS",
+    "SEQUENCES",
+    "WORLD_SIZE",
+    "Call",
+    "Difference",
+    "Kind",
+    "Twins",
+    "check",
+    "run",
+]
+
+
 WORLD_SIZE = 2
-LEASE_SECONDS = 3_600.0
+_LEASE_SECONDS = 3_600.0
 """Of reports and leaderships: no history takes so long."""
 
 NONCES = tuple(f"{number:032x}" for number in range(1, 7))
 LIVES = tuple(f"{life:012x}{life:016x}" for life in (1, 2))
-ALL_IDLE: Requirement = (RankRule(0, 1, ("Idle",)),)
-ALL_CONNECTED: Requirement = (RankRule(0, 1, ("Connected",)),)
-LEADER_IDLE: Requirement = (RankRule(0, 0, ("Idle",)), RankRule(1, 1, ("Idle", "Connected")))
-REQUIREMENTS = (ALL_IDLE, ALL_CONNECTED, LEADER_IDLE)
+_ALL_IDLE: Requirement = (RankRule(0, 1, ("Idle",)),)
+_ALL_CONNECTED: Requirement = (RankRule(0, 1, ("Connected",)),)
+_LEADER_IDLE: Requirement = (RankRule(0, 0, ("Idle",)), RankRule(1, 1, ("Idle", "Connected")))
+REQUIREMENTS = (_ALL_IDLE, _ALL_CONNECTED, _LEADER_IDLE)
 
 Kind: TypeAlias = Literal[
     "say", "lapse", "lead", "resign", "unlead", "open", "restore", "check", "dispatch", "conclude", "flush", "forget"
@@ -90,7 +106,7 @@ class Call:
     after: str = ""
     attempt: int = 1
     repeatable: bool = False
-    needs: Requirement = ALL_CONNECTED
+    needs: Requirement = _ALL_CONNECTED
     digest: str = ""
 
 
@@ -223,7 +239,7 @@ class Twins:
         by: dict[str, Any] = {"leadership": self.leaderships[-1 - call.term % len(self.leaderships)]}
         match call.kind:
             case "lead" | "resign":
-                lease = LEASE_SECONDS if call.kind == "lead" else 0.0
+                lease = _LEASE_SECONDS if call.kind == "lead" else 0.0
                 return (
                     lambda now: ref.lead(state, now, holder=call.holder, floor=call.n, lease_ms=round(lease * 1000)),
                     lambda: verbs.lead(store, keys, holder=call.holder, floor=call.n, lease=lease or None),
@@ -276,7 +292,7 @@ class Twins:
             digest=call.digest,
         )
         with self.store.errors():
-            await self.store.commands.set(self.keys.rank(rank), report.encode(), px=round(LEASE_SECONDS * 1000))
+            await self.store.commands.set(self.keys.rank(rank), report.encode(), px=round(_LEASE_SECONDS * 1000))
         known = ref.ReferenceReport(
             report.incarnation, report.status, epoch, report.applied, report.floor, report.digest, until_ms=2**62
         )
@@ -400,7 +416,7 @@ SEQUENCES: Mapping[str, tuple[Call, ...]] = {
         Call("dispatch"),
         Call("say", rank=1, status="Idle", bound=True),
         Call("dispatch"),
-        Call("dispatch", needs=LEADER_IDLE),
+        Call("dispatch", needs=_LEADER_IDLE),
         Call("lapse", rank=1),
         Call("check"),
         Call("dispatch"),
@@ -411,9 +427,9 @@ SEQUENCES: Mapping[str, tuple[Call, ...]] = {
         *_OPENED,
         Call("say", rank=0, bound=True),
         Call("say", rank=1, status="Connected", bound=True),
-        Call("check", needs=ALL_IDLE),
-        Call("dispatch", needs=ALL_CONNECTED),
-        Call("dispatch", needs=LEADER_IDLE),
+        Call("check", needs=_ALL_IDLE),
+        Call("dispatch", needs=_ALL_CONNECTED),
+        Call("dispatch", needs=_LEADER_IDLE),
     ),
     "a step goes out once; a refused one again as a further attempt": (
         *_LOADED,

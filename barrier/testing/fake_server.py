@@ -27,6 +27,9 @@ from fakeredis.aioredis import AsyncFakeSocket
 
 from barrier.testing.faults import unpack_commands
 
+__all__ = ["Replies", "ServerSocket", "WatchedDatabase"]
+
+
 _PLAIN = frozenset((bytes, int, list, type(None)))
 """What a reply is that is handed on as it is, when nothing is decoded."""
 
@@ -70,7 +73,7 @@ class WatchedDatabase(Database):
         super().notify_watch(key)
 
 
-class CompilingRuntime:
+class _CompilingRuntime:
     """A Lua runtime that compiles each script once, where fakeredis compiles it, and collects all garbage, at each call."""
 
     def __init__(self, runtime: Any) -> None:  # noqa: ANN401  lupa is untyped
@@ -98,7 +101,7 @@ class Replies(asyncio.Queue[Any]):
         return bool(waiting) and type(waiting[0]) in _PLAIN
 
 
-class ServerSide(Protocol):
+class _ServerSide(Protocol):
     """What a connection's socket asks of the store that it belongs to."""
 
     @property
@@ -123,7 +126,7 @@ class ServerSide(Protocol):
 class ServerSocket(AsyncFakeSocket):
     """The server's end of one connection. Does what fakeredis does, at a fraction of its time, which simulations live on."""
 
-    def __init__(self, store: ServerSide, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as fakeredis
+    def __init__(self, store: _ServerSide, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as fakeredis
         super().__init__(*args, **kwargs)
         self.responses: Replies = Replies()
         self._store = store
@@ -221,7 +224,7 @@ class ServerSocket(AsyncFakeSocket):
 
     def _get_server_runtime(self, server: Any) -> Any:  # noqa: ANN401  as fakeredis
         if getattr(server, "rankgate_runtime", None) is None:
-            server.rankgate_runtime = CompilingRuntime(super()._get_server_runtime(server))
+            server.rankgate_runtime = _CompilingRuntime(super()._get_server_runtime(server))
         return server.rankgate_runtime
 
     def _lua_redis_call(self, lua_runtime: Any, expected_globals: set[Any], op: bytes, *args: Any) -> Any:  # noqa: ANN401  as fakeredis

@@ -31,6 +31,9 @@ from barrier.testing.faults import FaultPlan, FaultyConnection, unpack_commands
 from barrier.testing.manual_clock import ManualClock
 from barrier.testing.names import CountsByName, one_of
 
+__all__ = ["FakeStore", "StoreSnapshot"]
+
+
 _SERVER_STARTED = 1_700_000_000.0
 """What the store's own clock says when a manual clock begins, in seconds since 1970."""
 

@@ -23,6 +23,9 @@ from barrier.store.connection import StoreConnection
 from barrier.store.script import VERBS, script
 from barrier.testing.names import command_name
 
+__all__ = ["Action", "FaultPlan", "FaultyConnection", "unpack_commands"]
+
+
 Action: TypeAlias = Callable[[], Awaitable[object] | object]
 _Command: TypeAlias = list[bytes]
 

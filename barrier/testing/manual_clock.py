@@ -11,6 +11,9 @@ from typing import TypeVar
 from barrier.plain import number
 from barrier.testing.waiting import settle, wait_until
 
+__all__ = ["ManualClock", "T"]
+
+
 T = TypeVar("T")
 
 _NEWS_FROM_OUTSIDE = 2.0

@@ -10,6 +10,9 @@ from redis.asyncio import Redis
 
 from barrier.store.script import VERBS
 
+__all__ = ["CountsByName", "command_name", "one_of"]
+
+
 _SENT_WITHOUT_A_METHOD = frozenset(
     {"asking", "auth", "client", "cluster", "config", "del", "discard", "exec", "function", "hello", "memory", "multi"}
     | {"object", "quit", "reset", "script", "sentinel", "unwatch", "watch", "xgroup", "xinfo"}

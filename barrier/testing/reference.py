@@ -37,6 +37,24 @@ from barrier.protocol.outcomes import (
 )
 from barrier.protocol.requirement import Requirement
 
+__all__ = [
+    "DAY_MS",
+    "ReferenceEntry",
+    "ReferenceLeader",
+    "ReferenceRecord",
+    "ReferenceReport",
+    "ReferenceState",
+    "Refusal",
+    "check",
+    "conclude",
+    "dispatch",
+    "highest_epoch",
+    "lead",
+    "open_epoch",
+    "restore",
+    "said",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class ReferenceReport:

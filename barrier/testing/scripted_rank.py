@@ -19,6 +19,9 @@ from barrier.settings import Settings
 from barrier.store.store import Store
 from barrier.testing.fake_store import FakeStore
 
+__all__ = ["ScriptedRank", "scripted_ranks"]
+
+
 _lives = itertools.count(1)
 
 

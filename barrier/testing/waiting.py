@@ -9,6 +9,9 @@ from typing import TypeVar
 
 from barrier.plain import number
 
+__all__ = ["T", "settle", "wait_until"]
+
+
 T = TypeVar("T")
 
 _EAGER_LOOKS = 500

@@ -27,6 +27,9 @@ from barrier.store.acl import (
 from barrier.store.keys import Keys
 from planner.cli.process import complain
 
+__all__ = ["AclOptions", "Role", "print_acl"]
+
+
 _LONGEST = 512
 """Characters of a password."""
 

@@ -66,6 +66,25 @@ from planner.policy import Policy
 if TYPE_CHECKING:
     from planner.spec import InstanceSpec
 
+__all__ = [
+    "acl",
+    "app",
+    "explain",
+    "generate",
+    "health",
+    "launch",
+    "planner",
+    "planner_health",
+    "race",
+    "run_app",
+    "runner",
+    "runner_health",
+    "status",
+    "stop",
+    "up",
+]
+
+
 _PROMPT = "Why do all ranks have to wait for one another?"
 _MOST_PROCESSES = 128
 _USUAL = Policy()

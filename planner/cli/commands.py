@@ -27,6 +27,8 @@ from planner.cli.watchdog import Work, supervised
 from planner.registry import OtherSpec, Registry
 from planner.requests import RequestQueue
 
+__all__ = ["ChangeRefused", "generate", "launch", "launch_agreed", "launch_unless_known", "plan", "race", "stop"]
+
 
 async def plan(
     target: Target, policy: Policy, *, wanted: InstanceSpec | None = None, state_file: Path | None = None

@@ -29,6 +29,18 @@ from planner.cli.process import connect_store
 from planner.registry import Registry
 from runner.lifecycle import FAILED
 
+__all__ = [
+    "Health",
+    "NoState",
+    "ProcessState",
+    "health",
+    "keeping_state",
+    "planner_health",
+    "read_state",
+    "runner_health",
+]
+
+
 _LATE = 3.0
 """Heartbeats without a beat after which a planner's event loop counts as hung."""
 

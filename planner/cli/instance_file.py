@@ -21,8 +21,12 @@ from pydantic import ValidationError
 
 from barrier import InvalidSettings
 from barrier.plain import problems
-from planner.spec import PATIENCE, InstanceSpec
+from planner.policy import PATIENCE
+from planner.spec import InstanceSpec
 from runner.model import ModelSpec
+
+__all__ = ["MOST_BYTES", "read_instance_file"]
+
 
 MOST_BYTES = 64 * 1024
 """A file that is larger is not an instance's."""

@@ -28,6 +28,24 @@ from planner.explain import explain_instance, is_serving
 from planner.lifecycle import next_step
 from planner.registry import InstanceRecord, Registry
 
+__all__ = [
+    "NOBODY_PLANS",
+    "TICK",
+    "Observer",
+    "Seen",
+    "Target",
+    "UnknownInstance",
+    "explain",
+    "look_again",
+    "news",
+    "overview",
+    "status",
+    "unattended",
+    "watch",
+    "whole_overview",
+]
+
+
 TICK = 0.5
 """Seconds between two looks while nothing happens; what happens wakes at once."""
 

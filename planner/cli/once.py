@@ -11,10 +11,13 @@ import typer
 from typer.core import TyperCommand
 from typer.models import CommandInfo
 
+__all__ = ["OnceTyper"]
+
+
 _T = TypeVar("_T")
 
 
-class OnceCommand(TyperCommand):
+class _OnceCommand(TyperCommand):
     """A command whose options may be given once each, except for those that count or collect."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  click's, and where that lives differs between typer's versions
@@ -44,7 +47,7 @@ class OnceTyper(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Any:  # noqa: ANN401  typer's own has twenty of them
         """As typer's."""
         above: Any = super()
-        return above.command(name, **({"cls": OnceCommand} | options))
+        return above.command(name, **({"cls": _OnceCommand} | options))
 
     def run(self, arguments: Sequence[str], name: str) -> Any:  # noqa: ANN401  as above
         """Run one command line. The other commands are there by name and by what their one line says, as much as a list needs.

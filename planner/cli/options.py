@@ -14,6 +14,55 @@ from barrier import InvalidName, InvalidSettings, Settings
 from barrier.plain import number
 from barrier.protocol.names import MAX_WORLD_SIZE, shown, valid_name
 
+__all__ = [
+    "DEFAULT_NAMESPACE",
+    "POSITIVE",
+    "AbsenceLimit",
+    "Address",
+    "AnyName",
+    "AnyNameOption",
+    "AnyWorldSize",
+    "BackoffBase",
+    "BackoffCap",
+    "CommandTimeout",
+    "ConnectStall",
+    "GenerateStall",
+    "Heartbeat",
+    "HoldBack",
+    "InstanceFile",
+    "LaunchedName",
+    "Layers",
+    "Lease",
+    "LoadStall",
+    "MaxTokens",
+    "Model",
+    "Name",
+    "NameOption",
+    "Namespace",
+    "PasswordFile",
+    "Ports",
+    "PrepareStall",
+    "Quiet",
+    "Redis",
+    "StateFile",
+    "Verbose",
+    "WaitForStore",
+    "WarmupStall",
+    "WorldSize",
+    "between",
+    "engine_name",
+    "given",
+    "held_back",
+    "needed_url",
+    "one_of",
+    "rank_range",
+    "rank_span",
+    "text_or_file",
+    "times",
+    "with_ports",
+]
+
+
 DEFAULT_NAMESPACE = "rankgate"
 
 

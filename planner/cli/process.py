@@ -32,6 +32,22 @@ if TYPE_CHECKING:
     from barrier import Store
     from barrier.store.fitness import Role
 
+__all__ = [
+    "Interrupts",
+    "LineSink",
+    "T",
+    "agrees",
+    "can_ask",
+    "complain",
+    "configure_log",
+    "connect_store",
+    "log_level",
+    "outlasting",
+    "redacted",
+    "run",
+]
+
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _FIRST_PAUSE = 0.2  # seconds before a store that is not up yet is asked again; doubled each time

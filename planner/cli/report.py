@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from planner.history import Breach, History, Timeline, find_breaches, timeline
 
+__all__ = ["check_report", "time_report"]
+
+
 _RANKS_SHOWN = 16
 
 

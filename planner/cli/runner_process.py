@@ -23,6 +23,9 @@ from planner.cli.watchdog import Work, supervised
 from runner import Engine, EngineFailure, EngineHost, EngineSpec, InlineHost, ProcessHost, Runner
 from runner.host.failures import UNFIT, sentence_of
 
+__all__ = ["SIMULATED", "EngineChoice", "EngineUnfit", "RunnerOptions", "run_all", "serve_ranks"]
+
+
 SIMULATED = "simulated"
 
 
@@ -56,7 +59,7 @@ class EngineChoice:
         if self.name == SIMULATED:
             return self._simulated(rank, world_size)
         if self.inline:
-            factory = import_factory(self.name)
+            factory = _import_factory(self.name)
             return InlineHost(lambda: factory(dict(self.config)), rank=rank)
         try:
             spec = EngineSpec(factory=self.name, config=dict(self.config))
@@ -93,7 +96,7 @@ class EngineChoice:
             raise _wrong(error) from None
 
 
-def import_factory(name: str) -> Any:  # noqa: ANN401 - what it returns is checked by whoever calls it
+def _import_factory(name: str) -> Any:  # noqa: ANN401 - what it returns is checked by whoever calls it
     """Look up ``module:factory``; raises `InvalidSettings` with the reason."""
     module, _, path = name.partition(":")
     try:

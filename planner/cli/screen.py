@@ -21,7 +21,26 @@ from runner.lifecycle import FAILED, GENERATE, LEAVING, LIFECYCLE, LOAD, PREPARI
 if TYPE_CHECKING:
     from planner.launcher import ProcessState
 
-BAR = 10
+__all__ = [
+    "Picture",
+    "Row",
+    "attempt",
+    "bar",
+    "changes",
+    "heading",
+    "merged",
+    "render",
+    "rows",
+    "sentence",
+    "sentence_key",
+    "serves",
+    "shortened",
+    "table",
+    "waited_for_ranks",
+]
+
+
+_BAR = 10
 """Length of a progress bar, in characters."""
 
 _LOADED = LIFECYCLE.since(LOAD.task)
@@ -256,8 +275,8 @@ def shortened(text: str, most: int) -> str:
 def bar(layers: tuple[int, int]) -> str:
     """A progress bar with its numbers: ``██████░░░░ 10/16``."""
     done, total = layers
-    full = BAR * done // total if total else 0
-    return f"{'█' * full}{'░' * (BAR - full)} {done:>{len(str(total))}}/{total}"
+    full = _BAR * done // total if total else 0
+    return f"{'█' * full}{'░' * (_BAR - full)} {done:>{len(str(total))}}/{total}"
 
 
 def table(all_rows: Sequence[Row], hidden: int = 0, *, width: int) -> Table:

@@ -13,6 +13,9 @@ from rich.text import Text
 from barrier.printable import printable, printable_text
 from planner.cli.screen import Picture, Row, attempt, changes, render, rows, sentence, sentence_key, serves, shortened
 
+__all__ = ["LiveShow", "PlainShow", "Show", "can_draw", "make_show", "people", "tell"]
+
+
 _WORTH_A_LINE = 0.3
 """Seconds that a wait must last before it is told on a line of its own: shorter ones the changes tell."""
 

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+__all__ = ["GuardedStream", "Output", "output"]
+
+
 _LEFT = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENXIO)
 """The other end is gone, on purpose as a rule: nobody complains about that."""
 

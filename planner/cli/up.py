@@ -31,6 +31,9 @@ from planner.history import NoSuchAttempt, read_history, timeline
 from planner.launcher import Launcher, ProcessState, Program, own_command, own_environment
 from runner.lifecycle import GENERATE
 
+__all__ = ["Cluster", "UpFailed", "UpOptions", "programs", "up"]
+
+
 _OUTLASTED = 15.0
 """Seconds of silence of the store that bringing everything up outlasts: a machine that is busy with that may answer late."""
 

@@ -22,6 +22,9 @@ from barrier.log import logger
 from barrier.plain import number
 from barrier.printable import printable
 
+__all__ = ["Pulse", "ServiceManager", "Work", "supervised"]
+
+
 _UNTIL_READY = 0.05  # seconds between two looks whether this process has begun its work
 _LONGEST_PAUSE = 1.0  # seconds before it is told again after a mistake of ours
 _MAX_STATUS = 200  # characters

@@ -24,6 +24,20 @@ from runner.messages import (
     decode_event,
 )
 
+__all__ = [
+    "EpochConcluded",
+    "EpochOpened",
+    "EpochRestored",
+    "History",
+    "HistoryEvent",
+    "Oddity",
+    "OddityKind",
+    "RankSaid",
+    "StepDispatched",
+    "read_history",
+]
+
+
 _PAGE = 1_000
 
 

@@ -27,6 +27,9 @@ from runner.messages import (
     TaskStatusUpdated,
 )
 
+__all__ = ["Breach", "Rule", "find_breaches", "kind_of"]
+
+
 Rule: TypeAlias = Literal[
     "gate",
     "once in the log",

@@ -16,6 +16,8 @@ from runner.messages import (
     TaskStatusUpdated,
 )
 
+__all__ = ["NoSuchAttempt", "Timeline", "timeline"]
+
 
 class NoSuchAttempt(RankgateError):
     """The history knows no attempt, or not the one that was asked for."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+__all__ = ["RaceFigures", "RunFigures", "conclusions", "table"]
+
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:

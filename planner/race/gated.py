@@ -27,6 +27,8 @@ from planner.race.scenario import (
 )
 from planner.spec import InstanceSpec
 
+__all__ = ["with_barrier"]
+
 
 async def with_barrier(store: Store, url: str, say: Say) -> RunFigures:
     """Run 3: bring the instance up as anybody would, and count what happens."""

@@ -12,6 +12,9 @@ from barrier.store.keys import Keys
 from planner.race.scenario import LIMIT, MODEL, PUBLISH, WORLD_SIZE
 from runner.messages import ConnectToGroup, LoadModel, StartWarmup, Task, decode_task, encode
 
+__all__ = ["Kind", "make_task", "post", "publish", "read_table", "status_in_table", "tasks_for", "until_all_are_here"]
+
+
 _LIFETIME = 600  # seconds; what is written beside the barrier's keys goes by itself
 
 Kind: TypeAlias = Literal["ConnectToGroup", "LoadModel", "StartWarmup"]

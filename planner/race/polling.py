@@ -15,6 +15,9 @@ from planner.race.figures import RunFigures
 from planner.race.mail import Kind, post, read_table, status_in_table, until_all_are_here
 from planner.race.scenario import KILLED, LIMIT, PATIENCE, POLL, RESEND, WORLD_SIZE, Role, Run, Say, ranks_named
 
+__all__ = ["due_tasks", "stale_and_fragile", "stale_and_graceful"]
+
+
 _ORDER = ("Idle", "Connecting", "Connected", "Loading", "Loaded", "WarmingUp", "Ready")
 _NEXT: Mapping[Kind, str] = {"ConnectToGroup": "Idle", "LoadModel": "Connected", "StartWarmup": "Loaded"}
 

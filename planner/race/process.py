@@ -35,6 +35,8 @@ from runner.messages import (
     encode,
 )
 
+__all__ = ["FragileRunner"]
+
 
 class FragileRunner:
     """A runner as exo's is: it takes one task after another, and raises when one comes out of state.

@@ -17,10 +17,30 @@ from planner.planner import InstanceFailed
 from runner.engines.simulated import SimulatedConfig
 from runner.messages import ModelSpec
 
+__all__ = [
+    "CONNECT",
+    "KILLED",
+    "LIMIT",
+    "MODEL",
+    "PATIENCE",
+    "POLL",
+    "PUBLISH",
+    "RESEND",
+    "SETTINGS",
+    "WORLD_SIZE",
+    "Role",
+    "Run",
+    "Say",
+    "cancelled",
+    "engine_config",
+    "ranks_named",
+]
+
+
 WORLD_SIZE = 3
 KILLED = 1
 """The rank whose process is killed once it is connected."""
-LATE = 2
+_LATE = 2
 """The rank that is held back."""
 
 POLL = 0.1
@@ -29,15 +49,15 @@ PUBLISH = 0.2
 """Seconds between two words of a runner into the table of statuses."""
 RESEND = 0.5
 """Seconds after which the planner that polls sends a task again that has brought no change."""
-DOWN = 4.0
+_DOWN = 4.0
 """Seconds for which a process that died stays down."""
-RESTARTS = 1
+_RESTARTS = 1
 """How many deaths in a row a supervisor mends. With more, the fragile runner dies once for each LoadModel that waits for it."""
 PATIENCE = 3
 """Refusals after which the planner that polls begins anew."""
 CONNECT = 0.2
 """Seconds that a rank takes to connect."""
-HELD_BACK = 2.5
+_HELD_BACK = 2.5
 """Seconds that the late rank takes longer."""
 LIMIT = 40.0
 """Seconds after which a run is over, ready or not."""
@@ -61,7 +81,7 @@ class Run:
         self._say = say
         self._began: float | None = None
         self._accident = False
-        restarts = Restarts(first_pause=DOWN, longest_pause=DOWN, most=RESTARTS)
+        restarts = Restarts(first_pause=_DOWN, longest_pause=_DOWN, most=_RESTARTS)
         self.launcher: Launcher = Launcher(programs, restarts=restarts, on_change=self._changed)
 
     @property
@@ -94,7 +114,7 @@ class Run:
             raise RankgateError(f"the process of rank {KILLED} was gone before it could be killed")
         self._accident = True
         os.kill(pid, signal.SIGKILL)
-        self.tell(f"rank {KILLED} is connected; its process is killed, and comes back in {number(DOWN)} s")
+        self.tell(f"rank {KILLED} is connected; its process is killed, and comes back in {number(_DOWN)} s")
 
     def _changed(self, state: ProcessState) -> None:
         if state.phase not in ("pausing", "given up") or not state.last_exit:
@@ -106,7 +126,7 @@ class Run:
         self.last_words = self.last_words or state.last_words
         self.tell(f"{state.program.name} died ({state.last_exit}): {state.last_words}")
         if state.phase == "given up":
-            self.tell(f"{state.program.name} is not started again: its supervisor mends {RESTARTS} death in a row")
+            self.tell(f"{state.program.name} is not started again: its supervisor mends {_RESTARTS} death in a row")
 
     async def _until(self, ready: Coroutine[Any, Any, None]) -> float | None:
         async with supervise.alongside(ready) as waiting, supervise.alongside(self.launcher.given_up()) as hopeless:
@@ -126,7 +146,7 @@ class Run:
 def engine_config(rank: int) -> SimulatedConfig:
     """The same delays in every run."""
     return SimulatedConfig(
-        connect_seconds=CONNECT + (HELD_BACK if rank == LATE else 0.0),
+        connect_seconds=CONNECT + (_HELD_BACK if rank == _LATE else 0.0),
         layer_seconds=0.05,
         warmup_seconds=0.1,
         jitter=0.0,

@@ -41,6 +41,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest, bind_endpoint, valid_ports
 from runner.messages import ModelSpec
 
+__all__ = ["MlxConfig", "MlxEngine", "T", "listening_address", "mlx_engine", "ring_addresses", "scaled_progress"]
+
+
 _WARM_UP_TOKENS = 2
 _LOOK_SECONDS = 1.0
 """How often a load that has completed no layer is looked at: does it move?"""

@@ -15,6 +15,9 @@ from contextlib import suppress
 
 from runner.engine import EngineFailure, EngineGroup, bind_endpoint
 
+__all__ = ["Ring"]
+
+
 _GREETING = "rankgate-ring"
 _LONGEST_LINE = 200
 _GREETING_SECONDS = 5.0

@@ -31,6 +31,20 @@ from runner.host import EngineSpec
 from runner.messages import ModelSpec
 from runner.worded import Worded
 
+__all__ = [
+    "MARK",
+    "FaultAction",
+    "FaultLedger",
+    "FaultPhase",
+    "SimulatedConfig",
+    "SimulatedEngine",
+    "SimulatedFault",
+    "simulated_engine_in_own_process",
+    "simulated_spec",
+    "simulated_text",
+]
+
+
 MARK = "[simulated text]"
 """What every simulated text begins with."""
 

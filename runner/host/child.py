@@ -21,6 +21,8 @@ from runner.host.frames import FrameBuffer, decode_request, encode_frame
 from runner.host.leftovers import MARK
 from runner.host.work import Work, perform
 
+__all__ = ["child_command", "child_environment", "child_main"]
+
 
 def child_command(rank: int) -> list[str]:
     """The command line of an engine's process; it holds no configuration and no prompt.

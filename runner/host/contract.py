@@ -12,6 +12,9 @@ from runner.engine import EngineDied, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
 from runner.worded import Worded
 
+__all__ = ["CHUNK_WINDOW", "PROGRESS_WINDOW", "EngineHost", "EngineSpec"]
+
+
 CHUNK_WINDOW = 16
 """How many pieces of text may be under way before the consumer has taken them; the engine waits at the next one."""
 

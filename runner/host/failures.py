@@ -15,6 +15,17 @@ from runner.host.work import Work
 if TYPE_CHECKING:
     from loguru import Logger
 
+__all__ = [
+    "MAX_FAILURE_CHARS",
+    "UNFIT",
+    "Failure",
+    "engine_log",
+    "is_permanent",
+    "sentence_of",
+    "was_cancelled",
+    "without_prompt",
+]
+
 
 MAX_FAILURE_CHARS = 1_900
 """The longest failure sentence, in characters: it has to fit into a runner's Failed status, which holds 2,000."""

@@ -10,6 +10,9 @@ from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host.work import CallName, Place, Request
 from runner.messages import ModelSpec
 
+__all__ = ["MAX_FRAME_BYTES", "FrameBuffer", "decode_request", "encode_frame", "encode_request"]
+
+
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """The longest frame that passes between a host and its child, in bytes. The longest prompt that a task may carry needs 2.4 MB."""
 

@@ -11,6 +11,8 @@ from runner.host.failures import Failure, engine_log, was_cancelled
 from runner.host.lives import BaseHost, Call, Life
 from runner.host.work import perform
 
+__all__ = ["InlineHost"]
+
 
 class InlineHost(BaseHost):
     """Hosts an engine in this process. To kill it is to cancel its call and to forget it, without a call to its ``close``.

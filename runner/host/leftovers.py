@@ -21,6 +21,9 @@ import threading
 import time
 from itertools import count
 
+__all__ = ["MARK", "begin", "end", "end_marked"]
+
+
 MARK = "RANKGATE_ENGINE"
 """The variable in the environment of an engine's process."""
 

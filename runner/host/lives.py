@@ -16,6 +16,8 @@ from runner.host.failures import MAX_FAILURE_CHARS, UNFIT, engine_log, is_perman
 from runner.host.work import Place, Value, Work
 from runner.messages import ModelSpec
 
+__all__ = ["BaseHost", "Call", "Life"]
+
 
 class Call:
     """One call under way: values pass from whoever does the work to the one who awaits it."""

@@ -19,6 +19,9 @@ from runner.host.failures import MAX_FAILURE_CHARS, Failure, engine_log
 from runner.host.frames import FrameBuffer, encode_frame, encode_request
 from runner.host.lives import BaseHost, Call, Life
 
+__all__ = ["ProcessHost"]
+
+
 _STDERR_LINES = 5
 
 _STDERR_LINE_CHARS = 300

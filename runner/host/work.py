@@ -10,10 +10,13 @@ from typing import Any, Literal, TypeAlias, cast
 from runner.engine import Engine, EngineFailure, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
 
+__all__ = ["CallName", "Place", "Request", "Value", "Work", "perform"]
+
+
 Value: TypeAlias = int | str
 CallName: TypeAlias = Literal["start", "prepare", "connect", "load", "warm_up", "generate"]
 
-DOING: dict[CallName, str] = {
+_DOING: dict[CallName, str] = {
     "start": "starting",
     "prepare": "preparing",
     "connect": "connecting",
@@ -44,7 +47,7 @@ class Work:
     @property
     def doing(self) -> str:
         """What it is, as it is said in a sentence."""
-        return DOING[self.name]
+        return _DOING[self.name]
 
     @property
     def prompt(self) -> str:

@@ -11,6 +11,8 @@ from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host import EngineHost
 from runner.messages import ModelSpec
 
+__all__ = ["EngineMisbehaves", "check_engine"]
+
 
 class EngineMisbehaves(AssertionError):
     """An engine does not do what `runner.Engine` asks for; the sentence says what."""

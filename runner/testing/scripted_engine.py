@@ -13,6 +13,9 @@ from barrier.testing.names import one_of
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest
 from runner.messages import ModelSpec
 
+__all__ = ["PHASES", "TEXT", "Phase", "ScriptedEngine"]
+
+
 Phase: TypeAlias = Literal["prepare", "connect", "load", "warm_up", "generate", "close"]
 """The calls of an `runner.Engine`."""
 

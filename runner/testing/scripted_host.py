@@ -11,6 +11,8 @@ from runner.host import InlineHost
 from runner.messages import ModelSpec
 from runner.testing.scripted_engine import ScriptedEngine
 
+__all__ = ["ScriptedHost"]
+
 
 class ScriptedHost:
     """An `runner.EngineHost`: an `InlineHost` around a `ScriptedEngine`, plus `die` for an engine that has nothing to do.

@@ -24,6 +24,9 @@ from runner.runner import Runner
 from runner.testing.scripted_engine import TEXT, ScriptedEngine
 from runner.testing.scripted_host import ScriptedHost
 
+__all__ = ["RankPhase", "ScriptedRunner", "scripted_runners"]
+
+
 RankPhase: TypeAlias = Literal["connect", "load", "warm_up", "generate"]
 """What a planner can ask of a rank's engine."""
 

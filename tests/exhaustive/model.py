@@ -30,8 +30,9 @@ from barrier.testing import reference
 from barrier.testing.reference import ReferenceEntry, ReferenceReport, ReferenceState
 from planner.decide import Conclude, OpenEpoch, RestoreEpoch, Serve, View, decide
 from planner.lifecycle import TABLE, predecessor, serving_requirement
+from planner.policy import Policy
 from planner.recovery import Memory
-from planner.spec import InstanceSpec, Policy
+from planner.spec import InstanceSpec
 from runner.admission import Accept, Promise
 from runner.lifecycle import FAILED, LIFECYCLE
 from runner.messages import (

@@ -24,9 +24,10 @@ from barrier.protocol.wakeup import decode_hint
 from barrier.store.keys import Keys
 from barrier.store.picture import as_fields, read_record
 from planner.history.events import _decode as _decode_history  # pyright: ignore[reportPrivateUsage]  as above
+from planner.policy import Policy
 from planner.recovery import decode_notes
 from planner.registry import _decode as _decode_instance  # pyright: ignore[reportPrivateUsage]  as above
-from planner.spec import InstanceSpec, Policy
+from planner.spec import InstanceSpec
 from runner.host.frames import FrameBuffer, encode_frame
 from runner.messages import (
     Chunk,

@@ -18,8 +18,10 @@ from barrier.protocol import requirement
 from barrier.protocol.model import StepRecord
 from planner import decide as brain
 from planner.decide import Conclude, Finished, GiveUp, OpenEpoch, PassGate, RestoreEpoch, Serve, Wait
+from planner.explain import is_serving
+from planner.policy import Policy
 from planner.recovery import ABSENT, LOST, Memory, encode_notes, hold, observe
-from planner.spec import InstanceSpec, Policy
+from planner.spec import InstanceSpec
 from tests.depth import examples
 
 LEASE = 6
@@ -287,7 +289,7 @@ class World:
             self.gate(self.action)
         self.take_notes(it.jitter)
         seen = self.picture()
-        serving = brain.is_serving(seen) and seen.epoch is not None and seen.epoch.digest == self.spec.digest
+        serving = is_serving(seen) and seen.epoch is not None and seen.epoch.digest == self.spec.digest
         self.memory = observe(self.memory, seen, self.policy, SETTINGS, self.now, serving=serving, jitter=it.jitter)
         self.action = brain.decide(brain.View(self.spec, self.policy, SETTINGS, seen, self.memory), self.now)
         self.seen[type(self.action).__name__] += 1

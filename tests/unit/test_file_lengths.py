@@ -13,6 +13,7 @@ LONG = {
     "barrier/barrier.py": "`Barrier`: one class, whose calls share what this planner knows of the epoch and of its lead",
     "barrier/testing/conformance.py": "`Twins`, and the list of sequences that it carries out on a store and on the model",
     "planner/cli/app.py": "every command and its options: a list, which does nothing itself",
+    "planner/cli/look.py": "every command that looks: they share the picture, and how it is followed",
     "planner/decide.py": "the whole policy, a pure function: one rule after the other, in the order in which they count",
     "planner/embedded.py": "one server's process from its start to its end, which every way of starting it shares",
     "planner/history/rules.py": "the rules of a history, one function each",

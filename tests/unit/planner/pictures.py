@@ -9,8 +9,9 @@ from barrier import EpochId, EpochRecord, LogId, RankView, Report, Settings, Sna
 from barrier.protocol.model import StepRecord
 from planner.decide import View
 from planner.lifecycle import steps_for
+from planner.policy import Policy
 from planner.recovery import Memory
-from planner.spec import InstanceSpec, Policy
+from planner.spec import InstanceSpec
 from runner.messages import derive_task_id
 
 EPOCH = EpochId(100, "a" * 32)

@@ -23,11 +23,11 @@ from planner.decide import (
     Serve,
     Wait,
     decide,
-    is_serving,
 )
+from planner.explain import is_serving
 from planner.lifecycle import steps_for
+from planner.policy import Policy
 from planner.recovery import UNATTRIBUTED, Memory
-from planner.spec import Policy
 from tests.unit.planner.pictures import (
     EPOCH,
     LATER,

@@ -12,7 +12,8 @@ from planner.lifecycle import (
     serving_requirement,
     steps_for,
 )
-from planner.spec import InstanceSpec, Policy
+from planner.policy import Policy
+from planner.spec import InstanceSpec
 from planner.tasks import generation_task, task_for
 from runner.messages import ConnectToGroup, LoadModel, ModelSpec, TextGeneration, encode
 from tests.unit.planner.pictures import EPOCH, spec

@@ -8,7 +8,8 @@ import pytest
 
 from barrier import InvalidSettings, Settings
 from planner.cli.instance_file import read_instance_file
-from planner.spec import PATIENCE, InstanceSpec, Policy
+from planner.policy import PATIENCE, Policy
+from planner.spec import InstanceSpec
 
 SETTINGS = Settings()
 """A lease of 6 s and a heartbeat of 2 s."""

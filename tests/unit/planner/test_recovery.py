@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barrier import EpochId, Snapshot, Verdict
+from planner.policy import Policy
 from planner.recovery import (
     UNATTRIBUTED,
     Memory,
@@ -23,7 +24,6 @@ from planner.recovery import (
     is_history,
     observe,
 )
-from planner.spec import Policy
 from tests.unit.planner.pictures import LATER, NOW, POLICY, SETTINGS, life, memory, outcome, picture, record
 
 LEASE = SETTINGS.lease
