@@ -37,7 +37,7 @@ test: $(STAMP) ## the quick tests, the wheel's included (ARGS="-k name" for some
 
 .PHONY: test-depth
 test-depth: $(STAMP) ## the tests that draw random examples, with all of their examples; make test plays an eighth of them
-	$(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not bench and not mlx and not compose" $(ARGS) \
+	$(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS) \
 	    tests/property tests/fuzz tests/unit/runner/test_runner_endurance.py
 
 .PHONY: simulate
