@@ -1,4 +1,4 @@
-"""The planner: brings instances of several ranks up, keeps them up, and says which rank is at fault where it cannot.
+"""The planner: brings up instances of several ranks and keeps them up. If it cannot, it says which rank is at fault.
 
 As a library::
 
@@ -8,7 +8,7 @@ As a library::
             print(piece, end="")
         await instance.stop()
 
-It logs with loguru, and nothing until it is asked to: ``logger.enable("planner")``.
+It logs with loguru, and only after ``logger.enable("planner")``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ if "".join(sys.argv[:1]).rpartition("/")[2] != "rankgate":
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
-    """Import what is asked for, when it is asked for: the command line begins with this package, and must begin soon."""
+    """Import a name when it is first used: the command line imports this package, and must start quickly."""
     if name not in _HOME:
         raise AttributeError(f"module 'planner' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -389,7 +389,7 @@ def _rejections(view: View, epoch: EpochRecord, step: Step) -> list[tuple[RankVi
         if step.name in proven_steps(rank.report.status, rank.rank, epoch.world_size):
             continue  # it did the step, so it refused some other task (a restored record does not know the positions)
         for outcome in rank.report.outcomes:
-            # Compare the step too: foreign garbage may stand at this position, and no status proves a step that is not for this rank.
+            # Compare the step too: garbage may stand at this position, and no status proves a step that is for other ranks.
             by_place = outcome.task_id == f"log-{epoch.id.number}-{dispatched.n}" and outcome.step == step.name
             ours = outcome.task_id == task_id or by_place
             if ours and outcome.result == "rejected" and outcome.n == dispatched.n:
@@ -419,7 +419,7 @@ def _rejected_for_good(view: View, epoch: EpochRecord) -> Conclude | None:
 
 
 def _begun(view: View, epoch: EpochRecord, step: Step) -> str:
-    """The ranks that began a step. Then the others cannot be asked again: the gate needs all ranks in the status before the step."""
+    """The ranks that began a step. Then nobody can be asked again: the gate needs all ranks in the status before the step."""
     task_id = derive_task_id(view.spec.name, str(epoch.id), step.name)
     ranks = [
         f"rank {rank.rank}"

@@ -1,4 +1,4 @@
-"""What an instance waits for, and whether it serves: pure functions of a picture. Commands that only look import no more than this."""
+"""What an instance waits for, and whether it serves: pure functions of a picture. Commands that only look need no other part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a planner remembers between two pictures: progress, lapses, who is to blame and how often. Pure."""
+"""What a planner remembers between two pictures: progress, lapsed leases, which rank failed and how often. Pure functions."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ __all__ = [
 
 
 UNATTRIBUTED = -1
-"""Whom a failure is charged to that no rank is to blame for."""
+"""The key in `Memory.charges` for failures that no rank is to blame for."""
 
 ABSENT = "absent"
-"""A verdict's code: ranks gave their leases back. Nobody has failed: it costs a pause, and no part of a budget."""
+"""A verdict's code: ranks gave their leases back. Nobody has failed: a pause follows, and no charge."""
 
 LOST = "lost"
-"""A verdict's code: ranks fell silent. They have failed if they come back as other processes; otherwise they were only cut off."""
+"""A verdict's code: ranks fell silent. If another process comes for the rank, it has failed; otherwise it was only cut off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What a rank was when it was last seen, before it went away.
+    """The last report of a rank before it went away.
 
     Attributes:
         incarnation: its process.
         node: its machine.
         status: its status.
-        lease_ms: the lease that its report was written with.
-        left: whether it took its report back before the lease was over.
+        lease_ms: its lease, in milliseconds, as its report says.
+        left: whether it took its report back before its lease was over.
     """
 
     incarnation: str
@@ -58,7 +58,7 @@ class Sighting:
 
 
 def leases(snapshot: Snapshot) -> dict[int, float]:
-    """The lease that each rank's report was written with, in seconds, where it says one."""
+    """Each rank's own lease in seconds, by rank, for the reports that say one."""
     return {
         view.rank: view.report.lease_ms / 1000
         for view in snapshot.ranks
@@ -68,33 +68,33 @@ def leases(snapshot: Snapshot) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one planner knows of one instance beyond the current picture. All times by the planner's own clock, in seconds.
+    """What one planner knows of one instance besides the current picture. All times are in seconds by the planner's own clock.
 
     Attributes:
         since: when this planner began to look after the instance.
-        progress_at: when anything last moved.
-        moved: when each rank itself last moved, by rank.
-        asked_at: when ranks were last asked for something: an attempt was opened or ended, a step dispatched.
-        signature: what is compared to see whether anything moved.
+        progress_at: when any rank last gave a sign, or was last asked for something.
+        moved: when each rank itself last gave a sign, by rank.
+        asked_at: when ranks were last asked for something: an epoch was opened or ended, or a step dispatched.
+        signature: what is compared with the next picture to see signs.
         live: the ranks that had a live report in the last picture.
-        hold_until: decide nothing before: the store, not the ranks, may be at fault.
+        hold_until: decide nothing before this time: the store, not the ranks, may be at fault.
         hold_reason: why.
-        epoch_lost_at: when the epoch's record was found to be gone; ``None`` while it is there or never was.
-        missing_since: since when not all ranks were here while no attempt was under way; ``None`` while all are.
+        epoch_lost_at: when the planner found the epoch's record gone; ``None`` while it is there or never was.
+        missing_since: since when at least one rank has been away; ``None`` while all are here.
         accounted: the epoch whose verdict has been charged.
         charges: failed attempts in a row, by the rank that caused them.
         absences: attempts in a row that ended because ranks went away.
-        owed: whom it will be charged to if those that were lost last come back as other processes, and the roster they were on.
+        owed: the rank to charge if the lost ranks come back as other processes, and the roster they were on.
         picture: the last picture; ``None`` before the first.
-        gone: what each rank was before it went away, whether or not it has come back.
-        last_failure: the verdict charged last.
-        backoff_until: open no epoch before.
+        gone: the last sighting of each rank that went away, even if it has come back.
+        last_failure: the verdict that was charged last.
+        backoff_until: open no epoch before this time.
         ready_since: since when all ranks have been serving; ``None`` while they are not.
-        displaced: since when a rank's report has been that of an earlier life, by rank: that one came back late, and the
-            rightful one overwrites it with its next heartbeat, if it lives.
-        stopping: a stop was asked for.
-        launched_ms: when the instance was launched, by the store's clock: which launch this is. Verdicts of attempts that were
-            opened for another one do not count.
+        displaced: since when a rank's report has been from an older process, by rank. That process came back late. The
+            newer process, if it lives, overwrites the report with its next heartbeat.
+        stopping: somebody asked to stop the instance.
+        launched_ms: when the instance was launched, by the store's clock, in milliseconds. It names this launch: verdicts of epochs
+            that were opened for another launch do not count.
     """
 
     since: float
@@ -129,15 +129,15 @@ class Memory:
 def observe(
     memory: Memory, snapshot: Snapshot, policy: Policy, settings: Settings, now: float, *, serving: bool, jitter: float
 ) -> Memory:
-    """Take a new picture into account.
+    """The memory after a new picture.
 
     Args:
-        memory: what was known before.
+        memory: the memory before.
         snapshot: the new picture.
-        policy: how patiently to plan.
-        settings: for the length of a lease.
-        now: the planner's clock.
-        serving: whether in this picture all ranks serve.
+        policy: how long to wait.
+        settings: has the length of a lease.
+        now: the planner's clock, in seconds.
+        serving: whether all ranks serve in this picture.
         jitter: a random number from 0 to 1, for the pause before the next attempt.
     """
     memory = _notice_moves(_notice_store_faults(memory, snapshot, settings, now), snapshot, now)
@@ -158,7 +158,7 @@ def observe(
 
 
 def _has_generated(snapshot: Snapshot) -> bool:
-    """Whether a text was completed in the attempt that goes on: a standby must see it, too, or it would count on what is forgiven."""
+    """Whether a text was completed in this epoch. A standby looks too; otherwise it would count failures that are forgiven."""
     epoch = snapshot.epoch
     return (
         epoch is not None
@@ -180,31 +180,31 @@ def forgive(memory: Memory) -> Memory:
 
 
 def hold(memory: Memory, reason: str, now: float, settings: Settings) -> Memory:
-    """Decide nothing for one lease: ranks that are well will have renewed by then."""
+    """Decide nothing for one lease: healthy ranks have reported again by then."""
     return replace(memory, hold_until=now + settings.lease, hold_reason=reason)
 
 
 def is_history(memory: Memory, epoch: EpochRecord) -> bool:
-    """Whether an epoch has ended that was opened for another launch: then it says nothing about this one."""
+    """Whether the epoch has ended and was opened for another launch: then it says nothing about this launch."""
     return epoch.verdict is not None and _is_of_another_launch(memory, epoch)
 
 
 def _is_of_another_launch(memory: Memory, epoch: EpochRecord) -> bool:
-    """By its notes; by the time only where they do not name a launch.
+    """Decide by the epoch's notes, and by the time only if they name no launch.
 
-    A clock that went back would make history of every attempt of this launch, which then fails again and again without a pause.
+    By the time alone, after a clock that went back, every epoch of this launch would seem old: it would fail again without a pause.
     """
     launch = _launch_of(epoch.notes)
     return epoch.opened_ms < memory.launched_ms if launch is None else launch != memory.launched_ms
 
 
 def exhausted(memory: Memory, policy: Policy) -> bool:
-    """Whether the budget of the rank that failed last, or of failures without a culprit, is spent."""
+    """Whether the budget of any rank, or of the failures without a culprit, is spent."""
     return any(count > policy.max_failures for count in memory.charges.values())
 
 
 def backoff_seconds(failures: int, policy: Policy, jitter: float) -> float:
-    """Exponential backoff with full jitter: anything from 0 to the doubled base, up to the cap.
+    """Exponential backoff with full jitter, in seconds: anything from 0 to the base, doubled for each further failure, up to the cap.
 
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
@@ -212,14 +212,14 @@ def backoff_seconds(failures: int, policy: Policy, jitter: float) -> float:
 
 
 def encode_notes(memory: Memory) -> str:
-    """What the next planner must know, kept in the epoch's record: which launch it is for, and who has failed how often."""
+    """What the next planner must know, kept in the epoch's record: the launch, and how often each rank has failed."""
     return json.dumps(
         {"launched_ms": memory.launched_ms, "charges": {str(rank): count for rank, count in memory.charges.items()}}
     )
 
 
 def decode_notes(notes: str) -> dict[int, int]:
-    """Who has failed how often, by `encode_notes`; anything else means that nobody has."""
+    """How often each rank has failed, as `encode_notes` wrote it. A text that is not readable means that no rank has."""
     try:
         charges = _fields_of(notes)["charges"]
         return {int(rank): int(count) for rank, count in charges.items() if int(count) > 0}
@@ -228,13 +228,13 @@ def decode_notes(notes: str) -> dict[int, int]:
 
 
 def _launch_of(notes: str) -> int | None:
-    """Which launch the notes name; ``None`` where they are not ours."""
+    """The launch that the notes name; ``None`` if the notes are not ours."""
     launched = _fields_of(notes).get("launched_ms")
     return launched if type(launched) is int else None
 
 
 def _fields_of(notes: str) -> dict[str, Any]:
-    """What is noted; nothing where the text is not an object in JSON."""
+    """The notes as a dict; empty if the text is not a JSON object."""
     try:
         return dict(json.loads(notes).items())
     except (ValueError, AttributeError, RecursionError):
@@ -242,7 +242,7 @@ def _fields_of(notes: str) -> dict[str, Any]:
 
 
 def _notice_moves(memory: Memory, snapshot: Snapshot, now: float) -> Memory:
-    """Take note of when ranks moved and when they were asked to: a rank that stands still has until its stall, whatever others do."""
+    """Note when each rank gave a sign, and when ranks were asked for something. Each rank's stall counts from its own times."""
     asked, moves = signature = _asked(snapshot), _moves(snapshot)
     if signature == memory.signature:
         return memory
@@ -257,13 +257,13 @@ def _notice_moves(memory: Memory, snapshot: Snapshot, now: float) -> Memory:
 
 
 def _asked(snapshot: Snapshot) -> object:
-    """What ranks are asked for: which attempt, how far it is, whether it has ended."""
+    """What ranks are asked for: the epoch, its dispatched steps, and its verdict."""
     epoch = snapshot.epoch
     return epoch and (epoch.id, tuple((name, step.attempt) for name, step in epoch.steps.items()), epoch.verdict)
 
 
 def _moves(snapshot: Snapshot) -> tuple[object, ...]:
-    """What of each rank's report changes when the rank does something."""
+    """The parts of each rank's report that change when the rank does something."""
     return tuple(
         (view.report.incarnation, view.report.epoch, view.report.status, view.report.progress, view.report.signs)
         if view.report
@@ -280,7 +280,7 @@ def _displaced(snapshot: Snapshot) -> list[int]:
 
 
 def _notice_store_faults(memory: Memory, snapshot: Snapshot, settings: Settings, now: float) -> Memory:
-    """When most leases lapse in one tick, or the record vanishes, the fault is the store's and not the ranks'."""
+    """If most leases lapse between two looks, or the record is gone, the store is at fault and not the ranks."""
     lapsed = [rank for rank in memory.live if snapshot.ranks[rank].report is None] if memory.live else []
     if len(lapsed) >= 2 and len(lapsed) * 2 > snapshot.world_size and memory.hold_until <= now:
         memory = hold(
@@ -298,7 +298,7 @@ def _notice_store_faults(memory: Memory, snapshot: Snapshot, settings: Settings,
 
 
 def _account(memory: Memory, snapshot: Snapshot, policy: Policy, now: float, jitter: float) -> Memory:
-    """Charge a verdict once, to its culprit. A planner that takes over begins with what its predecessor noted."""
+    """Charge a verdict once, to its culprit. A planner that takes over begins with the notes of the planner before it."""
     epoch = snapshot.epoch
     if epoch is None or _is_of_another_launch(memory, epoch):
         return memory
@@ -327,15 +327,17 @@ def _account(memory: Memory, snapshot: Snapshot, policy: Policy, now: float, jit
 
 
 def _settle(memory: Memory, snapshot: Snapshot) -> Memory:
-    """Whether those that were lost have failed: a process that died has, one that was cut off or on a node that is away has not."""
+    """Decide whether the lost ranks have failed. A rank whose process died has; one that was cut off from the store has not."""
     if memory.owed is None:
         return memory
     culprit, roster = memory.owed
     views = snapshot.ranks if culprit == UNATTRIBUTED else snapshot.ranks[culprit : culprit + 1]
     lives = [(view.report.incarnation, roster[view.rank]) for view in views if view.report and view.rank < len(roster)]
-    back = [life > before for life, before in lives if life >= before]  # a ghost of an earlier life is not it
+    back = [
+        life > before for life, before in lives if life >= before
+    ]  # a late report of an older process does not count
     if len(back) < len(views):
-        return memory  # still away: that alone is nobody's failure
+        return memory  # still away, which alone is no failure
     memory = replace(memory, owed=None)
     if sum(back) * 2 <= len(back):
         return memory
@@ -343,7 +345,7 @@ def _settle(memory: Memory, snapshot: Snapshot) -> Memory:
 
 
 def _gone(memory: Memory, snapshot: Snapshot) -> Mapping[int, Sighting]:
-    """Those that went away since the last picture, and those that did before."""
+    """The ranks that went away, since the last picture or before, with their last sightings."""
     before = memory.picture
     if before is None or before.world_size != snapshot.world_size:
         return {}
@@ -352,7 +354,7 @@ def _gone(memory: Memory, snapshot: Snapshot) -> Mapping[int, Sighting]:
 
 
 def _went(before: Snapshot, view: RankView) -> bool:
-    """Whether the process that was seen of a rank is not seen any more."""
+    """Whether the process that the last picture showed for this rank is gone."""
     was = before.ranks[view.rank].report
     return was is not None and (view.report is None or view.report.incarnation > was.incarnation)
 
@@ -363,6 +365,6 @@ def _sighting(before: Snapshot, rank: int, snapshot: Snapshot) -> Sighting:
         raise AssertionError(f"rank {rank} was not seen")
     now = snapshot.ranks[rank]
     in_time = snapshot.now_ms < before.now_ms + view.lease_left_ms
-    # Where the record went as well, the store forgot it.
+    # If the record is gone too, the store forgot both, and the rank did not leave.
     left = now.report is None and not now.undecodable and in_time and snapshot.epoch is not None
     return Sighting(view.report.incarnation, view.report.node, view.report.status, view.report.lease_ms, left)

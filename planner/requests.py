@@ -1,4 +1,4 @@
-"""Generations: clients write requests to a stream, the leading planner dispatches them, and each answer has a stream of its own."""
+"""Generations: clients write requests to a stream, the leading planner dispatches them, and each answer is a stream."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class RequestQueue:
     ) -> bytes:
         settings = self._store.settings
         with self._store.errors():
-            # Read the time in one transaction with a key of the group: on a cluster, the planner compares the deadline with that server's clock.
+            # Read the time together with a key of the group: on a cluster, the planner reads the clock of that key's server.
             async with self._store.commands.pipeline(transaction=True) as pipe:
                 pipe.pttl(self._keys.requests)
                 pipe.time()
@@ -313,7 +313,7 @@ class RequestQueue:
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Finish the work even while the caller is being cancelled: an anyio scope cancels each await again. The store's timeouts bound it."""
+    """Finish the work even while the caller is being cancelled (an anyio scope cancels each await). The store's timeouts bound it."""
     # Nothing depends on it: a request that is not taken back ends by its own deadline.
     task = supervise.background(
         _told(work), "taking back a request", on_mistake=lambda _: None, expected=(RankgateError,)

@@ -1,4 +1,4 @@
-"""The command line, `rankgate`. Its libraries come with an extra, so nothing in this file may need them."""
+"""The command line, `rankgate`. Its libraries come with an extra, so this file must not need them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 after Ctrl-C.
 
     Args:
-        arguments: without the program's name; those of this process where ``None``, which then is all ours: its output streams are
-            guarded, see `planner.cli.streams`.
+        arguments: the arguments without the program's name. ``None``: those of this process; then its output streams are guarded too,
+            see `planner.cli.streams`.
     """
     if arguments is None:
-        # Nothing needs to be tidied up before a command runs, and imports do not like to be torn apart.
+        # Before a command runs there is nothing to tidy up, and an exception in the middle of an import would show a traceback.
         signal.signal(signal.SIGINT, _leave_quietly)
         _guard_output()
     strange = _tell_strangers()
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if strange:
-            return 2  # which has been told
+            return 2  # `_tell_strangers` has printed why
         if missing not in _NEEDS:
             raise
         print(
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import a module of this package when it is asked for: so a command begins without what only the others need."""
+    """Import a module of this package when it is first used: a command does not import what only others need."""
     if name.startswith("_"):
         raise AttributeError(f"module 'planner.cli' has no attribute {name!r}")
     try:
@@ -71,7 +71,7 @@ def _leave_quietly(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _tell_strangers() -> bool:
-    """Warn of packages that have our names and are not ours; returns whether there are any."""
+    """Warn of foreign packages that have our names; returns whether there are any."""
     from planner.cli.ownership import stranger, strangers  # noqa: PLC0415 - see SIGINT above
 
     found = strangers()
@@ -87,7 +87,7 @@ def _guard_output() -> None:
 
 
 def _flushed(code: int) -> int:
-    """The exit code, once all that was said is out, or is known to be lost."""
+    """The exit code, after all output is written or known to be lost."""
     from planner.cli.streams import output  # noqa: PLC0415 - as above
 
     signal.signal(signal.SIGINT, _leave_quietly)

@@ -31,7 +31,7 @@ __all__ = ["AclOptions", "Role", "print_acl"]
 
 
 _LONGEST = 512
-"""Characters of a password."""
+"""The most characters that a password may have."""
 
 
 class Role(StrEnum):
@@ -49,14 +49,14 @@ class AclOptions:
     """What ``rankgate acl`` was told.
 
     Attributes:
-        instance: whose ranks.
-        namespace: which cluster.
-        role: one role, or everybody, which is a whole ACL file.
-        rank: one rank.
-        world_size: a user for each of so many ranks. Without this and `rank`, all ranks share one.
+        instance: the instance of the ranks.
+        namespace: the cluster.
+        role: one role, or all of them (a whole ACL file).
+        rank: print the user of this rank only.
+        world_size: print a user for each of so many ranks. Without this and `rank`, all ranks share one user.
         admin: whether a whole file has an administrator too.
-        password_file: where the password of the one user is; ``-`` is stdin.
-        passwords: a folder with one password a user; missing ones are made.
+        password_file: the file with the password of the single user; ``-`` is stdin.
+        passwords: a folder with one password file for each user; missing files are made.
     """
 
     instance: str
@@ -85,7 +85,7 @@ def print_acl(options: AclOptions) -> int:
     if None in secrets_of:
         complain(
             "these users have no password yet, so nobody can log in as them: pass --passwords FOLDER, or --password-file FILE "
-            "for one user, or set them with ACL SETUSER"
+            "for one user, or set passwords with ACL SETUSER"
         )
     return 0
 
@@ -97,7 +97,7 @@ def _users(options: AclOptions) -> tuple[AclUser, ...]:
             f"rank {options.rank} is given; with --world-size {options.world_size} ranks are 0 to {options.world_size - 1}"
         )
     if options.rank is not None and options.role not in (Role.ALL, Role.RANK):
-        raise InvalidSettings(f"--rank is for --role rank, and the role is {options.role.value}: leave one of them out")
+        raise InvalidSettings(f"--rank is for --role rank, and --role is {options.role.value}: leave one of them out")
     if options.rank is not None:
         return (rank_user(keys, options.rank),)
     match options.role:
@@ -123,7 +123,7 @@ def _passwords(options: AclOptions, users: Sequence[AclUser]) -> list[str | None
         if len(users) != 1:
             raise InvalidSettings(
                 f"--password-file holds one password, and there are {len(users)} users: pass --passwords FOLDER, "
-                "or --role and --rank for one of them"
+                "or --role and --rank to print one user"
             )
         return [hashed(_read(options.password_file))]
     if options.passwords is not None:
@@ -134,12 +134,12 @@ def _passwords(options: AclOptions, users: Sequence[AclUser]) -> list[str | None
 
 
 def _refuse_if_open(path: Path, found: os.stat_result, others: int, mend: str) -> None:
-    """Refuse what other users of this machine may read, or put a password of their own into."""
+    """Refuse a file or folder that other users of this machine may read or write."""
     if found.st_mode & others:
         what = "folder" if stat.S_ISDIR(found.st_mode) else "file"
         raise InvalidSettings(
             f"{path} is a {what} that others may read or write (mode {stat.S_IMODE(found.st_mode):04o}), so its passwords are no "
-            f"secret: chmod {mend} {shlex.quote(str(path))}, and have those passwords made anew that others may have seen"
+            f"secret: run chmod {mend} {shlex.quote(str(path))}, and replace the passwords that others may have seen"
         )
 
 
@@ -166,12 +166,12 @@ def _checked(line: str, where: str) -> str:
 
 
 def _kept(path: Path) -> str:
-    """The password in a file, which is made where there is none: 43 random characters that only its owner may read."""
+    """The password in a file. If there is no file, it is made with 43 random characters, and only its owner may read it."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         if path.is_file():
-            # Whom the closed folder keeps out may have the right to read a file in it: containers run as users of their own.
+            # Others may read the file, but not write it: containers run as other users and read it. The folder is closed.
             _refuse_if_open(path, path.stat(), stat.S_IWGRP | stat.S_IWOTH, "go-w")
         return _read(str(path))
     password = secrets.token_urlsafe(32)

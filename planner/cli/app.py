@@ -1,4 +1,4 @@
-"""The commands and their options. What a command does is in other modules, such as ``cli.look``. They are imported when it runs."""
+"""The commands and their options. Other modules, such as ``cli.look``, do the work. They are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ app: OnceTyper = OnceTyper(
     help="Brings up model instances that are split over several ranks: no rank is told to load before every rank is connected.",
 )
 
-# The base class of all errors of typer's parser. Its module differs between versions of typer, and this subclass of it is exported.
+# The base class of all errors of typer's parser. Typer exports only a subclass, and the base class moves between versions.
 _USAGE_ERROR: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
 
 
@@ -663,7 +663,7 @@ def planner_health(
     password_file: PasswordFile = None,
     command_timeout: CommandTimeout = None,
 ) -> None:
-    """Ask whether the planner with that state file runs, and whether every instance that shall be up has a planner, this or another."""
+    """Ask whether the planner with that state file runs, and whether every instance that shall be up has some planner."""
     _health("planner", state_file, redis, password_file, command_timeout)
 
 

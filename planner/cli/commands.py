@@ -36,9 +36,9 @@ async def plan(
     """``rankgate planner``: plan every instance that shall be up, until asked to end.
 
     Args:
-        target: where.
-        policy: how patiently.
-        wanted: an instance to launch first, unless it is on record as it is: what was stopped or given up stays so.
+        target: the server and the namespace.
+        policy: how long to wait.
+        wanted: an instance to launch first. If it was stopped or given up with this very spec, it stays so.
         state_file: where to say that this process lives; see `planner.cli.health`.
     """
     async with target.store() as store, AsyncExitStack() as stack:
@@ -58,18 +58,17 @@ async def plan(
 
 
 def _work(planner: Planner, settings: Settings) -> Work:
-    """What a service manager is told: what each instance waits for, and that this planner goes on looking at it."""
+    """What the service manager is told: what each instance waits for, and that this planner still looks at it."""
     return Work(
         ready=lambda: True,
         status=lambda: "; ".join(state.reason for state in planner.instances.values()) or "no instance is wanted",
         tried=lambda: {f"a look at {name}": looks for name, looks in planner.looks.items()},
-        patience=2
-        * (settings.lease + settings.backstop),  # as for a heartbeat, and a quiet instance is looked at that seldom
+        patience=2 * (settings.lease + settings.backstop),  # a planner looks at a quiet instance only once a backstop
     )
 
 
 async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
-    """Ask for an instance, unless the desired state has it with this very spec, up or not, or it is up with another one.
+    """Launch an instance, unless the desired state has it with this very spec (up or not), or it is up with another spec.
 
     Raises:
         StoreError: unknown; ask again.
@@ -80,10 +79,12 @@ async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
         try:
             await registry.launch(wanted, over=())
         except OtherSpec as other:
-            logger.warning("{}: it stays as it is; rankgate launch --file changes it, and ends its attempt", other)
+            logger.warning(
+                "{}: it stays as it is. To change it, use rankgate launch --file, which ends its attempt", other
+            )
     else:
         logger.warning(
-            "{} is not launched: it {}; rankgate launch brings it up again",
+            "{} is not launched: it {}. To bring it up again, use rankgate launch",
             wanted.name,
             "was given up" if record.failure else "was stopped",
         )
@@ -92,16 +93,16 @@ async def launch_unless_known(registry: Registry, wanted: InstanceSpec) -> None:
 async def launch(
     target: Target, spec: InstanceSpec, *, wait: bool, seconds: float, prompt: str | None = None, yes: bool = False
 ) -> int:
-    """``rankgate launch``: ask for an instance, tell how it comes up, and generate a text where a prompt is given.
+    """``rankgate launch``: launch an instance, tell how it comes up, and generate a text if a prompt is given.
 
     Raises:
-        ChangeRefused: the instance is up with another spec, and nobody has agreed to replace that one.
+        ChangeRefused: the instance is up with another spec, and nobody has agreed to replace it.
     """
     async with target.store() as store, Observer(store, target.namespace) as observer:
         await launch_agreed(observer, spec, yes=yes)
         if not wait:
             note = "" if (await observer.look(spec.name)).planned else f"; {NOBODY_PLANS}"
-            print(f"{spec.name} is asked for; watch it with rankgate status {spec.name} --watch{note}")
+            print(f"{spec.name} is launched; watch it with rankgate status {spec.name} --watch{note}")
             return 0
         await _until_serving(observer, spec.name, seconds)
         print(f"{spec.name} serves", flush=True)
@@ -109,14 +110,14 @@ async def launch(
 
 
 class ChangeRefused(RankgateError):
-    """An instance is up with another spec, and nobody has agreed to replace that one."""
+    """An instance is up with another spec, and nobody has agreed to replace it."""
 
 
 async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) -> None:
-    """Launch; where that takes down what is up with another spec, show the difference, and ask first.
+    """Launch. If the instance is up with another spec, show the difference and ask first.
 
-    A spec of which no attempt ever began is replaced without a question: there is nothing to take down. What is agreed to is
-    the very spec that was shown: where somebody else launches a third one meanwhile, that one is asked about.
+    If no attempt of the other spec ever began, there is nothing to end and no question. The user agrees to replace the spec that was
+    shown, and no other: if somebody launches a third spec meanwhile, the command asks again.
     """
     agreed: list[InstanceSpec] = []
     while True:
@@ -131,8 +132,8 @@ async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) ->
         ends = f"attempt {epoch.ordinal}" if epoch is not None else "it"
         if begun and not yes and not can_ask():
             raise ChangeRefused(
-                f"{refusal}, and nothing was changed: that would end {ends} for all ranks. Pass --yes to replace it, "
-                "or launch it under another name"
+                f"{refusal}, and nothing was changed: a launch would end {ends} for all ranks. Pass --yes to replace it, "
+                "or choose another name"
             )
         print(
             f"{spec.name} is up with another spec ({seen.state}, {ends}, {before.world_size} ranks):", file=sys.stderr
@@ -147,7 +148,7 @@ async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) ->
 
 
 async def stop(target: Target, name: str, *, seconds: float) -> int:
-    """``rankgate stop``: ask for the end of an instance, and wait until every rank has torn down."""
+    """``rankgate stop``: ask to stop an instance, and wait until every rank has torn down."""
     async with target.store() as store, Observer(store, target.namespace) as observer:
         seen = await observer.look(name, advice="Nothing is stopped: check the name and --namespace")
         record = seen.record
@@ -168,7 +169,7 @@ async def _until_serving(observer: Observer, name: str, seconds: float) -> None:
             raise InstanceFailed(f"{name} was stopped before it was ready")
         return seen.serving
 
-    stays = f"that was the --timeout of this command: {name} stays launched, and is taken up by itself"
+    stays = f"the --timeout of this command is over, but {name} stays launched: a planner goes on to bring it up"
     await _until(observer, name, seconds, serves, "was not ready", stays)
 
 
@@ -184,18 +185,18 @@ async def _until_stopped(observer: Observer, name: str, seconds: float) -> None:
 async def _until(
     observer: Observer, name: str, seconds: float, reached: Callable[[Seen], bool], missed: str, then: str = ""
 ) -> None:
-    """Look until an instance is where it shall be, and tell on stderr what it waits for whenever that changes.
+    """Look until an instance is in the wanted state, and say on stderr what it waits for whenever that changes.
 
     Args:
-        observer: who looks.
-        name: at which instance.
-        seconds: how long.
-        reached: whether it is there.
-        missed: what to say where it is not, in time.
-        then: what that means.
+        observer: looks at the instance.
+        name: the instance.
+        seconds: how long to look.
+        reached: whether the instance is in the wanted state.
+        missed: what to say if it is not in time, as in "did not stop".
+        then: what that means for the user.
 
     Raises:
-        InstanceFailed: the time has passed; with the explanation.
+        InstanceFailed: the time is over; with the explanation.
     """
     clock = SystemClock()
     began = clock.now()
@@ -205,7 +206,7 @@ async def _until(
         if waited >= seconds:
             raise InstanceFailed(f"{name} {missed} within {number(seconds)} s: {_waits_for(seen, then)}")
         key = sentence_key(seen.picture), seen.planned
-        if key != told and waited >= TICK:  # what is over sooner is not worth a line
+        if key != told and waited >= TICK:  # a shorter wait is not worth a line
             print(printable(_waits_for(seen)), file=sys.stderr, flush=True)
             told = key
         await observer.wait(seen, min(seconds - waited, TICK))
@@ -222,7 +223,7 @@ async def generate(target: Target, name: str, prompt: str, *, max_tokens: int, s
         seen = await observer.look(name)
         if seen.record is None or seen.record.failure or seen.record.desired != "up":
             raise InstanceFailed(f"{name} does not serve ({seen.state}): {seen.explanation}")
-        if not seen.serving and seen.planned:  # where nobody plans, that is what is told
+        if not seen.serving and seen.planned:  # without a planner, the message says that instead
             print(printable(f"{name} does not serve yet: {_waits_for(seen)}"), file=sys.stderr, flush=True)
         requests = RequestQueue(store, Keys(target.namespace, name), SystemClock())
         written = False
@@ -244,10 +245,10 @@ _T = TypeVar("_T")
 
 
 async def _unless_nobody_plans(doing: Awaitable[_T], observer: Observer, name: str, settings: Settings) -> _T:
-    """Wait for something that only a planner sets going; end when no planner has looked after the instance for a lease.
+    """Wait for something that only a planner can start; stop when the instance has had no planner for one lease.
 
     Raises:
-        InstanceFailed: nobody does. A standby takes over within a lease, so it is waited for.
+        InstanceFailed: there is no planner. A standby would have taken over within the lease.
     """
     nobody = _nobody_plans_for(settings.lease, observer, name)
     async with supervise.alongside(doing, "the request") as working, supervise.alongside(nobody) as watching:
@@ -259,13 +260,13 @@ async def _unless_nobody_plans(doing: Awaitable[_T], observer: Observer, name: s
 
 
 async def _nobody_plans_for(seconds: float, observer: Observer, name: str) -> None:
-    """Return when no planner has looked after an instance for so long; tell on stderr when that begins."""
+    """Return when an instance has had no planner for so long; say on stderr when that begins."""
     clock = SystemClock()
     since: float | None = None
     while since is None or clock.now() < since + seconds:
         try:
             seen = await observer.look(name)
-        except StoreError:  # whoever waits for the store itself says so
+        except StoreError:  # the request itself reports this
             since = None
         else:
             if seen.planned:

@@ -1,8 +1,8 @@
-"""``rankgate health``: one question to the barrier about one process, for whoever supervises it.
+"""``rankgate health``: asks the store whether one process does its work, for the program that supervises it.
 
-A process cannot be asked from outside which rank it claimed, so runners and planners that are given ``--state-file`` keep a small
-file of who they are, on a file system that ends with them (a container's tmpfs, a unit's runtime directory). `runner_health` and
-`planner_health` read it and ask the store: what the others see of this process is what counts, not that it exists.
+Nobody can ask a process from outside which rank it claimed. So runners and planners with ``--state-file`` write a small file that says
+who they are, on a file system that ends with them (a container's tmpfs, a unit's runtime directory). `runner_health` and `planner_health`
+read it and ask the store. What counts is what the others see of this process, not that it exists.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
 
 
 _LATE = 3.0
-"""Heartbeats without a beat after which a planner's event loop counts as hung."""
+"""After so many heartbeat intervals without a beat, an event loop counts as hung."""
 
 
 class NoState(RankgateError):
-    """The process that is asked about has left no state file, or one that is not readable."""
+    """The process has no state file, or one that is not readable."""
 
 
 class ProcessState(BaseModel):
@@ -54,13 +54,13 @@ class ProcessState(BaseModel):
 
     Attributes:
         kind: ``runner`` or ``planner``.
-        namespace: which cluster.
-        pid: the process, as it sees itself.
+        namespace: the cluster.
+        pid: the process id, as the process sees it (a container has its own).
         instance: the instance whose ranks it runs; empty for a planner.
-        ranks: for each rank that it runs, the incarnation that it runs it as.
+        ranks: the incarnation of each rank that it runs.
         heartbeat: seconds between two beats.
-        spare: the incarnation as which it waits for any free rank; empty where it holds ranks, or waits for one by its number.
-        beat: when the process's event loop last turned, by the machine's monotonic clock, in seconds. Containers share it.
+        spare: its incarnation while it waits for any free rank; empty if it holds ranks, or waits for a certain rank.
+        beat: when the process's event loop last ran, by the machine's monotonic clock, in seconds. Containers share this clock.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
@@ -77,11 +77,11 @@ class ProcessState(BaseModel):
 
 @asynccontextmanager
 async def keeping_state(path: Path | None, state: ProcessState | Callable[[], ProcessState]) -> AsyncGenerator[None]:
-    """Keep the state file of this process, with a beat from the event loop; remove it at the end. ``None`` keeps none.
+    """Write the state file of this process again and again from its event loop; remove it at the end.
 
     Args:
-        path: where.
-        state: who the process is, or who it is now.
+        path: the file; ``None``: there is none.
+        state: who the process is, or a function that says who it is now.
 
     Raises:
         OSError: the file cannot be written.
@@ -106,19 +106,19 @@ async def _beat(path: Path, state: Callable[[], ProcessState]) -> None:
         await asyncio.sleep(state().heartbeat)
         try:
             _write(path, state())
-        except OSError as error:  # the process goes on; whoever supervises it sees a beat that is late
+        except OSError as error:  # the process goes on; its supervisor sees a late beat
             logger.warning("the state file {} is not writable: {}", path, error.strerror or error)
 
 
 def _write(path: Path, state: ProcessState) -> None:
-    """Whole or not at all, so that a reader never sees half of it."""
+    """Replace the file as a whole, so that a reader never sees half of it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(state.model_copy(update={"beat": time.monotonic()}).model_dump_json(), encoding="utf-8")
     draft.replace(path)
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # what is left says a beat that gets older, and names a process that is gone
+    with suppress(OSError):  # a file that stays has an old beat, and names a process that is gone
         path.unlink(missing_ok=True)
 
 
@@ -128,13 +128,13 @@ def read_state(path: Path, kind: Literal["runner", "planner"]) -> ProcessState:
         state = ProcessState.model_validate_json(path.read_bytes())
     except OSError as error:
         raise NoState(
-            f"{path} cannot be read ({error.strerror or error}): the {kind} has not begun yet, has ended, or was started without "
+            f"{path} cannot be read ({error.strerror or error}): the {kind} has not started yet, has ended, or was started without "
             "--state-file"
         ) from None
     except ValidationError:
         raise NoState(f"{path} is not a state file of rankgate") from None
     if state.kind != kind:
-        raise NoState(f"{path} is a {state.kind}'s: ask rankgate health {state.kind}")
+        raise NoState(f"{path} is the state file of a {state.kind}: use rankgate health {state.kind}")
     return state
 
 
@@ -143,8 +143,8 @@ class Health:
     """The answer.
 
     Attributes:
-        good: whether the process does what it is there for, as far as the others can see.
-        sentence: why.
+        good: whether the process does its work, as far as the others can see.
+        sentence: why, in one sentence.
     """
 
     good: bool
@@ -152,9 +152,9 @@ class Health:
 
 
 async def runner_health(store: Store, state: ProcessState) -> Health:
-    """Ask whether every rank of a process is held by it, has a live report of its own, and that report says no failure.
+    """Ask whether the process holds each of its ranks, with a live report that does not say Failed.
 
-    Sends plain reads of the rank's own keys only, so a rank's user in the store may ask.
+    Only reads the rank's own keys, so a rank's user in the store may ask.
 
     Raises:
         StoreError: could not find out.
@@ -164,8 +164,8 @@ async def runner_health(store: Store, state: ProcessState) -> Health:
     if state.spare:
         waits = await _waits(store, keys, state.spare)
         age = time.monotonic() - state.beat
-        if not waits and age > _LATE * state.heartbeat:  # more may wait than can be seen
-            return Health(False, f"the runner's event loop has not turned for {age:.1f} s, and it holds no rank")
+        if not waits and age > _LATE * state.heartbeat:  # the store shows only some of many spares
+            return Health(False, f"the runner's event loop has not run for {age:.1f} s, and it holds no rank")
         return Health(True, f"{state.instance}: waits as a spare for any free rank")
     for rank, incarnation in sorted(state.ranks.items()):
         with store.errors():
@@ -176,7 +176,7 @@ async def runner_health(store: Store, state: ProcessState) -> Health:
             said.append(f"{where}: another process holds the rank; this one waits as a spare")
             continue
         if raw is None:
-            return Health(False, f"{where}: no live report; the lease has lapsed or the rank is not claimed yet")
+            return Health(False, f"{where}: no live report: the lease has lapsed, or the rank is not claimed yet")
         try:
             report = Report.decode(raw, rank)
         except UndecodableReport as error:
@@ -192,21 +192,21 @@ async def runner_health(store: Store, state: ProcessState) -> Health:
 async def _waits(store: Store, keys: Keys, incarnation: str, rank: int | None = None) -> bool:
     try:
         return any(spare.incarnation == incarnation for spare in await read_spares(store, keys, rank))
-    except StoreRefused:  # a user of an ACL file from before there were spares
+    except StoreRefused:  # the user comes from an older ACL file, without the right to read spares
         return False
 
 
 async def planner_health(store: Store, state: ProcessState) -> Health:
-    """Ask whether a planner's event loop turns, and whether every instance that shall be up is led by somebody.
+    """Ask whether a planner's event loop runs, and whether some planner leads every instance that shall be up.
 
-    A standby is healthy; an instance that nobody leads is not, since a healthy planner would lead it.
+    A standby is healthy. It is not if nobody leads an instance, since a healthy planner would lead it.
 
     Raises:
         StoreError: could not find out.
     """
     age = time.monotonic() - state.beat
     if age > _LATE * state.heartbeat:
-        return Health(False, f"the planner's event loop has not turned for {age:.1f} s")
+        return Health(False, f"the planner's event loop has not run for {age:.1f} s")
     led: list[str] = []
     for name, record in sorted((await Registry(store, state.namespace).all()).items()):
         if record.desired != "up" or record.failure:
@@ -223,7 +223,7 @@ async def planner_health(store: Store, state: ProcessState) -> Health:
 
 
 async def health(kind: Literal["runner", "planner"], path: Path, url: str, settings: Settings) -> int:
-    """``rankgate health``: print the sentence; 0 if the process is well, otherwise 1.
+    """``rankgate health``: print the sentence; returns 0 if the process is healthy, otherwise 1.
 
     Raises:
         NoState: see `read_state`.

@@ -1,14 +1,16 @@
-"""An instance as a small TOML file says it, so that launching, planning and running cannot disagree about it.
+"""Reads an instance from a small TOML file. Launch, planner and runners read the same file, so they agree about it.
 
 .. code-block:: toml
 
     name = "demo"            # 1 to 63 of a-z, 0-9 and -
     world_size = 4           # number of ranks
-    model_id = "simulated"   # the name that the engine knows the model by; "simulated" where it is left out
-    layers = 16              # how many layers the model has; 16 where it is left out
-    absence_limit = 3600     # seconds that ranks may be away before it is given up; where it is left out, they are waited for
-    load_stall = 600         # seconds without any progress after which a load is given up; as the planner's option where it is left out,
-                             # and so are prepare_stall, connect_stall, warmup_stall, generate_stall, backoff_base, backoff_cap
+    model_id = "simulated"   # the model's name, as the engine knows it; default "simulated"
+    layers = 16              # how many layers the model has; default 16
+    absence_limit = 3600     # seconds that ranks may be away before the instance is given up; default: no limit
+    load_stall = 600         # seconds in which a rank may load no further layer; default: the planner's option
+
+The planner's other options for stalls and pauses have keys too: prepare_stall, connect_stall, warmup_stall, generate_stall,
+backoff_base, backoff_cap.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ __all__ = ["MOST_BYTES", "read_instance_file"]
 
 
 MOST_BYTES = 64 * 1024
-"""A file that is larger is not an instance's."""
+"""A larger file is refused."""
 
 _KEYS = ("name", "world_size", "model_id", "layers", "absence_limit", *PATIENCE)
 
@@ -41,7 +43,7 @@ def read_instance_file(path: Path) -> InstanceSpec:
         path: the file; see the module's example.
 
     Raises:
-        InvalidSettings: it cannot be read, is no TOML, lacks a key, has one too many, or a value is out of range.
+        InvalidSettings: the file cannot be read, is not TOML, lacks a key, has an unknown key, or a value is out of range.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The commands that look at a running server. They begin soon: what only the others need is not imported here."""
+"""The commands that only look at a running server. They start quickly: this module imports nothing that only others need."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ __all__ = [
 
 
 TICK = 0.5
-"""Seconds between two looks while nothing happens; what happens wakes at once."""
+"""Seconds between two looks while nothing happens. A change leads to a look at once."""
 
 NOBODY_PLANS = "no planner looks after it: start one with rankgate planner"
-"""What is told where it is so."""
+"""What people are told when an instance has no planner."""
 
-_LEAST_PAUSE = 0.05  # seconds between two looks, so that a burst of changes is one look
+_LEAST_PAUSE = 0.05  # seconds between two looks, so that many changes at once lead to one look
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Which server, and what part of it."""
+    """The server, and the namespace on it."""
 
     url: str = field(repr=False)
     namespace: str
     settings: Settings
-    wait: float = 0.0  # seconds for which a store that is not up yet is asked again
+    wait: float = 0.0  # seconds for which to try again while the store cannot be used
 
     @asynccontextmanager
     async def store(self) -> AsyncGenerator[Store]:
@@ -87,10 +87,10 @@ class Seen:
 
     Attributes:
         name: the instance's name.
-        record: the desired state; ``None`` where there is none (any more), only an attempt's record.
+        record: the desired state; ``None`` if the store has only an epoch's record.
         snapshot: the barrier's picture.
-        spares: who waits for one of its ranks, as far as that was looked at.
-        surplus: reports of ranks that it does not have, as far as that was looked at.
+        spares: the runners that wait for one of its ranks; empty if nobody looked for them.
+        surplus: reports of ranks that the instance does not have; empty if nobody looked for them.
     """
 
     name: str
@@ -106,12 +106,12 @@ class Seen:
 
     @property
     def attended(self) -> bool:
-        """Whether anybody is there for it now, a planner or a rank."""
+        """Whether the instance has a planner or a live rank now."""
         return self.planned or any(view.report is not None for view in self.snapshot.ranks)
 
     @property
     def changing(self) -> bool:
-        """Whether an attempt goes on that is of another spec than is asked for now: it is about to be ended."""
+        """Whether the attempt under way is of another spec than the one that was launched: the planner is about to end it."""
         epoch, record = self.snapshot.epoch, self.record
         if epoch is None or record is None:
             return False
@@ -119,12 +119,12 @@ class Seen:
 
     @property
     def serving(self) -> bool:
-        """Whether all ranks serve what is asked for now."""
+        """Whether all ranks serve the spec that was launched."""
         return is_serving(self.snapshot) and not self.changing
 
     @property
     def state(self) -> str:
-        """One word, or few, for a list."""
+        """The state in a word or two, for a list."""
         epoch = self.snapshot.epoch
         if self.record is None or self.record.desired == "gone":
             return "stopped"
@@ -145,41 +145,39 @@ class Seen:
 
     @property
     def explanation(self) -> str:
-        """One sentence on what it waits for."""
+        """One sentence that says what the instance waits for."""
         return self.said if self.planned or not self.wanted else f"{self.said}; {NOBODY_PLANS}"
 
     @property
     def said(self) -> str:
-        """The same, whether or not a planner looks after it."""
+        """The same sentence, without a word about its planner."""
         if self.record is not None and self.record.failure:
             return self.record.failure
         epoch = self.snapshot.epoch
         if self.changing and epoch is not None:
-            return (
-                f"{self.name}: attempt {epoch.ordinal} still has the spec before; it is ended, and the next one begins"
-            )
+            return f"{self.name}: attempt {epoch.ordinal} has the old spec; the planner ends it and begins the next one"
         if epoch is None and self.state == "stopped":
             return f"{self.name} was stopped before any attempt was opened"
         return explain_instance(self.snapshot, wanted=self.record is not None and self.record.desired == "up")
 
     @property
     def told(self) -> str:
-        """The explanation, and what to do where nothing is waited for."""
+        """The explanation. If the instance waits for nothing, it also says what to do."""
         again = f"rankgate launch {self.name}"
         if self.record is not None and self.record.failure:
-            return f"{self.explanation}. Nothing is waited for: when that is mended, {again} brings it up again"
+            return f"{self.explanation}. The planner does not try again by itself: repair the cause, then run {again}"
         if self.state == "stopped":
-            return f"{self.explanation}; nothing is waited for, and {again} brings it up again"
+            return f"{self.explanation}; to bring it up again, run {again}"
         return self.explanation
 
     @property
     def wanted(self) -> bool:
-        """Whether a planner has something to do about it."""
+        """Whether the instance needs a planner."""
         return self.record is not None and not self.record.failure and self.record.desired != "gone"
 
     @property
     def picture(self) -> Picture:
-        """For the screen."""
+        """The picture for the screen."""
         spec = self.record.spec if self.record else None
         return Picture(
             instance=self.name,
@@ -198,17 +196,17 @@ class Seen:
 
     @property
     def headed(self) -> object:
-        """What the heading says that does not change by itself."""
+        """The part of the heading that changes only with the spec."""
         return self.snapshot.world_size, self.record and self.record.spec.model
 
     @property
     def besides(self) -> tuple[str, ...]:
-        """A line for each process that is there and that the instance has no use for now."""
+        """A line for each spare and each surplus runner."""
         return tuple(f"{who}, {what}" for who, what in self.others.values())
 
     @property
     def others(self) -> dict[tuple[str, int | None], tuple[str, str]]:
-        """The same by incarnation and rank: who it is, and what it does."""
+        """The same, by incarnation and rank: who it is, and what it does."""
         size = self.snapshot.world_size
         waiting = {
             (spare.incarnation, spare.rank): (
@@ -227,7 +225,7 @@ class Seen:
         return waiting | beyond
 
     def as_json(self) -> dict[str, Any]:
-        """What ``--json`` prints. Times in milliseconds."""
+        """What ``--json`` prints. Times are in milliseconds."""
         snapshot, record, epoch = self.snapshot, self.record, self.snapshot.epoch
         return {
             "instance": self.name,
@@ -286,11 +284,11 @@ class Seen:
 
 
 class Observer:
-    """Looks at instances and leads none.
+    """Looks at instances, and never leads them.
 
     Args:
-        store: where.
-        namespace: which cluster.
+        store: the store.
+        namespace: the cluster.
     """
 
     def __init__(self, store: Store, namespace: str) -> None:
@@ -305,18 +303,18 @@ class Observer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End the waiting for hints."""
+        """Stop waiting for wake-ups."""
         for barrier in self._barriers.values():
             await barrier.close()
 
     async def look(self, name: str, *, advice: str = "") -> Seen:
-        """Look at one instance. Raises `UnknownInstance` where there is neither a desired state nor an attempt's record."""
+        """Look at one instance. Raises `UnknownInstance` if the store has neither a desired state nor an epoch's record of it."""
         record = await self.registry.get(name)
         size = record.spec.world_size if record else await self._recorded_size(name, advice)
         return Seen(name, record, await self._barrier(name, size).inspect())
 
     async def look_at_all(self, *, gone: bool = False) -> list[Seen]:
-        """Look at every instance, sorted by name; at those that are gone only where asked for."""
+        """Look at every instance, sorted by name; with `gone`, also at those that were stopped lately."""
         records = await self.registry.look()
         return [
             await self.look_around(Seen(name, record, await self._barrier(name, record.spec.world_size).inspect()))
@@ -325,7 +323,7 @@ class Observer:
         ]
 
     async def look_around(self, seen: Seen) -> Seen:
-        """The same, with those who wait for a rank, and those whose rank it does not have."""
+        """The same, with its spares and its surplus runners."""
         keys = Keys(self._namespace, seen.name)
         try:
             return replace(
@@ -333,11 +331,11 @@ class Observer:
                 spares=await read_spares(self._store, keys),
                 surplus=await read_surplus(self._store, keys, seen.snapshot.world_size),
             )
-        except StoreRefused:  # a user of an ACL file from before there were spares may look at everything else
+        except StoreRefused:  # the user comes from an older ACL file; it may look at everything else
             return seen
 
     async def wait(self, seen: Seen, seconds: float) -> None:
-        """Wait until something happens to an instance, or the time has passed."""
+        """Wait until something happens to an instance, or the time is over."""
         await look_again(self._barrier(seen.name, seen.snapshot.world_size), seen.snapshot, seconds, self._clock)
 
     def _barrier(self, name: str, world_size: int) -> Barrier:
@@ -376,7 +374,7 @@ async def explain(target: Target, name: str) -> int:
 
 
 async def status(target: Target, name: str | None, *, as_json: bool, everything: bool = False) -> int:
-    """``rankgate status``: every instance, with `everything` also those that were stopped lately, or the ranks of one."""
+    """``rankgate status``: the ranks of one instance, or all instances; with `everything`, also those that were stopped lately."""
     console = people()
     async with target.store() as store, Observer(store, target.namespace) as observer:
         if name is not None:
@@ -396,7 +394,7 @@ async def status(target: Target, name: str | None, *, as_json: bool, everything:
 
 
 async def watch(target: Target, name: str | None, *, everything: bool = False) -> int:
-    """``rankgate status --watch``: the same again whenever it changes, until Ctrl-C. Without a terminal, a line a change."""
+    """``rankgate status --watch``: the same again whenever it changes, until Ctrl-C. Without a terminal, one line for each change."""
     console = people()
     async with target.store() as store, Observer(store, target.namespace) as observer:
         if name is not None:
@@ -406,7 +404,7 @@ async def watch(target: Target, name: str | None, *, everything: bool = False) -
         elif name is not None:
             await _watch_plainly(console, observer, name)
         else:
-            raise UnknownInstance("to watch all instances takes a terminal; name one of them, or use --json in a loop")
+            raise UnknownInstance("to watch all instances needs a terminal: name one instance, or use --json in a loop")
     return 0
 
 
@@ -438,7 +436,7 @@ async def _watch_plainly(console: Console, observer: Observer, name: str) -> Non
         while True:
             try:
                 seen = await observer.look_around(await observer.look(name))
-            except (StoreError, UnknownInstance) as error:  # told, and looked for again, as on the screen
+            except (StoreError, UnknownInstance) as error:  # say it and look again, as on the screen
                 show.at(clock.now() - began)
                 if str(error) != trouble:
                     trouble = str(error)
@@ -458,7 +456,7 @@ async def _watch_plainly(console: Console, observer: Observer, name: str) -> Non
 
 
 def news(before: Seen | None, seen: Seen) -> list[str]:
-    """What is new beside the ranks' statuses, a line each: whether a planner is there, and who waits for a rank or has one too many."""
+    """The news besides the ranks' statuses, one line each: a planner that comes or goes, spares, surplus runners."""
     lines: list[str] = []
     if seen.wanted and not seen.planned and (before is None or before.planned or not before.wanted):
         lines.append(f"{seen.name}: {NOBODY_PLANS}")
@@ -466,7 +464,7 @@ def news(before: Seen | None, seen: Seen) -> list[str]:
         lines.append(f"{seen.name}: a planner looks after it again")
     known = before.others if before is not None else {}
     lines += [f"{who}, {what}" for one, (who, what) in seen.others.items() if one not in known]
-    lines += [f"{who}, is not there any more" for one, (who, _) in known.items() if one not in seen.others]
+    lines += [f"{who}, is gone" for one, (who, _) in known.items() if one not in seen.others]
     return lines
 
 
@@ -499,7 +497,7 @@ def overview(everything: list[Seen], namespace: str) -> RenderableType:
 
 
 def unattended(everything: list[Seen]) -> str:
-    """That no planner looks after some of the instances; empty where one looks after each."""
+    """A sentence that names the instances without a planner; empty if each has one."""
     alone = [seen.name for seen in everything if seen.wanted and not seen.planned]
     if not alone:
         return ""
@@ -508,7 +506,7 @@ def unattended(everything: list[Seen]) -> str:
 
 
 def whole_overview(everything: list[Seen], namespace: str) -> RenderableType:
-    """The table of all instances, and what is wrong with all of them together."""
+    """The table of all instances, and which of them have no planner."""
     listed, said = overview(everything, namespace), unattended(everything)
     return Group(listed, Text(said, style="red")) if said else listed
 

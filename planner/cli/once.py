@@ -1,4 +1,4 @@
-"""What typer does not do: an option that is given twice is refused, and only the command that is run is built, options and all."""
+"""What typer does not do: refuse an option that is given twice, and build the options of only the command that runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _T = TypeVar("_T")
 
 
 class _OnceCommand(TyperCommand):
-    """A command whose options may be given once each, except for those that count or collect."""
+    """A command whose options may be given once each, except those that count or collect values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  click's, and where that lives differs between typer's versions
-        """Parse, after a look at what is given several times. Raises typer.BadParameter with the option."""
+        """Refuse options that are given several times, then parse. Raises typer.BadParameter with the option."""
         untyped: Any = self
         order: list[Any] = untyped.make_parser(ctx).parse_args(args=list(args))[2]
         for parameter, times in Counter(order).items():
@@ -35,14 +35,14 @@ class _OnceCommand(TyperCommand):
 
 
 def _once(parameter: Any) -> bool:  # noqa: ANN401  as above
-    """Whether a second time would silently win over the first. A switch that is thrown twice is thrown."""
+    """Whether a second value would silently replace the first. A plain switch may be given twice: it is on."""
     if parameter.param_type_name != "option" or parameter.multiple or parameter.count:
         return False
     return not parameter.is_flag or bool(parameter.secondary_opts)
 
 
 class OnceTyper(typer.Typer):
-    """An app whose commands are all of that kind."""
+    """An app whose commands are built by `_OnceCommand`."""
 
     def command(self, name: str | None = None, **options: Any) -> Any:  # noqa: ANN401  typer's own has twenty of them
         """As typer's."""
@@ -50,9 +50,9 @@ class OnceTyper(typer.Typer):
         return above.command(name, **({"cls": _OnceCommand} | options))
 
     def run(self, arguments: Sequence[str], name: str) -> Any:  # noqa: ANN401  as above
-        """Run one command line. The other commands are there by name and by what their one line says, as much as a list needs.
+        """Run one command line. Of the other commands only the name and the short help are built, for the list of commands.
 
-        Typer builds every option of every command, which takes longer than some commands run.
+        Typer builds every option of every command. That takes longer than some commands run.
         """
         wanted = next((one for one in arguments if not one.startswith("-")), None)
         whole = copy.copy(self)
@@ -78,4 +78,4 @@ def _listed(what: _T, **without: object) -> _T:
 
 
 def _nothing() -> None:
-    """What a command does that is only listed."""
+    """The function of a command that is only listed."""

@@ -1,4 +1,4 @@
-"""Whether `barrier`, `runner` and `planner` are rankgate's own here: other distributions have packages of these names too."""
+"""Checks that `barrier`, `runner` and `planner` belong to rankgate: other distributions have packages of these names too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["PACKAGES", "stranger", "strangers"]
 PACKAGES = ("barrier", "runner", "planner")
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _MARK = b"barrier._version"
-"""Stands in the first file of each of ours, which tells its version by it."""
+"""The first file of each of our packages contains this: it reads its version there."""
 
 
 def strangers() -> dict[str, str]:
-    """The packages that are not ours, and the file or folder that each is imported from; imports none of them."""
+    """The foreign packages, and the file or folder that each would be imported from. Imports none of them."""
     found: dict[str, str] = {}
     for name in PACKAGES:
         spec = util.find_spec(name)
@@ -29,31 +29,31 @@ def _is_ours(name: str, origin: str) -> bool:
     if os.path.realpath(origin) != os.path.realpath(os.path.join(_ROOT, name, "__init__.py")):
         return False
     try:
-        with open(origin, "rb") as file:  # that of another distribution may have been written over it
+        with open(origin, "rb") as file:  # another distribution may have overwritten our file
             return _MARK in file.read()
-    except OSError:  # it was imported, so it is there; whoever hides it knows why
+    except OSError:  # not readable, but in our folder: count it as ours
         return True
 
 
 def stranger(name: str, origin: str) -> str:
-    """What to tell the user of a package that is not ours, and the way out.
+    """A sentence about a foreign or missing package, with what to do.
 
     Args:
         name: the package.
-        origin: where it is imported from; empty where there is none.
+        origin: where it would be imported from; empty if there is none.
     """
-    from importlib import metadata  # noqa: PLC0415 - a big module that reads what is installed, for this sentence alone
+    from importlib import metadata  # noqa: PLC0415 - slow, and only this sentence needs it
 
     owners = sorted(set(metadata.packages_distributions().get(name, ())) - {"rankgate"})
     again = f"{sys.executable} -m pip install --force-reinstall --no-deps rankgate"
     if owners:
         return (
-            f"the package {name} belongs to the distribution {owners[0]} here ({origin}), and not to rankgate, which needs its own: "
-            f"give rankgate an environment of its own, or run {sys.executable} -m pip uninstall {owners[0]} and {again}"
+            f"the package {name} belongs here to the distribution {owners[0]} ({origin}), and not to rankgate, which needs its own: "
+            f"give rankgate an environment of its own, or run {sys.executable} -m pip uninstall {owners[0]} and then {again}"
         )
     if not origin:
         return f"the package {name} of rankgate is missing: run {again}"
     return (
-        f"the package {name} is taken from {origin}, and not from rankgate in {_ROOT}: "
-        f"run rankgate from another folder, take that one from PYTHONPATH, or run {again}"
+        f"the package {name} is imported from {origin}, and not from rankgate in {_ROOT}: "
+        f"run rankgate from another folder, remove that folder from PYTHONPATH, or run {again}"
     )

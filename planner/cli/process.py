@@ -1,4 +1,4 @@
-"""What every command needs from the process it runs in: signals, the log, the connection, and errors told in one sentence."""
+"""What every command needs from its process: signals, the log, the connection, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ __all__ = [
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_FIRST_PAUSE = 0.2  # seconds before a store that is not up yet is asked again; doubled each time
+_FIRST_PAUSE = 0.2  # seconds before the store is asked again; doubled each time
 _LONGEST_PAUSE = 2.0
 
 _HURRY_AFTER = 2.5
-"""Seconds that a command has to end in order once its terminal or its reader is gone; then it hurries. Nobody is left to ask for that."""
+"""Seconds that a command may take to end in order when its terminal or reader is gone. Then it hurries, without a second signal."""
 
 _END_AFTER = 4.0
-"""Seconds after which a command that is in a hurry is over, whatever it hangs in: a look-up of a name, an engine that blocks."""
+"""Seconds after which a command that hurries is killed, whatever it hangs in: a name look-up, an engine that blocks."""
 
-# What runs at an orderly exit; there is no public name for it.
+# Runs all functions that are registered with atexit; it has no public name.
 _run_exit_functions: Callable[[], None] = getattr(atexit, "_run_exitfuncs")  # noqa: B009 - as the comment above says
 T = TypeVar("T")
 
@@ -67,14 +67,15 @@ LineSink: TypeAlias = Callable[[str], None]
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP while a command runs. The first one asks it to end, the next ones to hurry.
+    """SIGINT, SIGTERM and SIGHUP while a command runs. The first signal asks it to end, each further one to hurry.
 
-    What the first one does unless `on_first` says otherwise: it cancels the command, which then cleans up; the next ones cut that short.
+    By default the first signal cancels the command, which then cleans up, and a further signal cancels the cleaning up. `on_first` and
+    `on_again` set something else.
 
     Attributes:
         received: the first signal.
-        hurry: whether there was another one.
-        expected: set by a command for which a signal is the usual end; then its own exit code counts.
+        hurry: whether there was a further signal.
+        expected: a command sets this if a signal is its usual end; then its own exit code counts.
     """
 
     def __init__(self, first: Callable[[], object]) -> None:
@@ -85,17 +86,17 @@ class Interrupts:
         self._again: Callable[[], object] = first
 
     def on_first(self, callback: Callable[[], object]) -> None:
-        """Do this at the first signal; at once if it has come already."""
+        """Set what the first signal does. If it has come already, do it now."""
         self._first = callback
         if self.received is not None:
             callback()
 
     def on_again(self, callback: Callable[[], object]) -> None:
-        """Do this at every further signal."""
+        """Set what every further signal does."""
         self._again = callback
 
     def receive(self, number: signal.Signals) -> None:
-        """Take a signal in."""
+        """Handle a signal."""
         if self.received is None:
             self.received = number
             self._first()
@@ -107,8 +108,8 @@ class Interrupts:
 def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_sigterm: int = 0) -> int:
     """Run a command to its end; returns its exit code, or 130 after Ctrl-C, or `exit_at_sigterm` after SIGTERM and SIGHUP.
 
-    An error of ours or of the operating system is told in one sentence, and the exit code is 1. So it is where stdout or stderr
-    cannot be written to any more, which ends a command as a terminal that is closed does.
+    An error of rankgate or of the operating system becomes one sentence on stderr, and the exit code is 1. The exit code is also 1 if
+    stdout or stderr cannot be written any more; that ends a command as a closed terminal does.
     """
     last_resort = _LastResort()
 
@@ -120,10 +121,10 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
 
         def receive(number: signal.Signals) -> None:
             interrupts.receive(number)
-            if number is signal.SIGHUP and not interrupts.hurry:  # from a terminal that is gone no second signal comes
+            if number is signal.SIGHUP and not interrupts.hurry:  # a closed terminal sends no second signal
                 loop.call_later(_HURRY_AFTER, interrupts.receive, number)
 
-        def lost() -> None:  # in whatever thread notices it
+        def lost() -> None:  # may run in any thread
             last_resort.within(_END_AFTER, 1)
             with suppress(RuntimeError):  # the loop is closed: the command is over
                 loop.call_soon_threadsafe(receive, signal.SIGHUP)
@@ -132,7 +133,7 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
             if signal.getsignal(one) is signal.SIG_IGN and one is signal.SIGHUP:
                 continue  # nohup asked for that
             loop.add_signal_handler(one, receive, one)
-            signal.signal(one, last_resort.signalled)  # beside the loop, which may be blocked
+            signal.signal(one, last_resort.signalled)  # also works while the loop is blocked
         output.on_loss(lost)
         output.watch()
         code = await _carry_out(command, interrupts)
@@ -149,7 +150,7 @@ def run(command: Callable[[Interrupts], Coroutine[Any, Any, int]], *, exit_at_si
 
 
 async def _carry_out(command: Callable[[Interrupts], Coroutine[Any, Any, int]], interrupts: Interrupts) -> int:
-    """The command's own exit code; 1 where it ended with an error, which is told, or by a signal."""
+    """The command's own exit code; 1 if it ended with an error (which is printed) or by a signal."""
     try:
         return await command(interrupts)
     except asyncio.CancelledError:
@@ -159,7 +160,7 @@ async def _carry_out(command: Callable[[Interrupts], Coroutine[Any, Any, int]], 
         complain(str(error))
     except OSError as error:
         complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-    except Exception as mistake:  # noqa: BLE001  its own text may quote a prompt, and so may a traceback
+    except Exception as mistake:  # noqa: BLE001  its text and its traceback may quote a prompt, so neither is printed
         supervise.tell_mistake("this command", mistake)
         complain(
             f"a mistake of ours ended this command ({supervise.described(mistake)}); please report what its log says"
@@ -168,35 +169,35 @@ async def _carry_out(command: Callable[[Interrupts], Coroutine[Any, Any, int]], 
 
 
 class _LastResort:
-    """Ends this process where nothing else does: the loop is blocked, or cleaning up hangs. What must not be left is taken along."""
+    """Ends this process if nothing else does: the event loop is blocked, or cleaning up hangs. No child process is left."""
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
         self._signals = 0
 
     def signalled(self, number: int, _frame: FrameType | None) -> None:
-        """A signal handler. The loop does what the signal is for; here is what must happen while it is blocked."""
+        """A signal handler for what must happen while the loop is blocked. The loop does the rest."""
         self._signals += 1
         if self._signals > 1 or number == signal.SIGHUP:
             self.within(_END_AFTER, 128 + number)
         output.hurry()  # last, since it may raise out of a write
 
     def within(self, seconds: float, code: int) -> None:
-        """End this process with an exit code after so many seconds, unless it has ended by then. The first call counts."""
+        """End this process with this exit code after so many seconds. Only the first call counts."""
         if self._timer is None:
             self._timer = threading.Timer(seconds, self._end, (code,))
             self._timer.daemon = True
             self._timer.start()
 
     def cancel(self) -> None:
-        """It has ended."""
+        """The command has ended by itself: stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
     @staticmethod
     def _end(code: int) -> None:
-        # The embedded server and its folder are taken along by what would run at an orderly exit. Processes that a launcher or a host
-        # started end with their parent. In a thread, since one of those functions may wait for what hangs.
+        # The functions for an orderly exit end the embedded server and delete its folder. Other child processes end with their parent.
+        # They run in a thread, since one of them may hang too.
         leaving = threading.Thread(target=_run_exit_functions, daemon=True)
         leaving.start()
         leaving.join(0.5)
@@ -210,12 +211,12 @@ def complain(sentence: str) -> None:
 
 
 def can_ask() -> bool:
-    """Whether somebody sits there who can be asked: a terminal to read from, and one to ask on."""
+    """Whether a person can be asked: stdin and stderr are terminals."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 async def agrees(question: str) -> bool:
-    """Ask on the terminal; anything but y or yes is no, and so is its end. Signals are heard meanwhile."""
+    """Ask on the terminal. Only y or yes means yes; a closed terminal means no. Signals still work meanwhile."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[bytes] = loop.create_future()
     descriptor = sys.stdin.fileno()
@@ -238,14 +239,14 @@ async def agrees(question: str) -> bool:
 
 
 def configure_log(level: str, sink: LineSink | None = None) -> None:
-    """Send the log to stderr, or to a sink that takes finished lines; the one place that configures it.
+    """Send the log to stderr, or to a sink that takes finished lines. Nothing else configures the log.
 
-    Values of variables stay out of it, whatever fails: they may hold a prompt or a password. Nothing foreign in it does anything.
+    Values of variables never enter the log: they may hold a prompt or a password. Control characters in foreign text are escaped.
     """
     for package in ("barrier", "runner", "planner"):
         logger.enable(package)
     logger.remove()
-    logger.configure(patcher=prepare)  # for the log of engines and of whatever else runs here; ours does so by itself
+    logger.configure(patcher=prepare)  # escapes the log lines of engines and other code; ours do so by themselves
     if sink is not None:
         logger.add(
             lambda line: sink(str(line).rstrip("\n")), level=level, format=_line, diagnose=False, backtrace=False
@@ -267,7 +268,7 @@ def _coloured_line(record: Record) -> str:
 
 
 def _about(record: Record) -> str:
-    """What a line is about, as `barrier.log.LogContext` knows it: ``[demo rank 2 attempt 1 demo-load] ``. A template."""
+    """A template of what a line is about, by `barrier.log.LogContext`: ``[demo rank 2 attempt 1 demo-load] ``."""
     extra = record["extra"]
     words = ["{extra[instance]}"] if "instance" in extra else []
     words += [f"{name} {{extra[{name}]}}" for name in ("rank", "attempt") if name in extra]
@@ -291,7 +292,7 @@ def redacted(url: str) -> str:
 
 
 async def connect_store(url: str, settings: Settings, *, wait: float = 0.0, role: Role | None = None) -> Store:
-    """Connect; raises as `barrier.connect` does, and never quotes the URL, whose wrong part may be the password.
+    """Connect; raises as `barrier.connect` does. An error never quotes the URL: its wrong part may be the password.
 
     Args:
         url: see `barrier.connect`.
@@ -312,13 +313,13 @@ async def connect_store(url: str, settings: Settings, *, wait: float = 0.0, role
 
 
 async def outlasting(ask: Callable[[], Awaitable[T]], wait: float) -> T:
-    """Ask a store, and again where it fails in a way that may pass by itself, with backoff and jitter, for so many seconds.
+    """Ask a store; for `wait` seconds, ask again after an error that may pass by itself, with backoff and jitter.
 
-    What fails in another way (an evicting policy, a key of the wrong type) is an error at once.
+    Any other error (an evicting policy, a key of the wrong type) is raised at once.
     """
     clock = SystemClock()
     deadline, told = clock.now() + wait, ""
-    backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE, rng=random.Random())  # noqa: S311 - chance that shortens a pause is no secret
+    backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE, rng=random.Random())  # noqa: S311 - jitter is no secret
     while True:
         try:
             return await ask()
@@ -326,7 +327,7 @@ async def outlasting(ask: Callable[[], Awaitable[T]], wait: float) -> T:
             left = deadline - clock.now()
             if left <= 0 or not error.passes:
                 if told and error.passes:
-                    error.args = (f"{error} (asked again and again for {number(wait)} s)",)
+                    error.args = (f"{error} (tried again for {number(wait)} s)",)
                 raise
             if str(error) != told:
                 logger.info("waiting up to {} s for the store: {}", number(round(left, 1)), error)

@@ -1,4 +1,4 @@
-"""What ``up`` tells at its end: where the time went, and what an independent look at the history says."""
+"""What ``up`` prints at its end: how long each part took, and an independent check of the event history."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RANKS_SHOWN = 16
 
 
 def time_report(line: Timeline) -> list[str]:
-    """Where the time of an attempt went, in milliseconds by the store's clock."""
+    """How long each part of an attempt took, in milliseconds by the store's clock."""
     alone = line.world_size == 1
     arrived = "idle" if alone else "connected"
     lines = [f"Where the time went in attempt {line.ordinal} (ms by the store's clock, from its opening):"]
@@ -36,7 +36,7 @@ def time_report(line: Timeline) -> list[str]:
 
 
 def check_report(history: History) -> tuple[list[str], list[Breach]]:
-    """What the history says of the promises, in sentences, and the promises that were broken."""
+    """Check the history: sentences about the result, and the rules that were broken."""
     breaches = find_breaches(history)
     line = timeline(history)
     loads = line.dispatches.get("LoadModel", 0)

@@ -1,4 +1,4 @@
-"""``rankgate runner``: one process that is one rank, or several."""
+"""``rankgate runner``: one process that runs one rank, or several."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class EngineChoice:
 
     Attributes:
         name: ``simulated``, or ``module:factory`` of a callable that takes the configuration and returns a `runner.Engine`.
-        config: the engine's configuration, as JSON says it.
-        inline: whether it lives in this process instead of one of its own.
-        hold_back: extra seconds that a rank's simulated engine takes to connect.
+        config: the engine's configuration, as decoded JSON.
+        inline: whether the engine runs in this process instead of a child process.
+        hold_back: extra seconds that the simulated engine of a rank takes to connect, by rank.
     """
 
     name: str = SIMULATED
@@ -46,12 +46,12 @@ class EngineChoice:
     hold_back: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def __post_init__(self) -> None:
-        """Refuse what no engine would do."""
+        """Refuse options that this engine does not know."""
         if self.hold_back and self.name != SIMULATED:
-            raise InvalidSettings(f"hold-back is for the simulated engine, and this one is {self.name}")
+            raise InvalidSettings(f"hold-back is for the simulated engine, and --engine is {self.name}")
 
     def host(self, rank: int, world_size: int | None) -> EngineHost:
-        """A host for one rank's engine; nothing is started yet. `world_size` is ``None`` where the runner was not told.
+        """A host for one rank's engine; nothing is started yet. `world_size` is ``None`` if the runner does not know it.
 
         Raises:
             InvalidSettings: the factory cannot be imported, or its configuration is wrong.
@@ -74,14 +74,14 @@ class EngineChoice:
             simulated_spec,
         )
 
-        place = None if world_size is None else rank  # it takes both or neither
+        place = None if world_size is None else rank  # the engine takes both or neither
         try:
             try:
                 config = SimulatedConfig.model_validate_json(json.dumps(dict(self.config)))
             except ValidationError as error:
                 raise InvalidSettings(problems(error, SimulatedConfig)) from None
             if extra := self.hold_back.get(rank, 0.0):
-                # No jitter, so that the rank is held back by just so much.
+                # No jitter, so that the rank is late by exactly this time.
                 config = config.model_copy(update={"connect_seconds": config.connect_seconds + extra, "jitter": 0.0})
             if not self.inline:
                 spec = simulated_spec(config, rank=place, world_size=world_size)
@@ -90,7 +90,7 @@ class EngineChoice:
             def make() -> SimulatedEngine:
                 return SimulatedEngine(config, rank=place, world_size=world_size)
 
-            make()  # a wrong configuration is an error now, and not in every attempt
+            make()  # so that a wrong configuration is an error now, and not in every attempt
             return InlineHost(make, rank=rank)
         except ValueError as error:
             raise _wrong(error) from None
@@ -114,14 +114,14 @@ def _wrong(error: ValueError) -> InvalidSettings:
 
 
 class EngineUnfit(RankgateError):
-    """There is no such engine, or it refuses its configuration; said before any rank was claimed."""
+    """There is no such engine, or it refuses its configuration. Raised before any rank is claimed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """What ``rankgate runner`` was told. `ranks` is ``None`` for any free rank below `world_size`.
 
-    With `spare`, a rank that others hold is waited for as long as it takes.
+    With `spare`, the runner waits without an end for a rank that another process holds.
     """
 
     instance: str
@@ -139,13 +139,13 @@ class RunnerOptions:
 
 
 async def serve_ranks(options: RunnerOptions, interrupts: Interrupts) -> int:
-    """Serve until asked to end; then every rank is given back.
+    """Serve until asked to end; then give every rank back.
 
     Raises:
         RankgateError: the store is not fit or cannot be reached, or a rank is taken or was taken over.
     """
     first = options.ranks[0] if options.ranks else 0
-    options.engine.host(first, options.world_size)  # what is wrong with the engine is said before anything is sent
+    options.engine.host(first, options.world_size)  # refuses a wrong engine before anything is sent
     store = await connect_store(options.url, options.settings, wait=options.wait_for_store, role="rank")
     try:
         ranks = list(options.ranks or ())
@@ -203,7 +203,7 @@ async def _started(options: RunnerOptions, member: Member, rank: int) -> EngineH
 
 
 def _work(options: RunnerOptions, members: list[Member], runners: list[Runner]) -> Work:
-    """What a service manager is told: that every rank is held, what it does, and that its heartbeats go on."""
+    """What the service manager is told: that every rank is held, its status, and that its heartbeats go on."""
     return Work(
         ready=lambda: all(member.trusted or member.waits for member in members),
         status=lambda: (
@@ -250,7 +250,7 @@ async def run_all(runners: list[Runner], interrupts: Interrupts, *, wait_for_sto
     ]
 
     interrupts.on_first(stop)
-    # A rank ends in a bounded time. Whoever cannot wait for that cancels it, and the engine is killed.
+    # A rank ends in a bounded time. A further signal does not wait for that: it cancels the rank, and the engine is killed.
     interrupts.on_again(lambda: [task.cancel() for task in tasks])
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -258,8 +258,8 @@ async def run_all(runners: list[Runner], interrupts: Interrupts, *, wait_for_sto
         stop()
         ends = [end for end in await supervise.ends_of(*tasks) if isinstance(end, BaseException)]
     errors = [end for end in ends if isinstance(end, (RankgateError, EngineFailure))]
-    for error in errors[1:]:  # the first one is told by whoever runs this
+    for error in errors[1:]:  # the first one is raised below
         logger.error("{}", error)
     for end in (*errors, *ends):
-        if isinstance(end, Exception) or interrupts.received is None:  # a cancellation is what a further signal does
+        if isinstance(end, Exception) or interrupts.received is None:  # after a signal, a cancellation is no error
             raise end

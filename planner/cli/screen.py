@@ -1,4 +1,4 @@
-"""What ``up`` and ``status`` show: pure functions from a picture to rows, lines and something that rich can print."""
+"""What ``up`` and ``status`` show: pure functions that make rows, lines and rich's objects from a picture."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _BAR = 10
 """Length of a progress bar, in characters."""
 
 _LOADED = LIFECYCLE.since(LOAD.task)
-_AT_WORK = ("yellow", "blue", "magenta")  # one after another
+_AT_WORK = ("yellow", "blue", "magenta")  # for the rows of the lifecycle, in turn
 _STYLES = {
     PREPARING: "yellow",
     LIFECYCLE.idle: "dim",
@@ -75,20 +75,20 @@ _BESIDES_LINES = 4
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """All that is shown at one moment.
+    """Everything that is shown at one moment.
 
     Attributes:
         instance: the instance's name.
         world_size: number of ranks.
         layers: number of layers of the model.
-        title: what else belongs into the heading, the most important first.
+        title: further parts of the heading, the most important first.
         snapshot: the barrier's picture; ``None`` before the first.
-        processes: the runners that this program started; empty where it started none.
+        processes: the runners that this program started.
         elapsed: seconds since the beginning.
-        reason: what the planner says it waits for, where the barrier has nothing to say.
-        besides: a line for each process that waits for a rank, or holds one that the instance does not have.
-        changing: whether the attempt in the snapshot is of another spec than is asked for now, so that it is about to be ended.
-        text: what was generated so far.
+        reason: what the planner waits for; shown while no attempt is under way.
+        besides: a line for each spare and each surplus runner.
+        changing: whether the attempt in the snapshot has another spec than the one that was launched; the planner is about to end it.
+        text: the text that was generated so far.
     """
 
     instance: str
@@ -106,19 +106,19 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a rank, or several neighbours of which the same is true.
+    """One line of the table: a rank, or several neighbours that look the same.
 
     Attributes:
         first: first rank.
         last: last rank.
         node: their machine.
-        pid: the runner's process; 0 where it is not known, or not the same.
-        status: the status name, or a word for there being none.
+        pid: the runner's process; 0 if it is not known, or differs between the ranks.
+        status: the status, or a word such as absent.
         present: whether there is a live report.
-        layers: layers loaded and their total; ``None`` where that says nothing.
-        lease_ms: what is left of the shortest lease; ``None`` where there is no report.
-        note: what else there is to say.
-        waited_for: whether the barrier waits for them.
+        layers: layers loaded, and all layers; ``None`` if that says nothing.
+        lease_ms: milliseconds left of the shortest lease; ``None`` without a report.
+        note: anything else that people should see.
+        waited_for: whether the barrier waits for these ranks.
     """
 
     first: int
@@ -147,7 +147,7 @@ def rows(picture: Picture) -> list[Row]:
 
 
 def waited_for_ranks(snapshot: Snapshot | None) -> frozenset[int]:
-    """The ranks that keep the next step from being dispatched; none where no attempt is under way."""
+    """The ranks that the next step waits for; none while no attempt is under way."""
     if snapshot is None or snapshot.epoch is None or snapshot.epoch.verdict is not None:
         return frozenset()
     size = snapshot.world_size
@@ -198,14 +198,14 @@ def _row(view: RankView, process: ProcessState | None, picture: Picture, waited_
 
 
 def merged(all_rows: Sequence[Row], most: int) -> tuple[list[Row], int]:
-    """Make the table short enough: neighbours of which the same is true share a row.
+    """Make the table short enough: neighbours that look the same share a row.
 
     Args:
         all_rows: one row per rank.
         most: how many rows fit.
 
     Returns:
-        The rows, and how many ranks are not shown because even so there are too many rows.
+        The rows, and how many ranks are hidden because there are still too many rows.
     """
     if len(all_rows) <= most:
         return list(all_rows), 0
@@ -218,7 +218,7 @@ def merged(all_rows: Sequence[Row], most: int) -> tuple[list[Row], int]:
             short.append(row)
     if len(short) <= most:
         return short, 0
-    # Those that somebody waits for are what people look for.
+    # Show the ranks that the barrier waits for first: people look for them.
     chosen = sorted(short, key=lambda row: (not row.waited_for, row.first))[: max(most - 1, 1)]
     hidden = sum(row.last - row.first + 1 for row in short if row not in chosen)
     return sorted(chosen, key=lambda row: row.first), hidden
@@ -246,7 +246,7 @@ def serves(picture: Picture) -> bool:
 
 
 def sentence(picture: Picture) -> str:
-    """What is waited for now: by the barrier where an attempt is under way, otherwise by the planner."""
+    """The sentence that says what the instance waits for now: the barrier's while an attempt is under way, otherwise the planner's."""
     snapshot = picture.snapshot
     if not picture.changing and snapshot is not None and snapshot.epoch is not None and snapshot.epoch.verdict is None:
         return f"{picture.instance} serves" if is_serving(snapshot) else explain_instance(snapshot)
@@ -254,7 +254,7 @@ def sentence(picture: Picture) -> str:
 
 
 def sentence_key(picture: Picture) -> object:
-    """What tells one sentence from the next: not the ages and leases in it, which change all the time."""
+    """A key of the sentence, equal while it says nothing new: ages and leases in it change all the time."""
     snapshot = picture.snapshot
     if not picture.changing and snapshot is not None and snapshot.epoch is not None and snapshot.epoch.verdict is None:
         step = next_step(snapshot.epoch.steps, snapshot.world_size)
@@ -280,7 +280,7 @@ def bar(layers: tuple[int, int]) -> str:
 
 
 def table(all_rows: Sequence[Row], hidden: int = 0, *, width: int) -> Table:
-    """The rows as a table for a terminal of that width; a note that is too long is cut, and nothing else is."""
+    """The rows as a table for a terminal of that width. A long note is cut; nothing else is."""
     result = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     cells = [_cells(row) for row in all_rows]
     taken = 0
@@ -326,7 +326,7 @@ def heading(picture: Picture) -> Text:
 
 
 def render(picture: Picture, *, width: int, height: int) -> RenderableType:
-    """Everything at once, for a terminal of that size in characters."""
+    """The whole screen, for a terminal of that size in characters."""
     besides = picture.besides[:_BESIDES_LINES]
     room = max(height - _FRAME_LINES - _SENTENCE_LINES - len(besides) - (_TEXT_LINES if picture.text else 0), 3)
     shown, hidden = merged(rows(picture), room)
@@ -344,7 +344,7 @@ def render(picture: Picture, *, width: int, height: int) -> RenderableType:
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
-    """One line for every status that is new, neighbours together: ``ranks 0-2: Connected``. Who was never here is not told as absent."""
+    """One line for each new status, with all its ranks: ``ranks 0-2: Connected``. A rank that was never here is not called absent."""
     known = {row.first: row.status for row in before}
     fresh = [row for row in after if row.status != known.get(row.first, "absent")]
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Where pictures go: a table that stays in its place on a terminal, or one plain line a change everywhere else."""
+"""Shows pictures: as a table that stays in its place on a terminal, or as one plain line for each change elsewhere."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["LiveShow", "PlainShow", "Show", "can_draw", "make_show", "people", "
 
 
 _WORTH_A_LINE = 0.3
-"""Seconds that a wait must last before it is told on a line of its own: shorter ones the changes tell."""
+"""Seconds that a wait must last to get a line of its own. After a shorter wait the next change has a line anyway."""
 
 _LINE_CHARS = 400
 _ENDLESS = 100_000  # characters
 
 
 class Show(Protocol):
-    """Shows what goes on. A context manager: what was drawn last stays when it ends."""
+    """Shows what goes on. A context manager; at its end the last picture stays on the terminal."""
 
     def __enter__(self) -> Show:
         """Begin."""
@@ -41,21 +41,21 @@ class Show(Protocol):
         ...
 
     def say(self, line: str) -> None:
-        """Tell a line that is not part of the picture."""
+        """Print a line that is not part of the picture."""
         ...
 
     def text(self, piece: str) -> None:
-        """Tell the next piece of the generated text, which `Picture.text` holds as well."""
+        """Show the next piece of the generated text. `Picture.text` holds it as well."""
         ...
 
 
 def make_show(console: Console) -> Show:
-    """The table where the console is a terminal that can move its cursor, otherwise lines."""
+    """A table if the console is a terminal that can move its cursor, otherwise lines."""
     return LiveShow(console) if can_draw(console) else PlainShow(console, with_text=True)
 
 
 def people() -> Console:
-    """A console on stdout. Only a terminal has a width: what is piped is never wrapped, since nobody knows whose lines they become."""
+    """A console on stdout. Lines into a pipe or a file are never wrapped: a program may read them."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _ENDLESS
@@ -68,14 +68,14 @@ def can_draw(console: Console) -> bool:
 
 
 def tell(console: Console, lines: Iterable[str]) -> None:
-    """Print lines: wrapped between words on a terminal, as they are everywhere else."""
+    """Print lines. Only a terminal wraps them, between words."""
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     console.file.flush()
 
 
 class LiveShow:
-    """A table that is drawn over and over; lines scroll by above it."""
+    """A table that is drawn again and again in its place; other lines scroll above it."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -102,15 +102,15 @@ class LiveShow:
         self._console.print(Text(printable(line)), highlight=False)
 
     def text(self, piece: str) -> None:
-        """The picture has it."""
+        """Nothing to do: the picture holds the text."""
 
 
 class PlainShow:
-    """One line a change, without any escape code; for files, pipes and logs.
+    """One line for each change, without escape codes; for files, pipes and logs.
 
     Args:
-        console: where to.
-        with_text: whether a text is told as well, by `text`.
+        console: prints the lines.
+        with_text: whether `text` prints the generated text too.
     """
 
     def __init__(self, console: Console, *, with_text: bool) -> None:
@@ -136,18 +136,18 @@ class PlainShow:
         self._end_line()
 
     def at(self, elapsed: float) -> None:
-        """So many seconds since the beginning it is now."""
+        """Set how many seconds have passed since the beginning."""
         self._elapsed = elapsed
 
     def update(self, picture: Picture) -> None:
-        """Tell what is new since the last picture."""
+        """Print what is new since the last picture."""
         self.at(picture.elapsed or 0.0)
         number = attempt(picture.snapshot)
         if number > self._attempt:
             self._attempt = number
             self.say(f"attempt {number} begins")
         now = rows(picture)
-        # That ranks run while a text comes out of them goes without saying, and would tear the text apart.
+        # While a text comes, do not say that ranks are Running: everybody knows, and the line would interrupt the text.
         between_texts = self._with_text and self._served and serves(picture)
         for line in [] if between_texts else changes(self._rows, now):
             self.say(line)

@@ -1,8 +1,8 @@
-"""stdout and stderr as they fail: the terminal goes, a reader leaves, a disk is full, nobody reads any more.
+"""Handles stdout and stderr that fail: a closed terminal, a reader that left, a full disk, a reader that stopped reading.
 
-A write that fails must not end whatever happened to write, which may be about to end runners in order. So none fails: what cannot be
-written is dropped, and whoever runs the command is told once, and ends it. What nobody writes to is looked at as well: a reader that
-has left a quiet ``rankgate status --watch | head -1`` is noticed without a write.
+A failed write must not end the code that wrote: it may be about to end runners in order. So no write fails. Output that cannot be
+written is dropped, and the command is told once and ends. A thread also watches quiet streams, so that the command notices a reader
+that has left without a write, as in ``rankgate status --watch | head -1``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["GuardedStream", "Output", "output"]
 
 
 _LEFT = (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.ENXIO)
-"""The other end is gone, on purpose as a rule: nobody complains about that."""
+"""Errors that mean that the other end is gone. That is usually on purpose, so the command prints no error."""
 
 _ROOM_SECONDS = 0.1
-"""How long a command that was asked to end waits for somebody to read what it says."""
+"""How long a command that was asked to end waits for its reader, in seconds."""
 
 _CHUNK = 512
-"""Bytes that a pipe takes at once where it takes any: POSIX's least value of PIPE_BUF."""
+"""Bytes that a pipe with room takes at once: POSIX's least value of PIPE_BUF."""
 
 
 class _Abandoned(Exception):
@@ -42,7 +42,7 @@ class Output:
     """The output streams of this process.
 
     Attributes:
-        failure: what the first stream that was lost died of, in words; ``None`` while all are sound, empty where the reader left.
+        failure: why the first lost stream failed, in words; empty if its reader left, ``None`` while no stream is lost.
     """
 
     def __init__(self) -> None:
@@ -53,34 +53,34 @@ class Output:
         self._on_loss: Callable[[], object] = lambda: None
 
     def guard(self) -> None:
-        """Put guarded streams in the place of ``sys.stdout`` and ``sys.stderr``. For a process that is all ours."""
+        """Replace ``sys.stdout`` and ``sys.stderr`` by guarded streams. Only for a process that runs nothing but rankgate."""
         self._fill_gaps()
         sys.stdout, sys.stderr = self._replaced(sys.stdout, 1), self._replaced(sys.stderr, 2)
 
     def on_loss(self, callback: Callable[[], object]) -> None:
-        """Do this, in any thread, when a stream is lost; at once if one is already."""
+        """Set what to do, in any thread, when a stream is lost. If one is lost already, do it now."""
         self._on_loss = callback
         if self.failure is not None:
             callback()
 
     def watch(self) -> None:
-        """Notice from now on that a terminal or a reader is gone, also where nothing is written. Takes a thread that sleeps."""
+        """From now on, notice a closed terminal or a reader that left even without a write. Starts a thread that sleeps."""
         if not self._guarded or not hasattr(select, "poll"):
             return
         watched = {one.fileno(): one for one in self._guarded if one.has_other_end()}
         with suppress(OSError):
             if os.isatty(0):
-                watched[0] = GuardedStream(0, self)  # its terminal may be the only one, where the log goes to a file
+                watched[0] = GuardedStream(0, self)  # if stdout and stderr go to files, only stdin has the terminal
         threading.Thread(target=self._watch, args=(watched,), name="output watch", daemon=True).start()
 
     def hurry(self) -> None:
-        """From now on nothing waits for a reader. Raises what ends a write that does; for signal handlers."""
+        """From now on no write waits for a reader. Raises an exception that ends a waiting write; for signal handlers."""
         self.impatient = True
         if self._writing:
             raise _Abandoned
 
     def lose(self, stream: GuardedStream, error: int) -> None:
-        """Take note that a stream is of no use any more."""
+        """Note that a stream cannot be used any more."""
         stream.dead = True
         if stream.to_journal or self.failure is not None:
             return
@@ -96,7 +96,7 @@ class Output:
         try:
             self._writing = True
             self._put(stream, view)
-            self._writing = False  # here and not below, so that a signal in between is caught as well
+            self._writing = False  # inside the try, so that a signal between the two lines is caught too
         except _Abandoned:
             pass
         finally:
@@ -110,7 +110,7 @@ class Output:
             try:
                 view = view[os.write(stream.fileno(), view[:_CHUNK] if self.impatient else view) :]
                 full = False
-            except BlockingIOError:  # somebody made it non-blocking; ours waits as it always did
+            except BlockingIOError:  # another process made the stream non-blocking; wait as a blocking one does
                 full = True
             except OSError as error:
                 self.lose(stream, error.errno or errno.EIO)
@@ -126,7 +126,7 @@ class Output:
     def _watch(self, watched: dict[int, GuardedStream]) -> None:
         poll = select.poll()
         for number in watched:
-            poll.register(number, 0)  # nothing but the end
+            poll.register(number, 0)  # 0: report only the end of the stream
         while watched:
             for number, events in poll.poll():
                 poll.unregister(number)
@@ -144,21 +144,21 @@ class Output:
         return io.TextIOWrapper(
             raw if at_once else io.BufferedWriter(raw),
             encoding=stream.encoding if stream is not None else "utf-8",
-            errors="replace",  # a terminal that cannot show a character must not end the program
+            errors="replace",  # a character that the terminal cannot show must not end the program
             line_buffering=number == 2 or raw.isatty(),
             write_through=at_once,
         )
 
     @staticmethod
     def _fill_gaps() -> None:
-        """A stream that was closed before the start is nowhere, instead of the first socket that takes its number."""
+        """Open /dev/null for each standard stream that is closed. Otherwise the first socket would get its number."""
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(number, True)
         os.close(number)
 
 
 class GuardedStream(io.FileIO):
-    """One stream. It takes whatever is written, and never fails."""
+    """One stream. It takes everything that is written, and never fails."""
 
     def __init__(self, number: int, output: Output) -> None:
         super().__init__(number, "wb" if number else "rb", closefd=False)
@@ -168,11 +168,11 @@ class GuardedStream(io.FileIO):
         self._output = output
         found = os.fstat(number)
         self._kind = stat.S_IFMT(found.st_mode)
-        # systemd says so (JOURNAL_STREAM in systemd.exec(5)). Its journal may be restarted, and takes nobody with it.
+        # systemd sets JOURNAL_STREAM (systemd.exec(5)). A restart of the journal must not end this process.
         self.to_journal: bool = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
     def has_other_end(self) -> bool:
-        """Whether there is somebody on the other side who may leave."""
+        """Whether the stream has a reader that may leave."""
         return self._kind in (stat.S_IFIFO, stat.S_IFSOCK) or self.isatty()
 
     def write(self, data: Buffer, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride] - the stub knows a mmap by name
@@ -183,4 +183,4 @@ class GuardedStream(io.FileIO):
 
 
 output: Output = Output()
-"""Those of this process. Nothing is guarded before `Output.guard`."""
+"""The output streams of this process. They are not guarded before `Output.guard`."""

@@ -1,4 +1,4 @@
-"""``rankgate up``: a whole cluster on this machine, for as long as one generation takes."""
+"""``rankgate up``: starts a whole cluster on this machine, generates one text, and ends everything."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ __all__ = ["Cluster", "UpFailed", "UpOptions", "programs", "up"]
 
 
 _OUTLASTED = 15.0
-"""Seconds of silence of the store that bringing everything up outlasts: a machine that is busy with that may answer late."""
+"""Seconds for which the store may not answer while everything starts: the machine is busy then."""
 
 _STOP_SECONDS = 10.0
-"""How long the ranks may take to tear down before their processes are ended all the same."""
+"""How long the ranks may take to tear down, in seconds. Then their processes are ended anyway."""
 
 _GENERATIONS = 3
-"""How often the text is asked for: a rank that dies meanwhile costs the attempt, and so the text."""
+"""How often the command asks for the text. If a rank dies meanwhile, the attempt ends, and the text with it."""
 
 
 class UpFailed(RankgateError):
-    """A part of the cluster that cannot be done without is gone."""
+    """A necessary part of the cluster is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class UpOptions:
 
 
 def programs(options: UpOptions, url: str) -> list[Program]:
-    """The runner processes: one per rank, or one for several."""
+    """The runner processes: one for each rank, or one for several ranks."""
     size, each = options.spec.world_size, options.ranks_per_process
     return [_program(options, url, range(first, min(first + each, size))) for first in range(0, size, each)]
 
@@ -85,7 +85,7 @@ def _program(options: UpOptions, url: str, ranks: range) -> Program:
         *("--engine-config", json.dumps(options.engine_config)),
         *("--log", options.level),
         *("--parent", str(os.getpid())),
-        "--no-spare",  # a rank that somebody else holds is an end, not a wait
+        "--no-spare",  # if another process holds the rank, end and do not wait
     ]
     if options.ranks_per_process > 1:
         arguments.append("--inline-engine")
@@ -95,21 +95,21 @@ def _program(options: UpOptions, url: str, ranks: range) -> Program:
     return Program(
         name=f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {rank_span(ranks)}",
         command=own_command("runner", *arguments),
-        # Not an argument, since it may hold a password.
+        # In the environment and not an argument: the URL may hold a password.
         environment={**own_environment(), "RANKGATE_REDIS": url},
         ranks=ranks,
     )
 
 
 async def up(options: UpOptions, interrupts: Interrupts) -> int:
-    """Bring everything up, generate, tell, and leave no process behind; returns the exit code.
+    """Bring everything up, generate, report, and end every process; returns the exit code.
 
     Raises:
         RankgateError: a part could not be started, the instance was given up, or the text could not be generated.
     """
     console = people()
     cluster = Cluster(options, console, interrupts)
-    # While the table is on a terminal, lines that go to the same terminal must scroll by above it.
+    # If the table and the log go to the same terminal, the log lines must go above the table.
     shared = can_draw(console) and Console(stderr=True).is_terminal
     configure_log(options.level, cluster.say if shared else None)
     try:
@@ -141,12 +141,12 @@ class Cluster:
         self.exit_code: int = 1
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Start everything. All of it is ended, in the opposite order, when the stack is left."""
+        """Start everything. When the stack is left, everything is ended in the opposite order."""
         options, spec = self._options, self._options.spec
         if options.url is None:
             self._server = await stack.enter_async_context(EmbeddedServer())
         self._url = self._server.url if self._server else options.url or ""
-        # A server of somebody's own that is not there is told at once; the one that was started here is there, if late.
+        # If the user's own server does not answer, that is an error at once. The server that was started here may only be late.
         patience = _OUTLASTED if self._server else 0.0
         self._store = await connect_store(self._url, options.settings, wait=patience)
         stack.push_async_callback(self._store.close)
@@ -162,7 +162,7 @@ class Cluster:
         stack.push_async_callback(self._stop_instance)
 
     async def _make_sure_that_nobody_else_has_it(self) -> None:
-        """An instance may be on record whose ``up`` was killed: that is nobody's any more once its leases have lapsed."""
+        """Raise if the instance is up already. One whose ``up`` was killed stays on record; it is free when its leases have lapsed."""
         name, settings = self._options.spec.name, self._options.settings
         deadline = self._clock.now() + settings.lease + settings.command_seconds
         async with Observer(self._store, self._options.namespace) as observer:
@@ -181,15 +181,15 @@ class Cluster:
                 await observer.wait(seen, TICK)
 
     def say(self, line: str) -> None:
-        """Tell a line, above the table where there is one."""
+        """Print a line, above the table if there is one."""
         self._show.say(line)
 
     async def work(self) -> None:
-        """The job itself: wait until all ranks serve, generate, and tell."""
+        """The job itself: wait until all ranks serve, generate, and report."""
         with self._show:
             async with self._looking() as look_now:
                 await self._instance.ready()
-                await look_now()  # that all serve is told before the text begins
+                await look_now()  # say that all ranks serve before the text begins
                 await self._generate()
         if can_draw(self._console):
             self._console.print("", Text(printable_text(self._text)), sep="\n")
@@ -204,7 +204,7 @@ class Cluster:
             tell(
                 self._console,
                 [
-                    f"Not checked: the history keeps {limit:,} events, too few for {ranks:,} ranks to reach back to the start."
+                    f"Not checked: the history keeps only {limit:,} events, and {ranks:,} ranks wrote more, so its beginning is lost."
                 ],
             )
             breaches = []
@@ -214,14 +214,14 @@ class Cluster:
         """Stay up until asked to end, or until the instance is stopped or given up."""
         name, namespace = self._instance.name, self._options.namespace
         tell(self._console, ["", f"{name} serves until Ctrl-C. From another terminal:"])
-        if "@" not in self._url:  # otherwise it holds a password, and who gave it knows it
+        if "@" not in self._url:  # otherwise it holds a password; the user knows the URL
             self._console.out(f"  export RANKGATE_REDIS={shlex.quote(self._url)}", highlight=False)
         if namespace != DEFAULT_NAMESPACE:
             self._console.out(f"  export RANKGATE_NAMESPACE={namespace}", highlight=False)
         tell(self._console, [f"  rankgate status {name} --watch", f"  rankgate generate {name} 'a prompt'", ""])
         self._interrupts.expected = True
         if can_draw(self._console):
-            self._show = make_show(self._console)  # a table of its own, below what was told
+            self._show = make_show(self._console)  # a new table, below the lines above
         with self._show:
             async with self._looking():
                 while not self._let_go and not self._instance.state.over:
@@ -231,16 +231,16 @@ class Cluster:
             raise InstanceFailed(state.failure or state.left or f"{name}: {state.error}")
 
     async def trouble(self) -> None:
-        """Wait for the end of a part that cannot be done without, and raise."""
+        """Wait until a necessary part ends, and raise."""
         async with supervise.alongside(self._launcher.given_up()) as giving_up:
             while not giving_up.done():
                 if self._server is not None and not self._server.running:
-                    raise UpFailed(f"the embedded server ended; its last words: {self._server.last_words()}")
+                    raise UpFailed(f"the embedded server ended; its last output: {self._server.last_words()}")
                 await asyncio.wait({giving_up}, timeout=TICK)
             state = giving_up.result()
         raise UpFailed(
             f"the process of {state.program.name} died {state.restarts + 1} times in a row ({state.last_exit}); "
-            f"its last words: {state.last_words or '(none)'}"
+            f"its last output: {state.last_words or '(none)'}"
         )
 
     # --- the parts of the job -----------------------------------------------------------------------------------------
@@ -259,11 +259,11 @@ class Cluster:
             except GenerationFailed as error:
                 if ordinal == _GENERATIONS or self._instance.state.over:
                     raise
-                self._show.say(f"the text is asked for again: {error}")
+                self._show.say(f"asking for the text again: {error}")
                 await self._instance.ready()
 
     async def _stop_instance(self) -> None:
-        """Every rank tears down and is given back; what goes wrong with that is told, and ends nothing else."""
+        """Tear every rank down and give it back. An error is only logged, so that the rest is still ended."""
         if self._interrupts.hurry or self._instance.state.over:
             return
         try:
@@ -272,15 +272,15 @@ class Cluster:
             logger.warning("{}", error)
 
     def _end(self) -> None:
-        """At the first signal: what is under way is cancelled, and everything is ended in order."""
+        """At the first signal: cancel the job, and end everything in order."""
         if self._interrupts.expected:
             self._let_go = True
         elif self._job is not None:
             self._job.cancel()
-        self.say("ending everything; Ctrl-C once more hurries")
+        self.say("ending everything; press Ctrl-C again to end at once")
 
     def _hurry(self) -> None:
-        """At every further signal: the processes are killed, and nothing is waited for any more."""
+        """At every further signal: kill the processes, and wait for nothing."""
         self._launcher.kill()
         if self._job is not None:
             self._job.cancel()
@@ -289,7 +289,7 @@ class Cluster:
 
     @asynccontextmanager
     async def _looking(self) -> AsyncGenerator[Callable[[], Awaitable[None]]]:
-        """Show what goes on meanwhile, and the end of it. What comes of `async with` shows it now."""
+        """Show what goes on inside the block, and the last picture at its end. Yields a function that shows the picture now."""
         spec = self._options.spec
         async with Barrier(
             self._store, spec.name, world_size=spec.world_size, namespace=self._options.namespace
@@ -309,7 +309,7 @@ class Cluster:
                 await supervise.end(looking)
 
     async def _look(self, barrier: Barrier) -> None:
-        """Whenever something changes, and every tick for the leases and the layers."""
+        """Show the picture whenever something changes, and at every tick for the leases and the layers."""
         tick = min(self._options.settings.heartbeat / 2, TICK)
         while True:
             try:
@@ -322,7 +322,7 @@ class Cluster:
             await look_again(barrier, snapshot, tick, self._clock)
 
     async def _at_rest(self, barrier: Barrier) -> Snapshot:
-        """The picture once the ranks have noticed that the text is complete, which takes them a moment."""
+        """The picture when the ranks have noticed that the text is complete; they take a moment."""
         deadline = self._clock.now() + TICK
         while True:
             snapshot = await barrier.inspect()
@@ -349,7 +349,7 @@ class Cluster:
 
     def _process_changed(self, state: ProcessState) -> None:
         if state.phase == "pausing" and state.last_exit:
-            words = f"; its last words: {state.last_words}" if state.last_words else ""
+            words = f"; its last output: {state.last_words}" if state.last_words else ""
             self._show.say(f"the process of {state.program.name} ended ({state.last_exit}{words}) and is started again")
 
     def _runner_said(self, program: str, line: str) -> None:
@@ -357,7 +357,7 @@ class Cluster:
 
 
 async def _first_of(work: Coroutine[Any, Any, None], trouble: Coroutine[Any, Any, None]) -> None:
-    """Do the work, unless trouble comes first, which always raises."""
+    """Do the work. If `trouble` ends first, raise its error."""
     async with supervise.alongside(work) as working, supervise.alongside(trouble) as watching:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done() and not working.done():

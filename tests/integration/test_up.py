@@ -338,7 +338,7 @@ async def test_the_end_of_the_server_is_the_end_of_up(tmp_path: Path) -> None:
         await up.says(": Loading")
         up.find("valkey-server").kill()
         assert await up.code() == 1
-        assert "rankgate: the embedded server ended; its last words:" in up.err
+        assert "rankgate: the embedded server ended; its last output:" in up.err
 
 
 async def test_a_rank_that_refuses_for_good_is_named(tmp_path: Path) -> None:
@@ -621,7 +621,7 @@ async def test_a_launch_that_nobody_carries_out_says_what_is_missing_and_can_be_
     assert last.startswith(
         "rankgate: blue was not ready within 1 s: blue: no attempt has been opened; 2 of 2 ranks not here"
     )
-    assert "that was the --timeout of this command: blue stays launched, and is taken up by itself" in last
+    assert "the --timeout of this command is over, but blue stays launched: a planner goes on to bring it up" in last
     assert last.endswith("no planner looks after it: start one with rankgate planner")
     assert len(told) == 1, "and it said so when it began to wait, once"
 
@@ -751,7 +751,7 @@ async def test_watching_without_a_terminal_is_a_line_a_change(tmp_path: Path, st
                 who = f"spare: node 'box-7', pid {extra.process.pid}, "
                 await watching.says(f"{who}waits for any rank")
                 extra.send(signal.SIGTERM)
-            await watching.says(f"{who}is not there any more")
+            await watching.says(f"{who}is gone")
             await ask(store.url, "stop", "blue")
             await watching.says("blue, attempt 1: Stopped: stop was asked for")
             store.kill()

@@ -158,7 +158,7 @@ async def test_an_event_loop_that_hangs_is_not_well(store: FakeStore) -> None:
     state = PLANNER.model_copy(update={"beat": time.monotonic() - 2.0})
     health = await planner_health(adopt(store.client()), state)
     assert not health.good
-    assert "has not turned for 2.0 s" in health.sentence
+    assert "has not run for 2.0 s" in health.sentence
 
 
 # --- the state file -------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path, content: bytes) ->
 def test_the_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = tmp_path / "state"
     path.write_text(PLANNER.model_dump_json())
-    with pytest.raises(NoState, match="is a planner's: ask rankgate health planner"):
+    with pytest.raises(NoState, match="is the state file of a planner: use rankgate health planner"):
         read_state(path, "runner")
 
 
@@ -206,7 +206,7 @@ def test_the_command_says_what_is_wrong(
     assert "no process is named" in capsys.readouterr().err
     path = tmp_path / "state"
     assert main(["health", "runner", "--state-file", str(path), "--redis", "redis://127.0.0.1:1"]) == 1
-    assert "has not begun yet" in capsys.readouterr().err
+    assert "has not started yet" in capsys.readouterr().err
     path.write_text(RUNNER.model_dump_json())
     assert main(["health", "runner", "--state-file", str(path), "--redis", "redis://127.0.0.1:1"]) == 1
     assert "no answer from the store" in capsys.readouterr().err
@@ -299,7 +299,7 @@ async def test_a_store_that_is_not_up_yet_is_waited_for(monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("waiting")
 async def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     door = Door(10_000, StoreUnavailable("no answer from the store at store:6379"))
-    with pytest.raises(StoreUnavailable, match=r"no answer .* \(asked again and again for 60 s\)"):
+    with pytest.raises(StoreUnavailable, match=r"no answer .* \(tried again for 60 s\)"):
         await connect_through(door, monkeypatch, 60)
     assert 30 < door.calls < 120
 

@@ -92,8 +92,8 @@ async def test_without_a_terminal_a_change_is_refused_with_the_way_out(store: Fa
     with pytest.raises(ChangeRefused) as refused:
         await launch_agreed(observer, TYPO, yes=False)
     assert str(refused.value) == (
-        "demo is up with another spec (world_size 2 -> 20), and nothing was changed: that would end attempt 1 for all ranks. "
-        "Pass --yes to replace it, or launch it under another name"
+        "demo is up with another spec (world_size 2 -> 20), and nothing was changed: a launch would end attempt 1 for all ranks. "
+        "Pass --yes to replace it, or choose another name"
     )
     assert await on_record(observer) == before
 
@@ -203,7 +203,7 @@ async def test_a_planner_with_another_file_takes_nothing_down(observer: Observer
         logger.remove(sink)
     assert (await on_record(observer)).spec == SPEC
     assert said[0].startswith(
-        "demo is up with another spec (world_size 2 -> 4; model.total_layers 16 -> 32): it stays as it is;"
+        "demo is up with another spec (world_size 2 -> 4; model.total_layers 16 -> 32): it stays as it is."
     )
 
 

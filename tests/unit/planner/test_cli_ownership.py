@@ -54,7 +54,7 @@ def test_ours_are_ours_where_they_are_installed(copy: Path) -> None:
 def test_another_distributions_package_is_told_with_its_name_and_the_way_out(tmp_path: Path) -> None:
     done = rankgate(other_distribution(tmp_path, "runner"), ROOT)
     (line,) = done.stderr.splitlines()
-    assert line.startswith("rankgate: the package runner belongs to the distribution other-runner here (")
+    assert line.startswith("rankgate: the package runner belongs here to the distribution other-runner (")
     assert str(tmp_path / "runner") in line
     assert "and not to rankgate" in line
     assert "environment of its own" in line
@@ -68,14 +68,14 @@ def test_a_first_file_that_was_written_over_is_told(copy: Path, package: str) ->
     """As pip leaves it that installs the other distribution into the same folder, later."""
     done = rankgate(other_distribution(copy, package))
     (line,) = done.stderr.splitlines()
-    assert f"the package {package} belongs to the distribution other-{package} here" in line
+    assert f"the package {package} belongs here to the distribution other-{package}" in line
     assert done.returncode == 0
 
 
 def test_where_nothing_works_with_the_other_package_that_sentence_is_all(copy: Path) -> None:
     done = rankgate(other_distribution(copy, "barrier"))
     (line,) = done.stderr.splitlines()
-    assert "the package barrier belongs to the distribution other-barrier here" in line
+    assert "the package barrier belongs here to the distribution other-barrier" in line
     assert done.returncode == 2
     assert done.stdout == ""
 
@@ -86,7 +86,7 @@ def test_a_folder_of_that_name_is_told_by_its_place(tmp_path: Path) -> None:
     done = rankgate(tmp_path, ROOT)
     (line,) = done.stderr.splitlines()
     assert (
-        f"the package barrier is taken from {tmp_path / 'barrier' / '__init__.py'}, and not from rankgate in {ROOT}"
+        f"the package barrier is imported from {tmp_path / 'barrier' / '__init__.py'}, and not from rankgate in {ROOT}"
         in line
     )
     assert "PYTHONPATH" in line

@@ -407,15 +407,15 @@ def test_an_instance_that_nobody_plans_says_so() -> None:
         ),
         (
             seen_as("-", "-", opened=False, desired="gone"),
-            "demo was stopped before any attempt was opened; nothing is waited for, and rankgate launch demo brings it up again",
+            "demo was stopped before any attempt was opened; to bring it up again, run rankgate launch demo",
         ),
         (
             seen_as("Idle", "Idle", failure="demo is given up"),
-            "demo is given up. Nothing is waited for: when that is mended, rankgate launch demo brings it up again",
+            "demo is given up. The planner does not try again by itself: repair the cause, then run rankgate launch demo",
         ),
         (
             seen_as("Idle", "Idle", verdict=Verdict.stopped(), desired="gone"),
-            "demo, attempt 1: Stopped: stop was asked for; nothing is waited for, and rankgate launch demo brings it up again",
+            "demo, attempt 1: Stopped: stop was asked for; to bring it up again, run rankgate launch demo",
         ),
     ],
 )
@@ -446,7 +446,7 @@ def test_an_attempt_of_another_spec_does_not_serve() -> None:
     seen = seen_as("Ready", "Ready", dispatched=4, epoch={"digest": "ab"})
     assert not seen.serving
     assert seen.state == "changing"
-    assert "attempt 1 still has the spec before" in seen.explanation
+    assert "attempt 1 has the old spec" in seen.explanation
     assert sentence(seen.picture) == seen.explanation
     assert not serves(seen.picture)
     assert sentence_key(seen.picture) == seen.explanation
@@ -518,8 +518,8 @@ def test_what_is_new_beside_the_ranks_is_a_line_each() -> None:
     )
     assert news(crowded, later) == []
     assert news(later, replace(serving, spares=spares[:1])) == [
-        "spare: node 'box-4', pid 78, is not there any more",
-        "surplus: node 'box-5', pid 9, is not there any more",
+        "spare: node 'box-4', pid 78, is gone",
+        "surplus: node 'box-5', pid 9, is gone",
     ]
     assert (
         news(None, alone)

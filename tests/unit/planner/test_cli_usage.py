@@ -224,7 +224,7 @@ def test_a_real_engine_cannot_be_held_back(capsys: pytest.CaptureFixture[str]) -
         "--hold-back",
         "0:1",
     ]
-    assert complaint(arguments, capsys, 2) == "hold-back is for the simulated engine, and this one is a:b"
+    assert complaint(arguments, capsys, 2) == "hold-back is for the simulated engine, and --engine is a:b"
 
 
 def test_options_come_from_the_environment_and_the_command_line_beats_it(
