@@ -1,7 +1,7 @@
-"""The runner of one rank: reads the task log, accepts or refuses by a table, drives an engine, reports.
+"""The runner of one rank. It reads the task log, accepts or refuses each task by a table, drives an engine, and reports.
 
-A task out of state gets a structured refusal, and the process lives on. It logs with loguru, and nothing until it is asked to:
-``logger.enable("runner")``.
+A task that is out of state gets a structured refusal, and the process lives on. The package logs with loguru, and logs nothing until you
+call ``logger.enable("runner")``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if not "".join(sys.argv[-1:]).startswith("engine-of-rank-"):
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
-    """Import what is asked for, when it is asked for: an engine's own process imports this package, and needs no store."""
+    """Import a name when it is first used. An engine's process imports this package too, and does without the store's driver."""
     if name not in _HOME:
         raise AttributeError(f"module 'runner' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""The judge: what a runner does with a task, decided before anything is said or done. Pure; the table is `runner.lifecycle`'s."""
+"""The judge: decides what a runner does with a task, before the runner does anything. No I/O. The table is in `runner.lifecycle`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = [
 ACCEPTS: Mapping[str, frozenset[str]] = MappingProxyType(
     {status: LIFECYCLE.accepts(status, 1) | LIFECYCLE.accepts(status, 2) for status in LIFECYCLE.order}
 )
-"""Which tasks a status accepts, in an instance of some size (docs/protocol.md)."""
+"""Which tasks each status accepts, with one rank or with several (docs/protocol.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What this rank has promised: exactly one epoch, whose roster names exactly one incarnation, for so many ranks."""
+    """What this rank has promised: one epoch, whose roster names one incarnation of this rank, and has so many ranks."""
 
     epoch: EpochId
     incarnation: str
@@ -47,15 +47,15 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """All that the judge may look at, besides the task.
+    """All that the judge may look at, except the task.
 
     Attributes:
         instance: this runner's instance.
         status: its status now.
         incarnation: its own incarnation.
-        promise: what it has promised; ``None`` where it is in no epoch.
+        promise: what it has promised; ``None`` if it is in no epoch.
         floor: the highest epoch number that it ever promised.
-        outcomes: what became of the tasks it has seen in this epoch, by task id.
+        outcomes: the outcomes of the tasks that it has seen in this epoch, by task id.
     """
 
     instance: str
@@ -68,12 +68,12 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """Do it."""
+    """Do the task."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlreadyDone:
-    """Seen before in this epoch: say again what became of it, and do nothing."""
+    """The task was seen before in this epoch: report its outcome again, and do nothing."""
 
     outcome: TaskOutcome
 
@@ -87,14 +87,14 @@ class NotYet:
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """Too late: its epoch, or the moment for it, is over."""
+    """Too late: its epoch is over, or the runner is past its step."""
 
     hint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """Never possible, however often it is sent."""
+    """Never possible. To send it again does not help."""
 
     hint: str
 
@@ -104,7 +104,7 @@ Judgement: TypeAlias = Accept | AlreadyDone | Refusal
 
 
 def judge(standing: Standing, task: Task, lifecycle: Lifecycle = LIFECYCLE) -> Judgement:
-    """Decide what to do with a task. Looks at nothing but its arguments, and changes nothing."""
+    """Decide what to do with a task. The function uses only its arguments, and changes nothing."""
     if task.instance != standing.instance:
         return Invalid(f"this runner serves instance {standing.instance}, the task is for {task.instance[:63]}")
     fenced = _fence(standing, task)
@@ -127,7 +127,7 @@ def judge(standing: Standing, task: Task, lifecycle: Lifecycle = LIFECYCLE) -> J
 
 
 def _fence(standing: Standing, task: Task) -> Refusal | None:
-    """Act on exactly the promised epoch, number and nonce, and only as the incarnation on its roster."""
+    """Refuse a task of any epoch but the promised one (number and nonce), and any incarnation but the one on the roster."""
     try:
         epoch = EpochId.parse(task.epoch)
     except InvalidName:
@@ -155,7 +155,7 @@ def _out_of_state(status: str, kind: str, needed: str, order: tuple[str, ...]) -
 
 
 def rejection_of(refusal: Refusal, standing: Standing, task_kind: str) -> Rejection:
-    """The refusal as it is told to the planner."""
+    """The refusal, as the planner reads it."""
     codes: dict[type[Refusal], RejectionCode] = {NotYet: "NotYet", Stale: "Stale", Invalid: "Invalid"}
     return Rejection(
         code=codes[type(refusal)],

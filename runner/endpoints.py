@@ -1,4 +1,4 @@
-"""Where the engines of an attempt wait for one another: read from the record, and refused where they could meet somebody else."""
+"""Reads from the record where the engines of an attempt wait for one another, and refuses endpoints at which they could meet a stranger."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["check_endpoints", "meeting_points", "reachable_at"]
 
 
 async def meeting_points(member: Member, world_size: int, *, clock: Clock, seconds: float) -> tuple[str, ...]:
-    """Where each rank's engine waits in the promised epoch, in rank order, as `check_endpoints` lets it pass.
+    """Where each rank's engine waits in the promised epoch, in rank order, checked by `check_endpoints`.
 
     Args:
         member: this rank's side of the barrier.
         world_size: number of ranks.
         clock: time.
-        seconds: how long a store that does not answer is asked again.
+        seconds: how long to ask again if the store does not answer.
 
     Raises:
-        EngineFailure: they could not be read in time, or are not to be trusted.
+        EngineFailure: the endpoints could not be read in time, or `check_endpoints` refuses them.
     """
     ends = clock.now() + seconds
     while True:
@@ -44,10 +44,10 @@ async def meeting_points(member: Member, world_size: int, *, clock: Clock, secon
 
 
 async def reachable_at(member: Member, endpoint: str, *, clock: Clock) -> str:
-    """An engine's endpoint as the others reach it: one without a host gets this machine's own address.
+    """An engine's endpoint as the other ranks reach it. An endpoint without a host gets this machine's own address.
 
     Raises:
-        EngineFailure: it is none.
+        EngineFailure: it is not an endpoint.
     """
     if endpoint.startswith(":"):
         endpoint = _joined(await _address(member, clock), endpoint)
@@ -65,16 +65,16 @@ async def _address(member: Member, clock: Clock) -> str:
 
 
 def check_endpoints(endpoints: Sequence[str] | None, rank: int, own: str) -> None:
-    """Refuse endpoints at which an engine could meet another attempt's, or nobody.
+    """Refuse endpoints at which an engine could meet an engine of another attempt, or nobody.
 
     Args:
         endpoints: as `barrier.Member.endpoints` read them.
-        rank: whose engine is to connect.
-        own: the endpoint that it has bound for this attempt.
+        rank: the rank whose engine shall connect.
+        own: the endpoint that this engine has bound for this attempt.
 
     Raises:
-        EngineFailure: they are not known, this rank's is another one, or two ranks have one. Never permanent: the next attempt binds
-            others.
+        EngineFailure: the endpoints are not known, this rank has another one, other machines cannot reach one, or two ranks have the
+            same. Never permanent: the next attempt binds others.
     """
     if endpoints is None:
         raise EngineFailure(
@@ -102,7 +102,7 @@ def check_endpoints(endpoints: Sequence[str] | None, rank: int, own: str) -> Non
 
 
 def _check_endpoint(endpoint: str) -> None:
-    """Refuse what an engine, or the address of this machine, makes of an endpoint; empty is an engine without one."""
+    """Refuse a text that is not an endpoint. An empty text stands for an engine without an endpoint."""
     try:
         if endpoint:
             valid_endpoint(endpoint)

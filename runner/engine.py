@@ -1,4 +1,4 @@
-"""The engine: what a runner drives. A small protocol, so that MLX, a simulation or a test double all fit behind it."""
+"""The protocol of an engine, which a runner drives. It is small, so that MLX, a simulation and a test double can all implement it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Engine", "EngineDied", "EngineFailure", "EngineGroup", "GenerationRe
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """Where, as whom and in which attempt an engine enters the collective.
+    """The rank, the attempt and the endpoints with which an engine enters the collective.
 
     Attributes:
         instance: the instance's name.
-        epoch: ``<number>-<nonce>``: which attempt this is. No other attempt, of this instance or of another, has the same one.
+        epoch: ``<number>-<nonce>``, which names the attempt. No other attempt has the same epoch, in this instance or in another.
         rank: 0 to world_size - 1.
         endpoints: where each rank's engine waits for the others, ``host:port`` in rank order: what its `Engine.prepare` returned
-            for this attempt. Empty for a rank whose engine has no endpoint.
-        deadline: seconds that `Engine.connect` may take. It is shorter than the time after which the planner takes the attempt for
-            stalled, so that the engine says itself what it waited for.
+            for this attempt. An empty text for a rank whose engine has no endpoint.
+        deadline: seconds that `Engine.connect` may take. It is shorter than the planner's stall for this step, so that the engine itself
+            can say what it waited for.
     """
 
     instance: str
@@ -42,7 +42,7 @@ class EngineGroup:
 
     @property
     def token(self) -> bytes:
-        """16 bytes that differ for every other instance and every other attempt: what `Engine.connect` compares over all ranks."""
+        """16 bytes that differ for each (instance, epoch). `Engine.connect` compares them over all ranks."""
         return hashlib.blake2b(f"{self.instance}\0{self.epoch}".encode(), digest_size=16).digest()
 
 
@@ -62,7 +62,7 @@ class EngineFailure(RuntimeError):
     """Engine work failed.
 
     Attributes:
-        permanent: whether trying again cannot help (no such model, not enough memory); decides how the planner classes it.
+        permanent: whether another attempt would fail too (no such model, not enough memory). The planner acts on it.
     """
 
     def __init__(self, message: str, *, permanent: bool = False) -> None:
@@ -71,52 +71,52 @@ class EngineFailure(RuntimeError):
 
 
 class EngineDied(EngineFailure):
-    """The engine's process ended in the middle of its work."""
+    """The engine is gone: its process ended, or was killed or closed."""
 
 
 class Engine(Protocol):
-    """One rank's share of a model. Calls come one at a time and in this order: prepare…, connect, load, warm_up, generate…, close.
+    """One rank's share of a model. The host makes one call at a time, in this order: prepare…, connect, load, warm_up, generate…, close.
 
-    With one rank there is no `connect`. `close` may come at any time, also in the middle of another call, whose coroutine is
-    cancelled first. Whatever a call raises is a failed task and never the end of the runner.
+    With one rank there is no `connect`. `close` may come at any time. If another call is under way then, its coroutine is cancelled
+    first. Whatever a call raises fails its task, and never ends the runner.
 
-    An engine is connected only to the engines of its own attempt. Two things see to that, and `runner.testing.check_engine`
-    checks both: an endpoint is bound anew for every attempt (`prepare`), and the first collective compares
+    An engine is connected only to the engines of its own attempt. Two rules ensure that, and `runner.testing.check_engine`
+    checks both: every attempt binds a new endpoint (`prepare`), and the first collective compares
     `EngineGroup.token` over all ranks (`connect`).
     """
 
     async def prepare(self, rank: int, world_size: int) -> str | None:
-        """Do what is slow and concerns nobody else: imports, a look at the device, a download. Then bind an endpoint.
+        """Do the slow work that needs no other rank: imports, a check of the device, a download. Then bind an endpoint.
 
-        It comes before the rank reports Idle, and again before every further attempt in which this engine has not connected yet.
-        Every call binds another port than the last, which is given up: an engine of an ended attempt must find nobody there. It may
-        also come long before the attempt, in a spare engine that stands by while another one serves; so it takes no memory of the
-        device and holds no lock that the other one may need.
+        The host calls it before the rank reports Idle, and again before each further attempt until this engine has connected. Each call
+        gives up the last port and binds another one: an engine of an ended attempt must find nobody there. The host also calls it in a
+        spare engine, long before the attempt and while another engine serves. So it must take no memory of the device, and hold no lock
+        that the other engine may need.
 
         Returns:
-            ``host:port`` at which the other ranks reach this engine; ``:port`` for this machine under the name that the runner knows;
-            ``None`` where the engine needs no endpoint. `bind_endpoint` binds a port, from a range where one is wanted.
+            ``host:port`` at which the other ranks reach this engine; ``:port`` if the runner shall add this machine's address;
+            ``None`` if the engine needs no endpoint. `bind_endpoint` binds a port, from a range if you give one.
 
         Raises:
-            EngineFailure: permanent where trying again cannot help: something that is not installed, no such device.
+            EngineFailure: permanent if another attempt would fail too: something is not installed, there is no such device.
         """
         ...
 
     async def connect(self, group: EngineGroup) -> None:
         """Enter the collective group; returns once all ranks are in it.
 
-        It ends with one real collective over all ranks that compares `EngineGroup.token`. Where a token differs, this engine met one of
-        another attempt: that is an `EngineFailure` which is not permanent, and never a text. It ends within `EngineGroup.deadline`
-        seconds; the host ends an engine that does not.
+        At its end, one real collective over all ranks compares `EngineGroup.token`. If a token differs, this engine has met one of another
+        attempt: raise an `EngineFailure` that is not permanent. Such a group never generates a text. The call takes at most
+        `EngineGroup.deadline` seconds; the host kills an engine that takes longer.
         """
         ...
 
     def load(self, model: ModelSpec) -> AsyncIterator[int]:
         """Load the model; yields the number of layers loaded so far, rising to ``model.total_layers``.
 
-        To yield the same number again says that the load moves though no layer is complete: a large layer, a download. That
-        renews the planner's patience, so yield it only where something has moved. With more than one rank it comes after
-        `connect`, and is refused otherwise: half a model would wait for ranks that never come.
+        The same number again means that the load makes progress, though no further layer is complete: a large layer, a download. It
+        renews the planner's stall, so yield it only after real progress. With more than one rank, refuse a load before `connect`:
+        half a model would wait for ranks that never come.
         """
         ...
 
@@ -125,7 +125,7 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[str]:
-        """Generate; yields pieces of text (rank 0) or nothing (the others), and ends at the end of the text."""
+        """Generate; yields pieces of text (rank 0) or nothing (the other ranks), and returns at the end of the text."""
         ...
 
     async def close(self) -> None:
@@ -136,12 +136,12 @@ class Engine(Protocol):
 def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> socket.socket:
     """Bind a TCP socket for `Engine.prepare`, on all of this machine's IPv4 addresses; it does not listen yet.
 
-    The port is this socket's alone. In a range, one that nobody has is preferred; then comes one of which the operating system only keeps
-    the connections of an ended attempt, which it does for about a minute, if their sockets had SO_REUSEADDR set: so set it before you listen.
+    No other socket has the port. A free port of the range comes first. Then comes a port of which the operating system still keeps the
+    connections of an ended attempt, for about a minute. Their sockets must have had SO_REUSEADDR set, so set it before you listen.
 
     Args:
-        ports: the first and the last port that may be used, for machines behind a firewall; any free one where ``None``.
-        avoid: the port of the attempt before, which is taken only where the range has no other.
+        ports: the first and the last port that may be used, for machines behind a firewall; ``None`` takes any free port.
+        avoid: the port of the last attempt. It is taken only if the range has no other.
 
     Raises:
         EngineFailure: no port of the range is free.
@@ -153,7 +153,7 @@ def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> so
                 return bound
             bound.close()
     first, last = ports
-    # From anywhere in the range, so that an attempt seldom gets the port of an earlier one, which another engine had.
+    # Begin at a random port, so that an attempt seldom gets a port that another engine had in an earlier attempt.
     shift = random.randrange(last - first + 1)  # noqa: S311 - no secret
     shifted = [first + (at + shift) % (last - first + 1) for at in range(last - first + 1)]
     for wanted in ([port for port in shifted if port != avoid], [port for port in shifted if port == avoid]):
@@ -167,12 +167,12 @@ def bind_endpoint(ports: tuple[int, int] | None = None, *, avoid: int = 0) -> so
 
 
 def _bound(port: int, *, left_over: bool = False) -> socket.socket:
-    """Bind a port that nobody has; with `left_over` one of which there are still connections, though nobody listens there."""
+    """Bind a port that nobody has; with `left_over` also a port that still has connections, though nobody listens there."""
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(left_over))
         bound.bind(("", port))
-        # As long as it is set, whoever sets it as well could bind the same port, until one of the two listens.
+        # While it is set, another program that sets it too could bind the same port, until one of the two listens.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError:
         bound.close()

@@ -1,4 +1,4 @@
-"""The texts of one rank: generated one at a time, written as chunks, cancelled, and ended for the clients that wait."""
+"""Generates the texts of one rank, one at a time: writes them as chunks, cancels them, and ends the streams of waiting clients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Generations", "pieces_of"]
 
 
 class Generations:
-    """The texts that wait at a rank, and the one that is generated.
+    """The texts that wait at a rank, and the text that is being generated.
 
     Args:
         member: this rank's side of the barrier.
         host: the engine.
         clock: time.
-        survive: sends something, and says whether the store took it.
+        survive: calls what it is given, which sends something, and returns whether the store took it.
     """
 
     def __init__(
@@ -41,28 +41,28 @@ class Generations:
         self._queue: asyncio.Queue[Work] = asyncio.Queue()
         self._current: str = ""
         self._chunks: asyncio.Task[None] | None = None
-        self._endings: dict[str, Chunk] = {}  # of streams, not written yet
+        self._endings: dict[str, Chunk] = {}  # ends of streams that are not written yet
 
     def add(self, work: Work) -> None:
-        """One more that waits."""
+        """Add a text to those that wait."""
         self._queue.put_nowait(work)
 
     async def next(self) -> Work:
-        """The one that has waited longest; waits for one."""
+        """Take the text that has waited longest; waits until there is one."""
         return await self._queue.get()
 
     def cancel(self, task_id: str) -> None:
-        """Stop a text, if it is the one that is generated."""
+        """Stop a text, if it is being generated."""
         if task_id == self._current and self._chunks is not None:
             self._chunks.cancel()
 
     async def pause(self) -> None:
-        """Wait until the text that is generated is over, whatever comes of it."""
+        """Wait until the text that is being generated has ended, well or not."""
         if self._chunks is not None:
             await asyncio.wait({self._chunks})
 
     def forget(self) -> None:
-        """Nothing waits any more, and nothing is generated."""
+        """Forget the texts that wait, and the text that was being generated."""
         self._current = ""
         self._queue = asyncio.Queue()
 
@@ -70,7 +70,7 @@ class Generations:
         """Generate one text, unless it is cancelled already; returns whether it was cancelled. Rank 0 answers.
 
         Raises:
-            EngineFailure: the engine failed at it.
+            EngineFailure: the engine failed.
         """
         task = work.task
         if not isinstance(task, TextGeneration):
@@ -111,7 +111,7 @@ class Generations:
             await self._write(Chunk(task_id=task.task_id, index=index, finish=finish))
 
     async def _write(self, chunk: Chunk) -> None:
-        """Write a piece of text; wait for a store that does not answer, since a text with a hole in it is of no use."""
+        """Write a piece of text. If the store does not answer, wait: a text with a gap is of no use."""
         waited = False
         while True:
             try:
@@ -132,16 +132,16 @@ class Generations:
             await self.end_stream(task_id, error=error)
 
     async def end_stream(self, task_id: str, *, error: str = "", cancelled: bool = False) -> None:
-        """End a client's stream. Every rank that knows why does: the client takes the first end that it reads."""
+        """End a client's stream. Every rank that knows a reason writes an end; the client takes the first end that it reads."""
         finish = "cancelled" if cancelled else "error"
-        if len(self._endings) < REMEMBERED:  # a store that takes nothing for so long has lost these clients anyway
+        if len(self._endings) < REMEMBERED:  # after such a long outage these clients have left anyway
             self._endings[task_id] = Chunk(
                 task_id=task_id, index=0, finish=finish, error=speakable(error)[:2_000] or None
             )
         await self.write_endings()
 
     async def write_endings(self) -> None:
-        """What the store does not take now goes after the next report: no tear-down waits for it."""
+        """Write the ends that wait. What the store does not take now follows the next report, so no tear-down waits for it."""
         for task_id, chunk in list(self._endings.items()):
             if not await self._survive(lambda: self._member.write_output(task_id, [encode(chunk)])):  # noqa: B023  called at once
                 return
@@ -149,6 +149,6 @@ class Generations:
 
 
 def pieces_of(text: str) -> list[str]:
-    """Pieces that a client reads: as JSON, no character takes more than six bytes."""
+    """Cut a text into pieces that a client can read (`MAX_MESSAGE_BYTES`): as JSON, a character takes at most six bytes."""
     size = MAX_MESSAGE_BYTES // 8
     return [text[place : place + size] for place in range(0, len(text), size)] or [""]

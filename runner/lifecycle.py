@@ -1,11 +1,11 @@
 """The life of a rank as one table: which task begins in which status, and which status it has during the work and after it.
 
-Whatever else knows the order of the life takes it from here: what a runner accepts (`runner.admission`), how its status moves
-(`runner.session`), what a planner dispatches and what a status proves (`planner.lifecycle`), the test kit, and the screen.
+All other modules take the order from here: what a runner accepts (`runner.admission`), how its status changes (`runner.session`),
+what a planner dispatches and what a status proves (`planner.lifecycle`), the test kit, and the screen.
 
-To add a step, write: its task and its two statuses in `runner.messages`; a row here; who is told when, and how long a planner waits, in
-`planner.lifecycle`; the fields of its task in `planner.tasks`; the call of the engine in `runner.runner`. `planner.history` judges by rules
-of its own, and imports nothing of this. tests/fundamentals/test_add_a_lifecycle_step.py shows what follows from a table with one more row.
+To add a step, write: its task and its two statuses in `runner.messages`; a row here; who is told first, and how long a planner waits, in
+`planner.lifecycle`; the fields of its task in `planner.tasks`; the call of the engine in `runner.runner`. `planner.history` has rules of
+its own, and does not import this table. tests/fundamentals/test_add_a_lifecycle_step.py shows what follows from a table with one more row.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Row:
         during: the status during the work.
         after: the status after it.
         call: the call of `runner.Engine` that does it.
-        meets: whether the ranks meet in it for the first time, at one another's endpoints. A single rank has no such row; what follows
-            begins in this row's entry then.
-        repeats: whether it may be begun again during the work, to be done afterwards; texts are.
+        meets: whether the ranks first meet in it, at one another's endpoints. A single rank has no such row; its next row begins in
+            this row's entry.
+        repeats: whether a further task is accepted during the work, and waits for its end. Texts are.
     """
 
     task: str
@@ -67,7 +67,7 @@ class Row:
 
 
 LEAVING = Row("Shutdown", entry="", during="ShuttingDown", after="Shutdown", call="close")
-"""Accepted in every status, and the end of them all."""
+"""The row of a task that is accepted in every status. It ends the life."""
 
 CONNECT = Row("ConnectToGroup", entry="Idle", during="Connecting", after="Connected", call="connect", meets=True)
 LOAD = Row("LoadModel", entry="Connected", during="Loading", after="Loaded", call="load")
@@ -75,10 +75,10 @@ WARM_UP = Row("StartWarmup", entry="Loaded", during="WarmingUp", after="Ready", 
 GENERATE = Row("TextGeneration", entry="Ready", during="Running", after="Ready", call="generate", repeats=True)
 
 TABLE: tuple[Row, ...] = (CONNECT, LOAD, WARM_UP, GENERATE)
-"""The table. A row's entry is the status after the row before."""
+"""The table. A row begins in the status in which the row before it ends."""
 
 _FINALITY: Mapping[str, int] = MappingProxyType({FAILED: 1, LEAVING.during: 2, LEAVING.after: 3})
-"""Statuses that a runner does not leave by its own work, the later ones not even for the earlier. Others count 0."""
+"""How final a status is; 0 for one that is not listed. Work never takes a runner to a status with a lower number."""
 
 
 class Lifecycle:
@@ -88,7 +88,7 @@ class Lifecycle:
         rows: the table, for several ranks.
         alone: the same for a single rank.
         idle: the status in which an attempt begins.
-        order: all statuses, in the order in which a healthy runner passes them; the ends come last.
+        order: all statuses, in the order in which a healthy runner passes them; departure and failure come last.
         serving: the statuses in which texts are generated.
 
     Raises:
@@ -125,7 +125,7 @@ class Lifecycle:
         return self._accepts[world_size > 1][status]
 
     def proves(self, status: str, world_size: int) -> tuple[str, ...]:
-        """The kinds of tasks that must have begun at a rank for it to be in this status; none for a status that is not on the way."""
+        """The kinds of tasks that a rank in this status must have begun; none for a status outside of the table."""
         rows = self.rows_for(world_size)
         last = next((place for place, row in enumerate(rows) if status in (row.during, row.after)), -1)
         return tuple(row.task for row in rows[: last + 1])
@@ -159,4 +159,4 @@ def _accepted(rows: tuple[Row, ...], status: str) -> frozenset[str]:
 
 
 LIFECYCLE = Lifecycle()
-"""The life that runners and planners live by."""
+"""The lifecycle that runners and planners follow."""

@@ -1,8 +1,8 @@
-"""Everything that a planner says to a runner and a runner says back.
+"""All messages between a planner and a runner.
 
-Frozen, tagged by ``kind``, and strict: an unknown kind, an unknown field or a wrong type is a `MalformedMessage`, never a
-half-understood task. A message says its wire version (`barrier.protocol.wire`), and one of a version that is not read here is refused by that name.
-The planner, the runner and a foreign system can share these messages: nothing is imported here that needs a store.
+A message is frozen, tagged by ``kind``, and strict: an unknown kind, an unknown field or a wrong type raises `MalformedMessage`. A message
+names its wire version (`barrier.protocol.wire`). A message of a version that is not read here is refused, and the refusal names the version.
+The planner, the runner and a foreign system can share these messages, because this module imports nothing that needs a store.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ __all__ = [
 
 
 MAX_MESSAGE_BYTES = 256 * 1024
-"""The longest message that is parsed at all, in bytes. A prompt of some 60,000 words fits; a 1 MB payload is refused unread."""
+"""The longest message that is parsed, in bytes. A prompt of about 60,000 words fits. A payload of 1 MB is refused unread."""
 
 MAX_DEADLINE_SECONDS = 7 * 24 * 3600.0
 """The longest time that a rank may be given to connect: a week."""
@@ -76,38 +76,38 @@ ShortText = Annotated[str, Field(max_length=2_000)]
 
 
 class MalformedMessage(ValueError):
-    """The bytes are not one of our messages. The sentence says what is wrong, and never quotes the payload."""
+    """The bytes are not one of our messages. The error's text says what is wrong, and never quotes the payload."""
 
 
 # --- statuses -------------------------------------------------------------------------------------------------------------
 
 
 class RunnerPreparing(Message):
-    """In the attempt, and the engine is being made ready for it: imports, a look at the device, a download, an endpoint."""
+    """The rank takes part in the attempt and prepares its engine: imports, a check of the device, a download, an endpoint."""
 
     kind: Literal["Preparing"] = "Preparing"
 
 
 class RunnerIdle(Message):
-    """No engine group, no model."""
+    """The engine is in no group and has no model."""
 
     kind: Literal["Idle"] = "Idle"
 
 
 class RunnerConnecting(Message):
-    """Entering the collective group."""
+    """The engine enters the collective group."""
 
     kind: Literal["Connecting"] = "Connecting"
 
 
 class RunnerConnected(Message):
-    """In the group, no model yet. All ranks must say this, in one epoch, before LoadModel goes out."""
+    """The engine is in the group and has no model yet. All ranks must report this in one epoch before LoadModel is dispatched."""
 
     kind: Literal["Connected"] = "Connected"
 
 
 class RunnerLoading(Message):
-    """Reading weights; both counts in layers."""
+    """The engine reads weights. Both counts are in layers."""
 
     kind: Literal["Loading"] = "Loading"
     layers_loaded: int = Field(ge=0)
@@ -121,31 +121,31 @@ class RunnerLoaded(Message):
 
 
 class RunnerWarmingUp(Message):
-    """In the warm-up collective."""
+    """The engine runs the warm-up collective."""
 
     kind: Literal["WarmingUp"] = "WarmingUp"
 
 
 class RunnerReady(Message):
-    """Warm and without work."""
+    """The engine is warm and has no work."""
 
     kind: Literal["Ready"] = "Ready"
 
 
 class RunnerRunning(Message):
-    """Generating."""
+    """The engine generates text."""
 
     kind: Literal["Running"] = "Running"
 
 
 class RunnerShuttingDown(Message):
-    """Tearing the engine down for good."""
+    """The runner tears its engine down, and will end."""
 
     kind: Literal["ShuttingDown"] = "ShuttingDown"
 
 
 class RunnerShutdown(Message):
-    """Torn down; the process is about to leave."""
+    """The engine is torn down. The process is about to end."""
 
     kind: Literal["Shutdown"] = "Shutdown"
 
@@ -193,24 +193,24 @@ StatusName: TypeAlias = Literal[
 
 
 class _Sent(Message):
-    """What is sent by itself, and not as a part of something else.
+    """A message that is sent by itself, and not as a part of another message.
 
     Attributes:
-        wire: the version in which it is written; see `barrier.protocol.wire`.
+        wire: the wire version of the message; see `barrier.protocol.wire`.
     """
 
     wire: int = WIRE_VERSION
 
 
 class _Task(_Sent):
-    """What every task carries.
+    """The fields of every task.
 
     Attributes:
         task_id: derived from (instance, epoch, step), so that a repeated dispatch is recognised; see `derive_task_id`. It may
-            become part of a key, so it is no longer than a step's name may be.
+            become part of a key, so it has the length limit of a step's name.
         instance: the instance, which is the barrier's group.
-        epoch: ``<number>-<nonce>``: the fencing token. A runner acts on exactly the epoch that it promised.
-        term: the term of the planner that dispatched it, for people; the script that appended it has checked it.
+        epoch: ``<number>-<nonce>``: the fencing token. A runner acts only in the epoch that it promised.
+        term: the term of the planner that dispatched the task. It is for people; the script that appended the task has checked it.
     """
 
     task_id: str = Field(min_length=1, max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")
@@ -220,10 +220,10 @@ class _Task(_Sent):
 
 
 class ConnectToGroup(_Task):
-    """Enter the collective group. Where the other ranks are is in the epoch's record (`barrier.Member.endpoints`), not in here.
+    """Enter the collective group. The endpoints of the other ranks are in the epoch's record (`barrier.Member.endpoints`), not here.
 
     Attributes:
-        deadline: seconds that a rank may take for it, from when it has read this. Shorter than the planner's patience.
+        deadline: seconds that a rank may take, counted from when it reads the task. Shorter than the planner's stall for this step.
     """
 
     kind: Literal["ConnectToGroup"] = "ConnectToGroup"
@@ -264,7 +264,7 @@ class CancelTask(_Task):
 
 
 class Shutdown(_Task):
-    """Tear down and leave with exit code 0."""
+    """Tear the engine down, and end the process with exit code 0."""
 
     kind: Literal["Shutdown"] = "Shutdown"
 
@@ -278,7 +278,7 @@ TaskKind: TypeAlias = Literal["ConnectToGroup", "LoadModel", "StartWarmup", "Tex
 def derive_task_id(instance: str, epoch: str, step: str) -> str:
     """Name the task of one step of one epoch of one instance: the same three always give the same id.
 
-    The epoch's nonce is part of the hash, so that two epochs with one number (a failover can issue it twice) never share a task.
+    The hash includes the epoch's nonce. So two epochs with the same number, which a failover can issue, never share a task.
     """
     digest = hashlib.blake2b(f"{instance}\0{epoch}\0{step}".encode(), digest_size=12).hexdigest()
     return f"{step.replace(' ', '-')[:71]}.{digest}"
@@ -294,9 +294,9 @@ class Rejection(Message):
 
     Attributes:
         code: ``NotYet`` (ask again later), ``Stale`` (too late) or ``Invalid`` (never possible).
-        task_kind: the kind of the refused task, or ``unknown`` where it could not be read.
-        status: what this runner really was.
-        epoch: the epoch that this runner really is in; empty where it is in none.
+        task_kind: the kind of the refused task, or ``unknown`` if it could not be read.
+        status: the status of this runner when it refused the task.
+        epoch: the epoch that this runner is in; empty if it is in none.
         retryable: whether the same task may succeed later in the same epoch.
         hint: one sentence for a person.
     """
@@ -326,14 +326,14 @@ class TaskStatusUpdated(_Sent):
 
 
 class RunnerStatusUpdated(_Sent):
-    """The runner's status changed (or is said again)."""
+    """The runner's status changed, or is reported again."""
 
     kind: Literal["RunnerStatusUpdated"] = "RunnerStatusUpdated"
     status: RunnerStatus
 
 
 class TaskAcknowledged(_Sent):
-    """The runner has read the task and answered it, one way or the other."""
+    """The runner has read the task, and has accepted or refused it."""
 
     kind: Literal["TaskAcknowledged"] = "TaskAcknowledged"
     task_id: str
@@ -349,8 +349,8 @@ class Chunk(_Sent):
 
     Attributes:
         index: 0, 1, 2, …
-        finish: ``None`` while more comes; ``stop``, ``length``, ``cancelled`` or ``error``.
-        error: why, where ``finish`` is ``error``.
+        finish: ``None`` while more chunks follow; ``stop``, ``length``, ``cancelled`` or ``error`` in the last one.
+        error: the reason, if ``finish`` is ``error``.
     """
 
     kind: Literal["Chunk"] = "Chunk"
@@ -368,7 +368,7 @@ _STATUS: TypeAdapter[RunnerStatus] = TypeAdapter(RunnerStatus)
 
 
 def status_named(name: str, **fields: int | str) -> RunnerStatus:
-    """A status by its name, with its fields where it has any; raises pydantic's ValidationError where there is no such status."""
+    """Make a status from its name and its fields; raises pydantic's ValidationError if there is no such status."""
     return _STATUS.validate_python({"kind": name, **fields})
 
 
@@ -376,8 +376,8 @@ def decode_task(payload: bytes) -> Task:
     """Read one task.
 
     Raises:
-        MalformedMessage: longer than `MAX_MESSAGE_BYTES`, not JSON, of another wire version, an unknown kind, or a field that is wrong. The
-            message names the field and never quotes its value, which may be a prompt.
+        MalformedMessage: longer than `MAX_MESSAGE_BYTES`, not JSON, of another wire version, an unknown kind, or a wrong field. The
+            error's text names the field and never quotes its value, which may be a prompt.
     """
     return _decode(_TASK, payload)
 
@@ -403,7 +403,7 @@ def _decode(adapter: TypeAdapter[_T], payload: bytes) -> _T:
     try:
         message = adapter.validate_json(payload)
     except ValidationError as error:
-        # What a later version says may be wrong in our eyes for that reason alone.
+        # The version is checked first: a message of a later version may have fields that are unknown here.
         raise MalformedMessage(_refusal(_version_in(payload)) or _describe(error)) from None
     refusal = _refusal(getattr(message, "wire", None))
     if refusal:
@@ -417,7 +417,7 @@ def _refusal(version: object) -> str:
 
 
 def _version_in(payload: bytes) -> object:
-    """The wire version that is written in a message; ours where it says none, as what is no message at all."""
+    """The wire version that a message names; ours if it names none, or if the bytes are not a message."""
     try:
         found: object = from_json(payload)
     except ValueError:
@@ -426,7 +426,7 @@ def _version_in(payload: bytes) -> object:
 
 
 def _describe(error: ValidationError) -> str:
-    """Say what is wrong without the offending value: pydantic's own text would quote it."""
+    """Say what is wrong, without the wrong value: pydantic's own text would quote it."""
     problems = [
         f"{'.'.join(_shown(part) for part in problem['loc']) or 'the message'}: {_reason(problem['type'])}"
         for problem in error.errors(include_input=False, include_url=False, include_context=False)
@@ -436,8 +436,8 @@ def _describe(error: ValidationError) -> str:
 
 
 def _shown(part: int | str) -> str:
-    """The name of a field if it looks like one: an unknown field's name is the sender's text, and may be a prompt."""
-    return str(part) if re.fullmatch(r"\w{1,40}", str(part), re.ASCII) else "(a name that is none)"
+    """The name of a field, if it looks like one. The sender chose the name of an unknown field, and it may be a prompt."""
+    return str(part) if re.fullmatch(r"\w{1,40}", str(part), re.ASCII) else "(not a name)"
 
 
 def _reason(error_type: str) -> str:

@@ -1,4 +1,4 @@
-"""Which model is to be loaded, and the kind of message that it is a part of."""
+"""The model to load, and the base class of all messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Message", "ModelSpec"]
 
 
 class Message(BaseModel):
-    """Frozen and strict: an unknown field or a wrong type is refused."""
+    """The base class of all messages. Frozen and strict: an unknown field or a wrong type is refused."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -1,7 +1,7 @@
-"""The life of a runner's process: it claims its rank, serves until it is asked to end, tears down, and gives the rank back.
+"""The life of a runner's process. It claims its rank, serves until it is asked to end, tears down, and gives the rank back.
 
-What it does meanwhile is `runner.runner.Runner`'s. Here is what ends it, and what is said then: a mistake of ours in any part ends the
-whole by name, and a rank that another process took over says nothing any more.
+`runner.runner.Runner` does the serving. A mistake of ours in any part ends the whole process, with an error that names the part. A rank
+that another process took over writes nothing more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["EXPECTED", "RunnerProcess"]
 
 
 EXPECTED = (RankgateError, EngineFailure)
-"""What may end a part of a runner without being a mistake of ours."""
+"""Errors that may end a part of a runner and are no mistake of ours."""
 
 
 class RunnerProcess(ABC):
@@ -41,7 +41,7 @@ class RunnerProcess(ABC):
 
     @abstractmethod
     async def _serve(self) -> None:
-        """Do what the task log says, without an end; raises `_lost` once that is set."""
+        """Do what the task log says, for ever; raises `_lost` once that is set."""
 
     @abstractmethod
     async def _tear_down(self) -> None:
@@ -49,7 +49,7 @@ class RunnerProcess(ABC):
 
     @abstractmethod
     async def _stop_work(self) -> None:
-        """Stop all work, whatever becomes of the engine."""
+        """Stop all work. What happens to the engine is the caller's decision."""
 
     @abstractmethod
     async def _say_failed(self, failure: EngineFailure) -> None:
@@ -58,32 +58,30 @@ class RunnerProcess(ABC):
     def stop(self) -> None:
         """Ask `run` to tear down and return; safe from a signal handler of the event loop."""
         if not self._leaving.is_set():
-            logger.info(
-                "instance {}: asked to end; the engine is closed and the rank given back", self._member.keys.group
-            )
+            logger.info("instance {}: asked to end; closes the engine and gives the rank back", self._member.keys.group)
         self._leaving.set()
 
     async def run(self, *, wait_for_store: float = 0.0) -> None:
         """Claim the rank and serve until a Shutdown task or `stop`; then tear down and give the rank back.
 
-        The engine is made first, and its factory and configuration with it are checked: what could never serve claims no rank.
+        It makes the engine first, which checks the factory and the configuration. So a runner that could never serve claims no rank.
 
         Args:
-            wait_for_store: seconds to wait for a store that fails to begin with, in a way that may pass.
+            wait_for_store: seconds to wait for a store that cannot be reached at the start, if the failure may pass.
 
         Raises:
             EngineFailure: permanent: there is no such engine, or it refuses its configuration.
             RankTaken: another process holds the rank.
             ClaimLost: another process took the rank over while this one was silent; the engine is torn down.
-            PartFailed: a mistake of ours ended a part of this runner, or its heartbeat (`HeartbeatFailed`). It has said that it failed, as
-                far as it could, and its engine is torn down.
-            StoreError: the store could not be reached to begin with. Later outages are waited out.
+            PartFailed: a mistake of ours ended a part of this runner, or its heartbeat (`HeartbeatFailed`). The runner has reported
+                that it failed, if it could, and its engine is torn down.
+            StoreError: the store could not be reached at the start. The runner waits for the end of later outages.
         """
         with self._member.about.applied():
             try:
                 await self._run(wait_for_store)
             finally:
-                self._leaving.set()  # whoever asks for the end of what has ended is told nothing
+                self._leaving.set()  # `stop` logs nothing for a runner that has ended
 
     async def _run(self, wait_for_store: float) -> None:
         try:
@@ -110,7 +108,7 @@ class RunnerProcess(ABC):
         except PartFailed as failure:
             self._lost = failure
             await self._say_last_words()
-        except Exception as mistake:  # noqa: BLE001  `run` raises it by a name of ours
+        except Exception as mistake:  # noqa: BLE001  `run` raises a `PartFailed` for it
             supervise.tell_mistake(f"rank {self._member.rank}", mistake)
             self._end_for("serving")(mistake)
             await self._say_last_words()
@@ -120,11 +118,11 @@ class RunnerProcess(ABC):
             raise self._lost
 
     async def _tell_whether_wanted(self) -> None:
-        """Say at once where there is nothing to do for this rank: otherwise it would wait, and nobody would know why."""
+        """Log it at once if there is nothing to do for this rank: otherwise nobody would know why it waits."""
         rank = self._member.rank
         try:
             size = await self._member.group_size()
-        except StoreError:  # the heartbeats say so
+        except StoreError:  # the heartbeats log it
             return
         if size is None:
             logger.info(
@@ -137,7 +135,7 @@ class RunnerProcess(ABC):
             )
 
     async def _until_leaving(self, doing: Coroutine[Any, Any, object]) -> None:
-        """Do it until it ends or `stop` is called; raises what it raised."""
+        """Run `doing` until it ends or `stop` is called; raises what it raised."""
         async with (
             supervise.alongside(doing, expected=EXPECTED) as working,
             supervise.alongside(self._leaving.wait()) as leaving,
@@ -155,10 +153,12 @@ class RunnerProcess(ABC):
             logger.warning("the engine could not be started yet: {}", failure)
 
     async def _clean_up(self) -> None:
-        """Bounded: an engine that does not close is killed, a store that does not answer is left alone. Each step is done, whatever fails."""
+        """Stop work, end the engine, give the rank back, each whatever fails. It takes a limited time: it kills an engine that does not
+        close, and does not wait for a store that does not answer.
+        """
         steps = [self._stop_work, self._host.shut_down, self._member.leave]
         if isinstance(self._lost, PartFailed):
-            steps.pop()  # the report that says so must not go before the planner has read it; its lease ends it
+            steps.pop()  # the report of the failure must stay until the planner has read it; its lease ends it
         for step in steps:
             try:
                 await step()
@@ -168,7 +168,7 @@ class RunnerProcess(ABC):
                 supervise.tell_mistake(f"rank {self._member.report_now.rank}, tidying up", mistake)
 
     def _end_for(self, part: str) -> Callable[[BaseException], None]:
-        """What a mistake of ours in a part of this runner ends: the runner, whose `run` raises the first of them by name."""
+        """Make what a mistake of ours in a part calls: it ends the runner, and `run` raises a `PartFailed` for the first mistake."""
 
         def end(mistake: BaseException) -> None:
             self._lost = self._lost or PartFailed(
@@ -180,25 +180,25 @@ class RunnerProcess(ABC):
         return end
 
     async def _say_last_words(self) -> None:
-        """Say that this rank has failed, if it can still be said: the others need not wait for its lease."""
+        """Report that this rank has failed, if that still works: then the others need not wait until its lease is over."""
         try:
             await self._say_failed(EngineFailure(str(self._lost)))
-        except Exception as mistake:  # noqa: BLE001  most likely the one that it is about
+        except Exception as mistake:  # noqa: BLE001  most likely the same mistake again
             supervise.tell_mistake(f"rank {self._member.report_now.rank}, saying that it failed", mistake)
 
     def _part(self, doing: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Begin a part of this runner that nobody awaits."""
-        with logger.contextualize(task=None):  # it may outlive the task at which it was begun
+        with logger.contextualize(task=None):  # the part may outlive the task during which it began
             return supervise.background(
                 doing, f"{name} of rank {self._member.report_now.rank}", on_mistake=self._end_for(name)
             )
 
     async def _survive(self, send: Callable[[], Awaitable[None]]) -> bool:
-        """Whether the store took it."""
+        """Send; returns whether the store took it."""
         try:
             await send()
         except StoreError as error:
-            logger.warning("rank {}: not said yet: {}", self._member.report_now.rank, error)
+            logger.warning("rank {}: not reported yet: {}", self._member.report_now.rank, error)
             return False
         except ClaimLost as error:
             self._lost = error

@@ -1,7 +1,7 @@
-"""The runner of one rank: a shell that reads the task log, drives the engine and reports.
+"""The runner of one rank: reads the task log, drives the engine and reports.
 
-What a task does to the runner, and what is to be said of it, `runner.session` works out; here it is carried out. The process around it is
-`runner.process`'s.
+`runner.session` decides what a task does to the runner, and what to report. This module carries it out. `runner.process` begins and ends
+the process.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ __all__ = ["Runner"]
 
 
 _SAID_TO_PREPARE_AFTER = 0.25
-"""Seconds after which a rank says that it prepares its engine; an engine that is ready sooner costs no report of its own."""
+"""Seconds after which a rank reports that it prepares its engine. If the engine is ready sooner, there is no such report."""
 
 
 class Runner(RunnerProcess):
-    """One rank, for as long as its process lives. Outlives its tasks, its engine and its epochs.
+    """One rank, for as long as its process lives. It outlives its tasks, its engines and its epochs.
 
     Args:
         member: this rank's side of the barrier.
@@ -92,7 +92,7 @@ class Runner(RunnerProcess):
 
     async def _handle(self, entry: LogEntry) -> None:
         if self._departure is not None and not isinstance(entry, TaskEntry):
-            return  # a runner that leaves needs no other attempt; whoever asks it for something is still answered
+            return  # a runner that leaves joins no other attempt, but it still answers tasks
         match entry:
             case EpochAnnounced():
                 await self._enter(entry)
@@ -100,7 +100,8 @@ class Runner(RunnerProcess):
                 if self._session.is_in(epoch):
                     logger.info("rank {}: attempt over: {}", self._member.rank, verdict)
                     if verdict.culprit == self._member.rank and self._session.status.kind == PREPARING:
-                        await self._host.kill()  # it would be waited for once more; where others failed, it goes on
+                        # Otherwise the next attempt waits for it again. Where another rank failed, the preparation goes on.
+                        await self._host.kill()
                     await self._leave_epoch()
                     await self._say(self._session.now())
             case Garbage(place, reason):
@@ -112,9 +113,9 @@ class Runner(RunnerProcess):
                 assert_never(entry)
 
     async def _enter(self, entry: EpochAnnounced) -> None:
-        """Tear down, then promise, then prepare the engine, then report Idle: the planner's connect gate waits for just this."""
+        """Tear down, then promise, then prepare the engine, then report Idle. The planner dispatches connect when all ranks are Idle."""
         if entry.epoch.number <= self._member.report_now.floor:
-            return  # promised already, or older than a promise
+            return  # the rank has promised this epoch already, or a later one
         await self._leave_epoch()
         while True:
             try:
@@ -138,7 +139,7 @@ class Runner(RunnerProcess):
         self._session = self._session.left()
 
     async def _tear_down(self) -> None:
-        """Stop all work, end the streams of clients that wait, close the engine (or kill it, if it does not close)."""
+        """Stop all work, end the streams of waiting clients, close the engine (or kill it, if it does not close)."""
         await self._stop_work()
         await self._host.close()
 
@@ -194,7 +195,7 @@ class Runner(RunnerProcess):
         task = work.task
         if isinstance(task, TextGeneration):
             waiting = len(self._session.unfinished)
-            logger.info("a text of at most {} tokens is asked for; {} others before it", task.max_tokens, waiting)
+            logger.info("accepted a text of at most {} tokens; {} texts are before it", task.max_tokens, waiting)
         await self._move(*self._session.begun(work))
         match task:
             case ConnectToGroup():
@@ -222,14 +223,14 @@ class Runner(RunnerProcess):
         await self._move(*self._session.finished(work, cancelled=cancelled))
 
     async def _depart(self) -> None:
-        """Tear down beside the log, so that what is asked meanwhile is answered, however long the engine takes to close."""
+        """Tear down while the log is still read: the runner answers tasks, however long the engine takes to close."""
         await self._tear_down()
         while self._session.departing:
             await self._finish(self._session.departing[0])
         self._leaving.set()
 
     async def _fail(self, work: Work | None, failure: BaseException) -> None:
-        """Accepted work failed, or the engine died: say so, give the engine up, and wait for the attempt's end."""
+        """Accepted work failed, or the engine died: report it, kill the engine, and wait for the attempt's end."""
         if not isinstance(failure, EngineFailure):
             supervise.tell_mistake(f"rank {self._member.report_now.rank}", failure)
         told = Failure.of(failure)
@@ -256,13 +257,12 @@ class Runner(RunnerProcess):
                 self._watching = self._part(self._watch_engine(), "the watch over the engine")
                 await self._finish(work)
             finally:
-                if (
-                    self._phase is asyncio.current_task()
-                ):  # the next one may have begun while this one was still telling
+                # The next step may have begun while this one still reported.
+                if self._phase is asyncio.current_task():
                     self._phase = None
 
     async def _prepare(self, world_size: int) -> None:
-        """Have the engine made ready for the attempt, and report Idle with the endpoint at which it waits for the others."""
+        """Prepare the engine for the attempt, and report Idle with the endpoint at which it waits for the others."""
         try:
             preparing = self._host.prepare(self._member.rank, world_size)
             async with supervise.alongside(preparing, expected=EXPECTED) as prepared:
@@ -282,7 +282,7 @@ class Runner(RunnerProcess):
                 self._phase = None
 
     async def _connect(self, seconds: float) -> None:
-        """Connect the engine to those of the roster, at the endpoints that their reports named when the step was dispatched."""
+        """Connect the engine to the engines of the roster, at the endpoints that their reports named when the step was dispatched."""
         promise = self._session.promise
         if promise is None:
             raise EngineFailure("this rank is in no attempt")
@@ -294,27 +294,27 @@ class Runner(RunnerProcess):
         )
 
     async def _check_engine(self) -> None:
-        """Raise if the engine has died since the task was judged: a load would start a fresh one that is in no group."""
+        """Raise if the engine has died since the task was judged: otherwise a load would start a fresh engine, which is in no group."""
         self._raise_failure()
         if self._watching is None:
             return  # no engine yet
         await supervise.end(self._watching, expected=EXPECTED)
         self._watching = None
         async with supervise.alongside(self._host.died()) as dead:
-            await asyncio.sleep(0)  # enough for a death that has happened already
+            await asyncio.sleep(0)  # enough to see a death that has happened already
             if dead.done():
                 raise dead.result()
 
     def _raise_failure(self) -> None:
-        """Do no more work in an attempt in which this rank has failed."""
+        """Raise if this rank has failed in this attempt: it does no more work in it."""
         failure = self._session.failure
         if failure is not None:
             raise EngineFailure(failure.error, permanent=failure.permanent)
 
     async def _watch_engine(self) -> None:
-        """An engine may die while it has nothing to do: then this rank has failed, and says so at once."""
+        """Wait until the engine dies, also while it has nothing to do. Then this rank has failed, and reports it at once."""
         death = await self._host.died()
-        await self._generations.pause()  # it fails, and says it, unless the engine was done with it
+        await self._generations.pause()  # the text under way fails and reports it, unless the engine had finished it
         if self._session.failure is None:
             await self._fail(None, death)
 
@@ -325,7 +325,7 @@ class Runner(RunnerProcess):
                 self._member.note_progress(layers, task.model.total_layers)
 
     async def _generate_all(self) -> None:
-        """Work through the accepted generations, one at a time and in the log's order: all ranks see the same order."""
+        """Generate the accepted texts, one at a time and in the log's order, which is the same for all ranks."""
         while True:
             work = await self._generations.next()
             task_id = work.task.task_id
@@ -342,10 +342,10 @@ class Runner(RunnerProcess):
                 return
             await self._finish(work, cancelled=cancelled)
 
-    # --- saying it ----------------------------------------------------------------------------------------------------
+    # --- reports ------------------------------------------------------------------------------------------------------
 
     async def _move(self, then: Session, say: Say, *, endpoint: str | None = None) -> None:
-        """Take on the next session, and say what is to be said of it."""
+        """Take on the next session, and report what it says."""
         self._become(then)
         await self._say(say, endpoint=endpoint)
 
@@ -356,7 +356,7 @@ class Runner(RunnerProcess):
             logger.log("DEBUG" if between_texts else "INFO", "{}", then.status.kind)
 
     async def _say(self, say: Say, *, endpoint: str | None = None) -> None:
-        """Report the whole state and append the events, in one step. What cannot be said now goes with the next heartbeat."""
+        """Report the whole state and append the events, in one call. What the store does not take now goes with the next heartbeat."""
         lines = [{"kind": type(event).__name__, "event": encode(event).decode()} for event in say.events]
         said = await self._survive(
             lambda: self._member.report(

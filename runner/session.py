@@ -1,7 +1,7 @@
-"""What a runner is in one attempt, as a value: its status, its promise, what became of its tasks, and the texts that are not finished.
+"""The state of a runner in one attempt, as a value: its status, its promise, the outcomes of its tasks, and its unfinished texts.
 
-Pure: no I/O, no clock, no task of its own. A transition returns the next session, and with it what is to be said (`Say`), which is the whole
-state and the events, in the order of docs/protocol.md ("Order of events"). `runner.Runner` carries it out.
+No I/O, no clock, no background task. A transition returns the next session and what to report (`Say`): the whole state, and the events in
+the order of docs/protocol.md ("Order of events"). `runner.Runner` carries it out.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ __all__ = ["QUEUED_TEXTS", "REMEMBERED", "Say", "Session", "Work"]
 
 
 REMEMBERED = 256
-"""How many tasks of an epoch a runner remembers, to recognise a repeated one. The log's order protects against older ones."""
+"""How many tasks of an epoch a runner remembers, to recognise a repeated task. The log's order protects against older ones."""
 
 QUEUED_TEXTS = 64
-"""How many accepted texts may wait at a rank; more are refused as not yet possible."""
+"""How many accepted texts may wait at a rank; further ones are refused with NotYet."""
 
 _STATES: Mapping[str, Literal["Running", "Complete", "Cancelled"]] = MappingProxyType(
     {"running": "Running", "done": "Complete", "cancelled": "Cancelled"}
@@ -61,7 +61,7 @@ _STATES: Mapping[str, Literal["Running", "Complete", "Cancelled"]] = MappingProx
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A task that was accepted, and where it stood in the log.
+    """A task that was accepted, and its place in the log.
 
     Attributes:
         task: the task.
@@ -76,12 +76,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """What is to be said, in one step: the whole state, and events.
+    """What to report in one call: the whole state, and events.
 
     Attributes:
         status: the status.
         failure: why the rank has failed, if it has.
-        outcome: what became of a task, to be remembered in the report.
+        outcome: what became of a task; the report keeps it.
         events: for the history and for clients, in order.
     """
 
@@ -92,7 +92,7 @@ class Say:
 
     @property
     def progress(self) -> tuple[int, int] | None:
-        """Layers loaded and their total, while loading."""
+        """The number of layers loaded and the total, while loading."""
         status = self.status
         return (status.layers_loaded, status.total_layers) if isinstance(status, RunnerLoading) else None
 
@@ -105,12 +105,12 @@ class Session:
         instance: the runner's instance.
         incarnation: its own incarnation.
         status: its status.
-        promise: what it has promised; ``None`` where it is in no epoch.
-        outcomes: what became of the tasks it has seen in this epoch, by task id, the newest last.
+        promise: what it has promised; ``None`` if it is in no epoch.
+        outcomes: the outcomes of the tasks that it has seen in this epoch, by task id, the newest last.
         failure: the first failure of this attempt, which is the cause of all later ones.
         unfinished: ids of the texts that are accepted and whose clients still wait, in the log's order.
-        cancelled: those of them that are to be stopped.
-        departing: the tasks that asked it to leave.
+        cancelled: ids of those texts that shall be stopped.
+        departing: the tasks that asked the runner to leave.
         lifecycle: the table.
     """
 
@@ -128,7 +128,7 @@ class Session:
     # --- the attempt --------------------------------------------------------------------------------------------------
 
     def promised(self, epoch: EpochId, world_size: int) -> Session:
-        """In an epoch, with an engine to be prepared."""
+        """The session after a promise: in an epoch, with an engine that is being prepared."""
         promise = Promise(epoch, self.incarnation, world_size)
         return replace(self.left(), promise=promise, status=status_named(PREPARING))
 
@@ -138,7 +138,7 @@ class Session:
         return then, then.now()
 
     def left(self) -> Session:
-        """Out of the attempt, whatever it came to: nothing of it is carried into the next one."""
+        """The session after an attempt. It keeps nothing of the attempt."""
         return Session(self.instance, self.incarnation, lifecycle=self.lifecycle)
 
     def stopped(self) -> Session:
@@ -146,7 +146,7 @@ class Session:
         return replace(self, unfinished=())
 
     def now(self) -> Say:
-        """The status, said as it is."""
+        """Report the present status."""
         return _say(self, RunnerStatusUpdated(status=self.status))
 
     # --- one task -----------------------------------------------------------------------------------------------------
@@ -156,15 +156,15 @@ class Session:
         return self.promise is not None and epoch == self.promise.epoch
 
     def misses(self, entry: TaskEntry, task: Task) -> bool:
-        """Whether an entry of the promised epoch tells that one before it never came."""
+        """Whether an entry of the promised epoch shows that an earlier entry never reached this rank."""
         return entry.missed and self.is_in(entry.epoch) and task.epoch == str(entry.epoch)
 
     def receive(self, task: Task, epoch: EpochId, floor: int) -> Judgement:
-        """What to do with a task.
+        """Decide what to do with a task.
 
         Args:
             task: as it was read.
-            epoch: what the log's entry names.
+            epoch: the epoch that the log's entry names.
             floor: the highest epoch number that this rank ever promised.
         """
         if task.epoch != str(epoch):
@@ -188,9 +188,9 @@ class Session:
     def rejected(
         self, refusal: Refusal, *, epoch: EpochId, task_id: str, kind: str, step: str, n: int
     ) -> tuple[Session, Say, Rejection]:
-        """A task is refused: acknowledged, then failed with the reason. Nothing else changes.
+        """Refuse a task: report that it was read, then that it failed, with the reason. Nothing else changes.
 
-        It is remembered where it is of the promised epoch: another epoch's would hide those of this one.
+        The session remembers the refusal only if the task is of the promised epoch: others would push out the outcomes of this epoch.
         """
         rejection = rejection_of(refusal, self.standing(0), kind)
         then, outcome = self, None
@@ -200,7 +200,7 @@ class Session:
         return then, _say(then, TaskAcknowledged(task_id=task_id), refused, outcome=outcome), rejection
 
     def repeated(self, task: Task, outcome: TaskOutcome) -> Say:
-        """A task that was seen before in this epoch: what became of it is said again."""
+        """Report again what became of a task that was seen before in this epoch."""
         rejection = None
         if outcome.result == "rejected":
             refusal = Invalid(outcome.detail) if outcome.code == "Invalid" else Stale(outcome.detail)
@@ -214,7 +214,7 @@ class Session:
         return _say(self, TaskAcknowledged(task_id=task.task_id), again)
 
     def begun(self, work: Work) -> tuple[Session, Say]:
-        """A task is accepted: that it runs, then the status during the work, then that it was read, in this order."""
+        """Begin an accepted task. Report in this order: it runs, the status during the work, it was read."""
         task, row = work.task, self._row(work.task.kind)
         then = self
         if row is not None:
@@ -231,11 +231,11 @@ class Session:
         )
 
     def loading(self, layers: int, total: int) -> Session:
-        """So many layers are loaded; it goes with the next report."""
+        """Note how many layers are loaded; the next report says it."""
         return _become(self, RunnerLoading(layers_loaded=layers, total_layers=total))
 
     def finished(self, work: Work, *, cancelled: bool = False) -> tuple[Session, Say]:
-        """A task is done, or was stopped because somebody cancelled it: what became of it, then the status after the work."""
+        """End a task that is done, or was stopped because somebody cancelled it. Report its outcome, then the status after the work."""
         task_id, row = work.task.task_id, self._row(work.task.kind)
         then = self._without(work)
         if row is not None:
@@ -245,17 +245,17 @@ class Session:
         return then, _say(then, ended, RunnerStatusUpdated(status=then.status), outcome=outcome)
 
     def departs(self, work: Work) -> Session:
-        """A task asks to leave, and is done when everything is torn down."""
+        """Note a task that asks the runner to leave. The task is done when everything is torn down."""
         return replace(self, departing=(*self.departing, work))
 
     def cancel(self, task_id: str) -> Session:
-        """A text that runs or waits is to be stopped; anything else is over already, or ends with its attempt."""
+        """Have a text stopped that runs or waits. Any other task is over already, or ends with its attempt."""
         return replace(self, cancelled=self.cancelled | {task_id}) if task_id in self.unfinished else self
 
     def failed(self, failure: Failure, work: Work | None = None) -> tuple[Session, Say]:
         """Accepted work failed, or the engine died.
 
-        The first failure of an attempt is its cause; what fails after it, because the engine was given up, is not.
+        The first failure of an attempt is the cause. Later ones are not: they come because the engine was given up.
         """
         then = self if work is None else self._without(work)
         if then.failure is None:
@@ -270,7 +270,7 @@ class Session:
     # --- parts of these -----------------------------------------------------------------------------------------------
 
     def _row(self, kind: str) -> Row | None:
-        """What changes the status; a cancellation does not."""
+        """The row of a kind of task; ``None`` for a kind that does not change the status, such as a cancellation."""
         return (
             LEAVING
             if kind == LEAVING.task
@@ -282,7 +282,7 @@ class Session:
         return row is not None and row.repeats
 
     def _without(self, work: Work) -> Session:
-        """A task is over: no text that waits, no reason to leave any more."""
+        """The session without a task that is over."""
         task_id = work.task.task_id
         return replace(
             self,
@@ -293,7 +293,7 @@ class Session:
 
 
 def _become(session: Session, status: RunnerStatus) -> Session:
-    """Take on a status, unless what came meanwhile outranks it: work under way cannot undo a failure or a departure."""
+    """Take on a status, unless the present one is more final: work under way cannot undo a failure or a departure."""
     return replace(session, status=status) if may_follow(status.kind, session.status.kind) else session
 
 
@@ -309,7 +309,7 @@ def _remember(
 ) -> tuple[Session, TaskOutcome]:
     outcome = TaskOutcome(
         task_id=task_id,
-        step=step[:96],  # all that a report holds; the log's own entries are not ours to trust
+        step=step[:96],  # a report takes no more; other programs may write a longer name into the log
         n=n,
         result=result,
         code=rejection.code if rejection else "",

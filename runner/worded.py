@@ -1,4 +1,4 @@
-"""Models that are made by people, in code or in a file: what is wrong with them is told in our words."""
+"""Models that people write, in code or in a file: mistakes in them are explained in our words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["Worded"]
 
 
 class Worded(type(BaseModel)):
-    """Made of wrong values, a model of this kind raises `barrier.InvalidSettings`; pydantic's own text quotes a page of its manual.
+    """The metaclass of such models: a call with wrong values raises `barrier.InvalidSettings`. Pydantic's own text links to its manual.
 
-    What is read from the wire is not made by a call, and is judged as before.
+    A model that is read from the wire is not made by a call, and still raises pydantic's ValidationError.
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever the model takes
@@ -20,7 +20,7 @@ class Worded(type(BaseModel)):
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
-            # Late: an engine's process does without the store's driver.
+            # Imported late, because an engine's process does without the store's driver.
             from barrier.errors import InvalidSettings  # noqa: PLC0415
             from barrier.plain import problems  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""What a runner says of a failure, to people and in reports. Pure."""
+"""The words for a failure, for people and for reports. No I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Failure:
 
     Attributes:
         error: one sentence for people; it never quotes a prompt.
-        permanent: whether another attempt could not succeed either.
+        permanent: whether another attempt would fail too.
     """
 
     error: str
@@ -24,17 +24,17 @@ class Failure:
 
     @classmethod
     def of(cls, failure: BaseException) -> Failure:
-        """What is said of an exception."""
+        """Describe an exception."""
         return cls(words_of(failure), isinstance(failure, EngineFailure) and failure.permanent)
 
 
 def words_of(failure: BaseException) -> str:
-    """What is said of a failure. The text of a mistake of ours is nobody's to read: it may quote a prompt."""
+    """One sentence about a failure. It does not quote the text of a mistake of ours, which may hold a prompt."""
     if isinstance(failure, EngineFailure):
         return speakable(str(failure))[:2_000]
     return f"a mistake of ours, {supervise.described(failure)}; the log of this rank has its frames"
 
 
 def speakable(text: str) -> str:
-    """Replace what UTF-8 cannot carry: half a surrogate pair from an engine would fail every later report."""
+    """Replace what UTF-8 cannot encode: half a surrogate pair from an engine would make every later report fail."""
     return text.encode("utf-8", "replace").decode()

@@ -169,7 +169,7 @@ def test_the_name_of_an_unknown_field_is_told_only_if_it_looks_like_one(name: st
     """A sender that puts its prompt where a name belongs has it neither in our log nor in our history."""
     with pytest.raises(MalformedMessage) as refused:
         decode_task(as_bytes(**{name: 1}))
-    assert str(refused.value) == "TextGeneration.(a name that is none): unknown field"
+    assert str(refused.value) == "TextGeneration.(not a name): unknown field"
 
 
 @pytest.mark.parametrize("task_id", [".hidden", "-", "x" * 97, "a/b", "a{b}", "a b"])
