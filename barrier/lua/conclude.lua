@@ -1,4 +1,4 @@
--- Latch the verdict of an epoch: the first one wins. Announce it on the log.
+-- Set the verdict of an epoch and announce it in the task log. The first verdict wins.
 -- KEYS: epoch leader tasks signals events
 -- ARGV: term holder number nonce verdict seen_n record_ms log_cap signal_cap event_cap
 -- Replies: CONCLUDED · ALREADY verdict · SUPERSEDED number nonce · FENCED term holder · UNKNOWN reason
@@ -24,7 +24,7 @@ end
 
 redis.call('HSET', KEYS[1], 'verdict', verdict)
 redis.call('PEXPIRE', KEYS[1], record_ms)
--- Where the log holds a later epoch (the record went back, the log did not) ranks learn the verdict from the record.
+-- If the log holds a later epoch (the record went back, the log did not), ranks read the verdict in the record only.
 local log_number, log_n = log_end(KEYS[3])
 if log_number <= tonumber(number) then
   local newest = math.max(log_number == tonumber(number) and log_n or 0, tonumber(record.last_n) or 0, tonumber(seen_n))

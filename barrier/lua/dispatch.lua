@@ -1,15 +1,17 @@
--- The gate: check every rank and append the task, at one instant. Once per step.
+-- Check every rank and append the task, at one instant. Once per step.
 -- KEYS: epoch leader tasks events once rank...
 -- ARGV: term holder number nonce step attempt after repeatable to seen_n known_n record_ms once_ms log_cap event_cap endpoints payload rule...
 -- Replies: DISPATCHED id · ALREADY id · NOT_READY rank... · ABORTED verdict · SUPERSEDED number nonce · FENCED term holder ·
 --          UNKNOWN reason
 --
--- after: a step that must have been dispatched before, or empty. attempt: 1, or more for a step that was refused by a rank and
--- is asked again. repeatable: 1 for steps that come any number of times (generations), which are remembered in their own
--- short-lived key, across epochs: an id of an earlier epoch in ALREADY means that it will not be done again. seen_n: the highest
--- log position that the caller knows of; known_n: the position that this step had when the caller dispatched it before, or 0.
--- endpoints: 1 to write into the record where each rank waits for the others, as the reports of this very instant say it; see write_endpoints.
--- Rules: see missing_ranks.
+-- after: a step that must have been dispatched before, or empty.
+-- attempt: 1; more for a step that a rank refused and that the caller dispatches again.
+-- repeatable: 1 for a step that may come any number of times (a generation). A short-lived key of its own remembers it, across epochs:
+--   ALREADY with the id of an earlier epoch means that the task will not be done again.
+-- seen_n: the highest log position that the caller knows of.
+-- known_n: the position that this step got when the caller dispatched it before, or 0.
+-- endpoints: 1 to copy the endpoints in the present reports into the record; see write_endpoints.
+-- rule: see missing_ranks.
 
 local term, holder, number, nonce, step, attempt, after, repeatable, to, seen_n, known_n, record_ms, once_ms, log_cap, event_cap,
   endpoints, payload = unpack(ARGV, 1, 17)
@@ -56,11 +58,11 @@ if #missing > 0 then
   return not_ready(missing)
 end
 
--- Above everything that anybody has read, so that no rank takes a new entry for an old one or waits beyond the log's end.
+-- The position is above everything that anybody has read. So no rank takes a new entry for an old one, or waits beyond the log's end.
 local function place(log_n)
   local written = math.max(log_n, tonumber(record.last_n) or 0)
   local newest = math.max(written, applied, tonumber(seen_n))
-  -- A step that the store forgot gets the position that it had, so that a rank that has read it does not take it for another.
+  -- A step that the store forgot gets its old position again. So a rank that has read it recognises it.
   if not before and tonumber(known_n) > written then
     return tonumber(known_n), written
   end
@@ -75,8 +77,8 @@ local function append(call, log_n)
     'prev', whole(newest), 'term', term, 'step', step, 'to', to, 'task', payload)
 end
 
--- A log refuses an id that is not above all that it has ever had. So its end is read only where it refuses, or where the step
--- may have a position from before.
+-- A stream refuses an id that is not above every id that it has ever had. So the log's end is read only after a refusal, or if the step may
+-- have an old position.
 local id
 if before or tonumber(known_n) == 0 then
   id = append(redis.pcall, 0)

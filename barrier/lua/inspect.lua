@@ -1,9 +1,9 @@
 -- One consistent picture of a group: reads only.
 -- KEYS: epoch leader tasks signals rank...
 -- ARGV:
--- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report (no more of it than
---          shows that it is too long) and the milliseconds that its lease has left (-2 where there is no report, -1 where it has no
---          lifetime)
+-- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report and the milliseconds
+--          that its lease has left (-2: there is no report; -1: it has no lifetime). A report that is too long is cut one byte above the
+-- limit
 
 local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
 if wrong then
@@ -12,7 +12,7 @@ end
 local FIRST_RANK = 5
 local MAX_REPORT = 16384
 local number, n = log_end(KEYS[3])
-local signal = redis.pcall('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1) -- hints: where there are none to be had, none are waited for
+local signal = redis.pcall('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1) -- a hint stream that cannot be read counts as empty
 local reply = {
   whole(server_ms()),
   redis.call('HGETALL', KEYS[1]),

@@ -3,8 +3,8 @@
 -- ARGV: holder lease_ms floor record_ms
 -- Replies: LEADER term · FOLLOWER holder term left_ms · RESIGNED
 --
--- A lease of 0 gives it back. The term is a fencing token: above the stored one, the caller's floor and the store's clock, so
--- that a store that forgot the leadership does not issue a term again; the holder is compared too, as an epoch's nonce is.
+-- A lease of 0 gives it back. The term is a fencing token. A new term is above the stored one, the caller's floor and the store's clock, so
+-- a store that forgot the leadership does not issue a term again. The holder is compared too, as an epoch's nonce is.
 
 local holder, lease_ms, floor, record_ms = unpack(ARGV)
 
@@ -24,7 +24,7 @@ if tonumber(lease_ms) == 0 then
   return { 'RESIGNED' }
 end
 if term and until_ms and not mine and until_ms > now then
-  -- A clock that was set back would keep a dead leader in office for so long; one that lives renews in time.
+  -- Only a clock that was set back leaves so long a lease. It is shortened, or a dead leader would keep it; a live one renews it in time.
   if until_ms > now + 2 * tonumber(lease_ms) then
     until_ms = now + tonumber(lease_ms)
     redis.call('HSET', KEYS[1], 'until_ms', whole(until_ms))

@@ -1,13 +1,13 @@
--- Start a new epoch, if every rank has a live report, whatever its status. Their incarnations become its roster.
+-- Start a new epoch, if every rank has a live report, whatever its status. The incarnations of the reports become the roster.
 -- KEYS: epoch leader tasks signals events rank...
 -- ARGV: term holder nonce floor ordinal digest notes record_ms log_cap signal_cap event_cap
 -- Replies: OPENED number nonce ordinal · NOT_READY rank... · DISAGREE rank digest... · UNCONCLUDED number nonce ·
 --          FENCED term holder
 --
--- The number is above everything that the record, the caller, any report or the log has seen, and above the store's clock; the
--- nonce tells two epochs apart even if a store that went back issues one number twice. Repeating the call with one nonce is
--- harmless. DISAGREE: a rank was configured for another model or world size (its digest is not the caller's). A rank that says a
--- number that nobody can have given it counts as missing: see `highest_epoch`.
+-- The epoch's number is above every number that the record, the caller, a report or the log knows, and above the store's clock. If a store
+-- that went back issues one number twice, the nonce tells the two epochs apart. To repeat the call with one nonce is harmless.
+-- A rank that reports a number that no planner can have given counts as missing: see `highest_epoch`.
+-- DISAGREE: a rank was configured for another model or world size (its digest is not the caller's).
 
 local term, holder, nonce, floor, ordinal, digest, notes, record_ms, log_cap, signal_cap, event_cap = unpack(ARGV)
 local FIRST_RANK = 6
@@ -25,7 +25,7 @@ local record = redis.call('HMGET', KEYS[1], 'number', 'nonce', 'verdict', 'ordin
 if record[1] and record[2] == nonce then
   return { 'OPENED', record[1], nonce, record[4] }
 end
--- One that lacks a field, or has no number worth the name, counts as missing: it could not be concluded either.
+-- A record that lacks a field or has no valid number counts as missing: `conclude` could not end it either.
 local readable = record[1] and string.match(record[1], '^%d+$') and #record[1] <= 16 and record[2] and record[5]
 if readable and not record[3] then
   return { 'UNCONCLUDED', record[1], record[2] }
@@ -62,7 +62,7 @@ if #disagree > 1 then
 end
 if number >= INEXACT then
   return redis.error_reply('RANKGATE_CORRUPT ' .. KEYS[3] .. ' or ' .. KEYS[1] .. ' holds epoch ' .. whole(number - 1)
-    .. ', which is no number of ours')
+    .. ', which no planner can have given')
 end
 
 local attempt = whole(math.max(tonumber(record[4]) or 0, tonumber(ordinal)) + 1)

@@ -1,4 +1,4 @@
--- Shared by every verb: prepended to its text before it is loaded. Reads only, except `announce`.
+-- Shared by every verb: this text stands before the verb's own. Only `announce`, `write_*`, `hint` and `history` write.
 
 local WIRE_VERSION = '1' -- as in barrier/protocol/wire.py
 local ROSTER_CHUNK = 64 -- incarnations in one roster field, so that a rank reads 64 of them and not 4,096
@@ -19,7 +19,7 @@ local function whole(number)
   return string.format('%.0f', number)
 end
 
--- The first key that is not what it should be, as an error reply; called before the first write.
+-- Returns an error reply for the first key that has a wrong type, or nil. Called before the first write.
 local function wrong_type(expected)
   for _, pair in ipairs(expected) do
     local found = redis.call('TYPE', pair[1])['ok']
@@ -30,7 +30,7 @@ local function wrong_type(expected)
   return nil
 end
 
--- Fields of a hash, or why it cannot be read: an error reply, as above. Asks for no type where a read tells.
+-- Returns fields of a hash; or nil and an error reply. It asks for the key's type only after a read failed.
 local function fields_of(key, ...)
   local values = redis.pcall('HMGET', key, ...)
   if values.err then
@@ -39,7 +39,7 @@ local function fields_of(key, ...)
   return values
 end
 
--- A planner acts under a (term, holder) that must be the stored one; a missing leadership fences everybody.
+-- Returns FENCED, or nil if the planner's (term, holder) is the stored one. Without a stored leadership, every planner is fenced.
 local function fenced(leader_key, term, holder)
   local leader, wrong = fields_of(leader_key, 'term', 'holder')
   if wrong then
@@ -51,7 +51,8 @@ local function fenced(leader_key, term, holder)
   return nil
 end
 
--- Why the caller may not act on this epoch, or nil. A record without a version is of the first one. A stored number below the caller's means that the store went back.
+-- Returns why the caller may not act in this epoch, or nil. A record without a version has version 1. If the stored number is below the
+-- caller's, the store went back.
 local function not_current(record, number, nonce)
   if not record.number or not record.nonce or not record.world_size then
     return { 'UNKNOWN', 'the store has no epoch record' }
@@ -71,16 +72,16 @@ local function not_current(record, number, nonce)
   return nil
 end
 
--- The highest number of an epoch that a rank can have promised: one that planners are known to have given (`...`: by the record, the
--- log, the caller), or else one that the clock may have given. A rank that says a higher one counts as missing, and nobody adopts it:
--- where it wrote 2^53 there would be no number left. A day is more than any mistake about time zones or summer time; a clock that
--- was ahead by more, and was set back, is known by the numbers that it gave.
+-- The highest epoch number that a rank can have promised: the highest number that the record, the log or the caller knows (`...`), or the
+-- store's clock and a day, whichever is more. A rank that reports a higher number counts as missing, and nobody takes its number over:
+-- after 2^53 there would be no number left. A day is more than any mistake about time zones or summer time. If the clock was ahead by more
+-- than a day and was set back, the known numbers are the limit.
 local function highest_epoch(...)
   return math.max(server_ms() + DAY_MS, ...)
 end
 
--- What the verbs need of the record, in one read; or an error reply. With a world size, its roster as well, chunk by chunk (see
--- `roster_of`); with the fields of steps, where these were dispatched.
+-- Returns what the verbs need of the record, in one read; or nil and an error reply. With a world size it reads the roster too, in chunks
+-- (see `roster_of`). `...` are the fields of steps, which hold where a step was dispatched.
 local function read_record(epoch_key, world_size, ...)
   local fields = { 'number', 'nonce', 'world_size', 'verdict', 'last_n', 'wire', ... }
   for chunk = 0, math.ceil((world_size or 0) / ROSTER_CHUNK) - 1 do
@@ -97,7 +98,7 @@ local function read_record(epoch_key, world_size, ...)
   return record
 end
 
--- The roster of a record that is for so many ranks as the caller has; otherwise why there is none.
+-- Returns the roster, if the record is for as many ranks as the caller has; otherwise nil and a refusal.
 local function roster_of(record, world_size)
   if tonumber(record.world_size) ~= world_size then
     return nil, { 'UNKNOWN', 'the record says world_size ' .. record.world_size .. ', the caller ' .. world_size }
@@ -133,9 +134,9 @@ local function read_reports(first_key)
   return reports
 end
 
--- Where each rank's engine waits for the others, for the ranks to read: lines of ENDPOINTS_CHUNK endpoints, in rank order. What is no
--- endpoint is written as none, so that one rank's report cannot shift those of others. It follows the header, where quotes in
--- foreign text are escaped.
+-- Writes where each rank's engine waits for the others, for all ranks to read: ENDPOINTS_CHUNK lines in each field, in rank order. An
+-- invalid endpoint becomes an empty line, so one rank's report cannot shift the endpoints of others. The pattern cannot match foreign text:
+-- there, quotes are escaped.
 local function write_endpoints(epoch_key, reports)
   local endpoints = {}
   for rank = 1, #reports do
@@ -150,7 +151,7 @@ local function write_endpoints(epoch_key, reports)
 end
 
 -- A report's header: 2|<number>-<nonce> or -|<status>|<applied>|<incarnation>|<floor>|<digest>|{...}
--- Returns epoch, incarnation, status, applied, floor, digest; nil where the bytes are not a report of ours.
+-- Returns epoch, incarnation, status, applied, floor, digest; nil if the bytes are not a report of ours.
 local function parse_report(report)
   local epoch, status, applied, incarnation, floor, digest =
     string.match(report, '^2|([^|]+)|(%a%w*)|(%d+)|(%x+)|(%d+)|([^|]+)|')
@@ -160,14 +161,14 @@ local function parse_report(report)
   return epoch, incarnation, status, tonumber(applied), tonumber(floor), digest
 end
 
--- Which ranks are missing: no live report, or not one of exactly this epoch and incarnation in a wanted status. Compares
--- prefixes and decodes nothing. Rules are triplets in ARGV from `first_rule`: first rank, last rank, statuses joined by commas.
--- Also returns the highest log position that a counted report has applied.
--- This is the one loop that every rank adds to, between the last arrival and the dispatch. So what most reports begin with
--- (epoch, status, position) is compared with what another began with, that was found right; and all incarnations are compared
--- with the roster at once, one by one only where that shows a difference.
+-- Returns the ranks that are missing: a rank has arrived if its live report is of exactly this epoch and incarnation, in a wanted status.
+-- Also returns the highest log position that an arrived rank has applied.
+-- Rules are triplets in ARGV from `first_rule`: first rank, last rank, statuses joined by commas.
+-- This loop runs for every rank, between the last arrival and the dispatch. So it compares prefixes and decodes nothing: most reports begin
+-- as one that was right before (epoch, status, position). All incarnations are compared with the roster at once, and one by one only after
+-- a difference.
 local function missing_ranks(record, roster, first_key, first_rule)
-  local sub, find = string.sub, string.find -- find makes no string of what it compares, and a string is hashed whole
+  local sub, find = string.sub, string.find -- `sub` makes a string, and Lua hashes it; `find` makes none
   local head = '2|' .. record.number .. '-' .. record.nonce .. '|'
   local missing, highest, last_rank = {}, '0', #KEYS - first_key
   for rule = first_rule, #ARGV, 3 do
@@ -195,7 +196,7 @@ local function missing_ranks(record, roster, first_key, first_rule)
 
     for slice = first, last, SLICE do
       local slice_last = math.min(slice + SLICE - 1, last)
-      local arrived, count = {}, slice_last - slice + 1 -- reports, and then the incarnation of each that counts
+      local arrived, count = {}, slice_last - slice + 1 -- first reports, then the incarnation of each report that counts
       if slice >= 0 and slice <= last_rank then
         arrived = redis.call('MGET', unpack(KEYS, first_key + slice, first_key + math.min(slice_last, last_rank)))
       end
@@ -233,7 +234,7 @@ local function not_ready(missing)
   return reply
 end
 
--- The number and position of the newest entry that the log has ever had, also when it was trimmed to nothing, and its kind.
+-- Returns number, position and kind of the newest entry of the log. If the log was trimmed to nothing, the kind is empty.
 local function log_end(tasks_key)
   local newest = redis.call('XREVRANGE', tasks_key, '+', '-', 'COUNT', 1)
   local id = newest[1] and newest[1][1]
@@ -260,9 +261,9 @@ local function announce(tasks_key, number, n, cap, lifetime_ms, ...)
   return id
 end
 
--- Hints and history stop no verb, whatever has become of their streams: called after a verb's own writes, this raises nothing.
--- Every rank may append to them, and whoever takes the last id that there is leaves none for others. Such a stream, or another
--- type in its place, is taken away and begun anew; by its lifetime, since that is a right that everybody has who appends.
+-- Appends a hint or an event after a verb's own writes. It raises nothing: hints and history stop no verb. Every rank may append to these
+-- streams, and a rank that takes the last possible id leaves none for the others. Such a stream, or a key of another type in its place, is
+-- deleted and begun anew. PEXPIRE deletes it: everybody who may append has the right to that command.
 local function append_if_possible(key, cap, lifetime_ms, ...)
   local added = redis.pcall('XADD', key, 'MAXLEN', '~', cap, '*', ...)
   local refusal = type(added) == 'table' and tostring(added.err) or ''

@@ -3,9 +3,9 @@
 -- ARGV: term holder number nonce known_number status steps ordinal digest notes record_ms signal_cap event_cap
 -- Replies: RESTORED number nonce ordinal · NOT_READY rank... · SUPERSEDED number nonce · FENCED term holder
 --
--- Unanimity is the guard: every rank reports exactly this epoch, this status, the same log position (the end of the log), and no
--- higher promise. The number must be one that they can have been given: see `highest_epoch`.
--- NOT_READY names those that do not. steps: the steps that the status proves to have been dispatched, joined by commas.
+-- Every rank must report exactly this epoch, this status, the same log position (the end of the log), and no higher promise. NOT_READY
+-- names the ranks that do not. The number must be one that a planner can have given: see `highest_epoch`.
+-- steps: the steps that the status proves to have been dispatched, joined by commas.
 
 local term, holder, number, nonce, known_number, status, steps, ordinal, digest, notes, record_ms, signal_cap, event_cap = unpack(ARGV)
 local FIRST_RANK = 6
@@ -26,7 +26,7 @@ if record[1] then
   return { 'SUPERSEDED', record[1], record[2] or '' }
 end
 
--- A log that went on, to a verdict or to another epoch, proves that this one is over.
+-- If the log goes on to a verdict or to another epoch, this epoch is over.
 local log_number, log_n, log_kind = log_end(KEYS[3])
 if log_number > tonumber(number) or (log_number == tonumber(number) and log_kind == 'verdict') then
   return { 'SUPERSEDED', whole(log_number), '' }
@@ -43,7 +43,7 @@ for rank = 0, world_size - 1 do
     epoch, incarnation, rank_status, applied, floor, rank_digest = parse_report(report)
   end
   agreed_applied = agreed_applied or applied
-  -- What the log holds beyond that has been dispatched, and nobody has read it yet: it must not be forgotten and sent again.
+  -- A later entry in the log was dispatched, and nobody has read it yet. The record must not forget it, or it would be sent again.
   local read_all = log_number < tonumber(number) or (applied or 0) >= log_n
   if epoch == number .. '-' .. nonce and rank_status == status and applied == agreed_applied
     and read_all and given and floor == tonumber(number) and (rank_digest == '-' or rank_digest == digest) then

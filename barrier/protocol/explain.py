@@ -36,9 +36,9 @@ def explain(snapshot: Snapshot, requirement: Requirement) -> str:
 
 
 def explain_key(snapshot: Snapshot, requirement: Requirement) -> object:
-    """What tells one sentence of `explain` from the next, without what changes at every look: ages, leases and progress.
+    """A value that changes when the sentence of `explain` changes in more than ages, leases and progress, which change at every look.
 
-    Compare it to say a standing condition only when it changes.
+    Callers compare it, to log a standing condition only when it changes.
     """
     epoch = snapshot.epoch
     if epoch is None:

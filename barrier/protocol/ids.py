@@ -1,4 +1,4 @@
-"""Names for what can be late: epochs, log positions, incarnations."""
+"""The names of epochs, log positions and incarnations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INCARNATION_WIDTH = 28
 
 @dataclass(frozen=True, slots=True, order=True)
 class EpochId:
-    """One attempt at bringing a group up; the fencing token. Compared as the pair, exactly."""
+    """One attempt to bring a group up; the fencing token. Number and nonce are compared together."""
 
     number: int
     nonce: str
@@ -63,6 +63,6 @@ def new_nonce() -> str:
 def new_incarnation(now_ms: int) -> str:
     """Name one life of one runner process: 12 hexadecimal digits of milliseconds, then 64 random bits.
 
-    Later lives sort after earlier ones where the clocks allow it; nothing relies on that for safety.
+    Later lives sort after earlier ones if the clocks are right; safety does not depend on that.
     """
     return f"{now_ms & 0xFFFFFFFFFFFF:012x}{secrets.token_hex(8)}"

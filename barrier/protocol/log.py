@@ -1,4 +1,4 @@
-"""The entries of the task log, as a rank reads them: what they say, how they are decoded, and in which words a trace tells of them."""
+"""The entries of the task log, as a rank reads them: what they say, how they are decoded, and how a trace describes them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class TaskEntry:
         epoch: the epoch it was dispatched in. The reader judges it: act on exactly the promised one.
         id: its place in the log.
         previous: the position of the entry before it.
-        missed: whether that one never came: the log was cut or lost, and this rank has not done what others may have done.
+        missed: whether this rank never read the entry before it: the log was cut or lost, and other ranks may have done
+            that task.
         step: the step.
         first: the first rank that it is for.
         last: the last rank that it is for.
@@ -59,7 +60,7 @@ class VerdictAnnounced:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """An entry that is not ours; told so that the reader can count it."""
+    """An entry that is not ours. The reader gets it to count it."""
 
     id: str
     reason: str
@@ -69,7 +70,7 @@ LogEntry: TypeAlias = EpochAnnounced | TaskEntry | VerdictAnnounced | Garbage
 
 
 def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:
-    """Read one entry of the log; what is not ours comes out as `Garbage`."""
+    """Read one entry of the log; an entry that is not ours becomes `Garbage`."""
     if entry_id.n > MAX_APPLIED:
         return Garbage(str(entry_id), f"position {entry_id.n}; a report has room for {MAX_APPLIED}")
     try:
@@ -99,7 +100,7 @@ def decode_entry(entry_id: LogId, fields: Mapping[bytes, bytes]) -> LogEntry:
 
 
 def describe(entry: LogEntry) -> str:
-    """What kind of entry it is, and never what is in it."""
+    """Describe an entry by its kind, never by its content."""
     match entry:
         case EpochAnnounced(epoch):
             return f"epoch {epoch} is open"

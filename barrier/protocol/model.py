@@ -25,7 +25,7 @@ class Verdict(BaseModel):
         reason: one sentence.
         culprit: the rank that is charged with it; ``None`` where no rank is at fault.
         failure: whether trying again may help; meaningful for ``Aborted``.
-        code: a word of the planner's for what happened, where its policy asks for it; the reason is for people only.
+        code: the planner's word for what happened, if its policy needs one; the reason is for people only.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
@@ -38,7 +38,7 @@ class Verdict(BaseModel):
 
     @classmethod
     def stopped(cls, reason: str = "stop was asked for") -> Verdict:
-        """The verdict of an epoch that ended because somebody asked."""
+        """The verdict of an epoch that ended because somebody asked for it."""
         return cls(kind="Stopped", reason=reason[:4_000])
 
     @classmethod
@@ -57,7 +57,7 @@ class Verdict(BaseModel):
 
 
 def read_verdict(text: str | bytes) -> Verdict:
-    """Read a stored verdict; one that cannot be read ended the epoch all the same."""
+    """Read a stored verdict. One that cannot be read has ended the epoch too: it becomes ``Aborted``."""
     try:
         return Verdict.model_validate_json(text)
     except ValidationError:
@@ -66,7 +66,7 @@ def read_verdict(text: str | bytes) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Leadership:
-    """Under what authority a planner acts: the fencing token of planners. Compared as the pair, exactly."""
+    """The authority under which a planner acts; the fencing token of planners. Term and holder are compared together."""
 
     term: int
     holder: str
@@ -74,7 +74,7 @@ class Leadership:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """That a step was dispatched: at which log position, and for the how-manieth time."""
+    """A step that was dispatched: `n` is its log position, `attempt` is 1, or more after a rank refused it."""
 
     n: int
     attempt: int
@@ -93,8 +93,8 @@ class EpochRecord:
         steps: the steps dispatched so far.
         last_n: the highest log position used.
         digest: digest of the spec; empty where there is none.
-        notes: an opaque text of the planner's, handed from one planner to the next.
-        opened_ms: when, by the store's clock, in milliseconds.
+        notes: a text that one planner leaves for the next; opaque here.
+        opened_ms: when it was opened, by the store's clock, in milliseconds.
         verdict: how it ended; ``None`` while it goes on.
     """
 
@@ -129,7 +129,7 @@ class RankView:
 
     @property
     def age_ms(self) -> int:
-        """Milliseconds since the report was written; 0 where there is none. Needs no clock of another machine."""
+        """Milliseconds since the report was written; 0 where there is none. It needs no other machine's clock."""
         return max(0, self.report.lease_ms - self.lease_left_ms) if self.report else 0
 
 
@@ -143,11 +143,11 @@ class Snapshot:
         now_ms: the store's clock, in milliseconds.
         epoch: the epoch's record; ``None`` where the store has none that can be read.
         unreadable: why a record that is there could not be read; empty otherwise.
-        leader: who leads; ``None`` where nobody ever did, or the store forgot.
+        leader: who leads; ``None`` if nobody ever led, or if the store forgot.
         leader_left_ms: what is left of the leader's lease, in milliseconds.
         ranks: one view per rank, in order.
         log_end: the newest id that the log has ever had.
-        signals_end: where to wait from, so that nothing is missed between this picture and the wait.
+        signals_end: the id of the newest wake-up in this picture. A waiter waits for later ones, and so misses none.
     """
 
     group: str

@@ -1,4 +1,4 @@
-"""What may be in a name: of a namespace or a group, a status, a step, a digest, an endpoint; and how many ranks there may be."""
+"""The rules for the names of namespaces, groups, statuses and steps, for digests, endpoints and the number of ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_WORLD_SIZE = 16_384
 
 
 def valid_name(what: str, value: str) -> str:
-    """Return the value if it may be part of a key; raise `InvalidName`, which says what may."""
+    """Return the value if it may be part of a key; raise `InvalidName` with the rule otherwise."""
     if NAME.fullmatch(value) is None:
         raise InvalidName(
             f"{what} {shown(value)} is not a name: use 1 to 63 of a-z, 0-9 and '-', beginning with a letter or a digit"
@@ -79,5 +79,5 @@ def valid_world_size(value: object) -> int:
 
 
 def shown(value: str) -> str:
-    """Quote a hostile value for a message: escaped, and cut after 80 characters."""
+    """Quote a foreign value for a message: escaped, and cut to 80 characters."""
     return repr(value if len(value) <= 80 else value[:77] + "...")

@@ -1,6 +1,6 @@
-"""How a call to the barrier can end: values to be matched, not exceptions to be forgotten.
+"""The outcomes of calls to the barrier. They are values, so a caller must match them; it could forget to catch an exception.
 
-Match them with ``assert_never`` in the last branch, and pyright names the case that was left out.
+End a match with ``assert_never``: then pyright names a case that is left out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Following:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A new epoch, or the same one again where the call was repeated."""
+    """A new epoch is open. A repeated call gets the same epoch again."""
 
     epoch: EpochId
     ordinal: int
@@ -65,7 +65,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The lost record stands again as it was."""
+    """The lost record is in the store again."""
 
     epoch: EpochId
     ordinal: int
@@ -73,7 +73,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Disagree:
-    """Ranks that were configured for another spec, with their digests, and the one that was asked for."""
+    """Some ranks were configured for another spec: `found` has their digests, `wanted` is the digest that was asked for."""
 
     wanted: str
     found: Mapping[int, str]
@@ -81,7 +81,7 @@ class Disagree:
 
 @dataclass(frozen=True, slots=True)
 class Unconcluded:
-    """An epoch without a verdict is in the way: conclude it first."""
+    """The current epoch has no verdict yet: conclude it first."""
 
     epoch: EpochId
 
@@ -109,7 +109,7 @@ class NotReady:
 
 @dataclass(frozen=True, slots=True)
 class Concluded:
-    """The verdict is latched: this one, or an earlier one that won."""
+    """The epoch has this verdict. `first` is false if an earlier call set it."""
 
     verdict: Verdict
     first: bool
@@ -141,14 +141,14 @@ class Aborted:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """Another epoch is current; ``None`` where only the log proves it."""
+    """Another epoch is current; `by` is ``None`` if only the log proves it."""
 
     by: EpochId | None
 
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """A later planner leads (or the store forgot the leadership: term 0). `lead` again before acting."""
+    """A later planner leads (or the store forgot the leadership: term 0). Call `lead` before you act again."""
 
     term: int
     holder: str
@@ -156,7 +156,7 @@ class Fenced:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The store's state is missing or went back. Never a release: re-arm with a higher epoch, or restore."""
+    """The store's state is missing or went back. This is never a release: open a higher epoch, or restore."""
 
     reason: str
 

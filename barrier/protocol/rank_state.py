@@ -1,7 +1,7 @@
 """What one life of one rank has promised and read, and every decision that follows from it.
 
-Pure: a state and what was read go in, the next state and what it means come out. `barrier.Member` reads, sends and times; the
-exhaustive search calls the same functions.
+The functions are pure: they take a state and what was read, and return the next state and what it means.
+`barrier.Member` reads, sends and waits. The exhaustive search calls the same functions.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ News: TypeAlias = EpochAnnounced | VerdictAnnounced
 
 
 class RankState(NamedTuple):
-    """One life of one rank, as far as the protocol goes.
+    """The protocol's state of one life of one rank.
 
-    A named tuple without times, numbers of reports and names for people: the exhaustive search makes millions of states of it.
+    A named tuple, without times, report numbers and names for people: the exhaustive search makes millions of these
+    states.
 
     Attributes:
         incarnation: this life's name.
         promised: the epoch that it has promised and not retired from.
-        floor: the highest number of an epoch that it ever promised.
-        applied: the highest position in the log of the promised epoch that it has taken; 0 where it is in none.
+        floor: the highest epoch number that it ever promised.
+        applied: the highest log position of the promised epoch that it has taken; 0 without a promise.
         read_to: how far it has read the log.
     """
 
@@ -62,10 +63,10 @@ class RankState(NamedTuple):
         return self._replace(read_to=place)
 
     def take(self, entry: TaskEntry) -> tuple[RankState, TaskEntry | None]:
-        """A task that was read is to be handed out: the state then, and the task with `TaskEntry.missed`.
+        """Take a task that was read; return the next state, and the task with `TaskEntry.missed`.
 
-        A task of another epoch comes out as it is: the reader judges it. ``None`` for one that was handed out before: a log that went
-        back says it again.
+        A task of another epoch is returned as it is: the reader judges it. A task that was taken before becomes
+        ``None``: a log that went back repeats it.
         """
         if entry.epoch != self.promised:
             return self, entry
@@ -74,10 +75,10 @@ class RankState(NamedTuple):
         return self._replace(applied=entry.id.n), replace(entry, missed=entry.previous > self.applied)
 
     def find_end(self, end: LogId, read_to: LogId) -> RankState:
-        """The log ended at `end` when a look was sent, at which this rank had read as far as `read_to`.
+        """Compare with the log's end, which a look found. When the look was sent, this rank had read as far as `read_to`.
 
-        Where the log went back, this rank never waits beyond its end, nor passes over what has come since. What comes twice is
-        recognised.
+        If the log went back, this rank reads on from the end: it does not wait beyond the end, and it skips no new
+        entry. It recognises entries that come twice.
         """
         if end >= read_to or read_to != self.read_to:
             return self
@@ -86,11 +87,11 @@ class RankState(NamedTuple):
     # --- the record ---------------------------------------------------------------------------------------------------
 
     def is_above(self, epoch: EpochId) -> bool:
-        """Whether this life has promised neither this epoch nor one of a higher or equal number: it may still enter it."""
+        """Whether the epoch's number is above every number that this life has promised: then it may still promise this epoch."""
         return epoch.number > self.floor
 
     def hear(self, seen: SeenRecord | None) -> News | None:
-        """What the record says that this rank has to act on, also where the log that should say it was lost or went back."""
+        """The news in the record that this rank must act on. So it hears them even if the log was lost or went back."""
         if seen is None:
             return None
         if seen.verdict is not None:
@@ -106,8 +107,10 @@ class RankState(NamedTuple):
         return None
 
     def promise(self, epoch: EpochId, seen: SeenRecord | None, rank: int) -> tuple[RankState, PromiseOutcome]:
-        """Promise an epoch, if the record says so that was just read: it must be this epoch's, without a verdict, above every promise
-        before, and its roster must name this life for this rank.
+        """Promise an epoch, if the record that was just read allows it.
+
+        The record must be this epoch's, without a verdict, and its roster must name this life for this rank. The
+        epoch's number must be above every promise before.
         """
         size = self.refuses_any() or self._size_if_on_roster(epoch, seen, rank)
         if isinstance(size, NotPromised):
@@ -115,7 +118,7 @@ class RankState(NamedTuple):
         return self._replace(promised=epoch, floor=epoch.number, applied=1), Promised(epoch, size)
 
     def _size_if_on_roster(self, epoch: EpochId, seen: SeenRecord | None, rank: int) -> int | NotPromised:
-        """How many ranks the epoch has, or why it is not promised."""
+        """The number of ranks of the epoch, or why it is not promised."""
         number, roster = epoch.number, f"the roster of epoch {epoch.number}"
         if seen is None or seen.epoch != epoch:
             return NotPromised(f"epoch {number} is not current any more")

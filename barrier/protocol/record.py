@@ -80,7 +80,7 @@ def read_for_promise(found: Sequence[bytes | None], rank: int) -> SeenRecord | N
 
 
 def read_endpoints(found: Sequence[bytes | None], promised: EpochId | None, world_size: int) -> tuple[str, ...] | None:
-    """Read the values of `endpoint_fields`; ``None`` where they are not the promised epoch's, or not those of so many ranks."""
+    """Read the values of `endpoint_fields`; ``None`` if they are of another epoch, or of another number of ranks."""
     number, nonce, *chunks = found
     if promised is None or _read_epoch(number, nonce) != promised:
         return None
@@ -101,5 +101,5 @@ def _read_epoch(number: bytes | None, nonce: bytes | None) -> EpochId | None:
 
 
 def read_number(raw: bytes | None) -> int | None:
-    """Read a number of the record; ``None`` for what is none."""
+    """Read a number of the record; ``None`` if the value is no number."""
     return int(raw) if raw is not None and raw.isdigit() and len(raw) < 20 else None

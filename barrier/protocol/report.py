@@ -1,10 +1,11 @@
-"""What a rank says of itself, and how that is written.
+"""A rank's report: its content, and how it is encoded.
 
-A report is laid out so that a script can check it by comparing a prefix::
+A script checks a report by comparing its beginning::
 
     2|<epoch number>-<nonce>|<status>|<applied>|<incarnation>|<floor>|<digest>|{"rank":0,…}
 
-What ranks that have arrived have alike stands first. ``-`` stands for "no epoch" and "no digest"; applied has 10 digits, floor 16.
+The fields that all arrived ranks have alike come first.
+``-`` stands for "no epoch" and "no digest"; applied has 10 digits, floor 16.
 See docs/protocol.md, "Reports".
 """
 
@@ -37,7 +38,7 @@ _ShortText = Annotated[str, Field(max_length=2_000)]
 
 
 class TaskOutcome(BaseModel):
-    """What became of one task at one rank; reports carry the last few, so that the planner learns from state.
+    """What became of one task at one rank. Each report carries the last few, so a lost report loses no outcome.
 
     Attributes:
         task_id: the task's id.
@@ -81,13 +82,13 @@ class _ReportBody(BaseModel):
 
 
 def _fields(**said: object) -> str:
-    """The fields of a JSON object, without its braces; what is empty is left out, since that is what a reader supposes."""
+    """The fields of a JSON object, without its braces. Empty values are left out: they are the reader's defaults."""
     told = {name: value for name, value in said.items() if value}
     if not told:
         return ""
     try:
         text = to_json(told)
-    except PydanticSerializationError:  # half a surrogate pair, for one
+    except PydanticSerializationError:  # for example half a surrogate pair
         text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     return text[1:-1].decode()
 
@@ -106,9 +107,10 @@ class UndecodableReport(ValueError):
 
 
 class Report(NamedTuple):
-    """A rank's whole current state, as it says it.
+    """A rank's whole current state, as the rank reports it.
 
-    A named tuple, since a changed copy is made between the last arrival and the dispatch: a frozen dataclass takes five times as long.
+    A named tuple, because it is copied between the last arrival and the dispatch: a frozen dataclass takes five times
+    as long.
 
     Attributes:
         rank: whose it is.
@@ -127,9 +129,9 @@ class Report(NamedTuple):
         lease_ms: lifetime that the report was written with, in milliseconds.
         status_ms: how long the rank has been in this status, in milliseconds, by its own clock.
         progress: (done, total) of the work in progress.
-        signs: how many signs of life the work in progress has given, also where it has done no more than before.
-        error: what failed, where something did.
-        permanent: whether that failure is of the kind that trying again cannot mend.
+        signs: how many signs of life the work in progress has given; a sign need not mean progress.
+        error: what failed; empty if nothing did.
+        permanent: whether trying again cannot mend that failure.
         outcomes: the last few tasks and what became of them, oldest first.
     """
 
@@ -162,10 +164,10 @@ class Report(NamedTuple):
         )
 
     def encode(self) -> bytes:
-        """Write the report: header, then JSON. Texts are cut to what a report may hold, so that every reader takes it."""
+        """Write the report: header, then JSON. Texts are cut to the limits of a report, so every reader accepts it."""
         outcomes = self.outcomes and self.outcomes[-MAX_OUTCOMES:]
         raw = self._encode_with(outcomes)
-        if len(raw) > MAX_REPORT_BYTES:  # of an outcome, the planner needs the code more than the sentence
+        if len(raw) > MAX_REPORT_BYTES:  # the planner needs an outcome's code more than its sentence
             outcomes = tuple(one.model_copy(update={"detail": one.detail[:200]}) for one in outcomes)
             raw = self._encode_with(outcomes)
         while len(raw) > MAX_REPORT_BYTES and outcomes:
@@ -174,7 +176,8 @@ class Report(NamedTuple):
         return raw
 
     def _encode_with(self, outcomes: tuple[TaskOutcome, ...]) -> bytes:
-        # Piece by piece, since a report is written between the last arrival and the dispatch, and little of it is new each time.
+        # Piece by piece: little of a report is new each time, and it is written between the last arrival and the
+        # dispatch.
         who = _who(self.rank, self.node, self.endpoint, self.pid, self.world_size, self.lease_ms)
         what = ""
         if outcomes or self.progress or self.signs or self.error or self.permanent:

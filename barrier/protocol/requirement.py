@@ -24,15 +24,15 @@ class RankRule:
     statuses: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Refuse a rule that could never be checked."""
+        """Refuse a rule that no rank can meet."""
         if not self.statuses:
-            raise InvalidName(f"ranks {self.first} to {self.last} must be in one of no statuses; name at least one")
+            raise InvalidName(f"the rule for ranks {self.first} to {self.last} names no status; name at least one")
         for status in self.statuses:
             valid_status(status)
 
 
 Requirement: TypeAlias = tuple[RankRule, ...]
-"""What must hold of every rank, for a gate to open. Rules cover each rank once."""
+"""What must hold of every rank before a task is dispatched. The rules cover each rank once."""
 
 
 def all_ranks(world_size: int, statuses: str | Iterable[str]) -> Requirement:
@@ -58,13 +58,13 @@ def missing_ranks(snapshot: Snapshot, requirement: Requirement) -> tuple[int, ..
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Why an epoch can go on no more.
+    """Why an epoch cannot go on.
 
     Attributes:
         reason: one sentence.
         culprit: the rank at fault; ``None`` where the store is.
         failure: whether trying again may help.
-        replaced: whether it is that another process of the culprit's rank is here now, which reports no error.
+        replaced: whether another process holds the culprit's rank now, and reports no error.
     """
 
     reason: str
@@ -74,10 +74,10 @@ class Break:
 
 
 def find_break(snapshot: Snapshot, failed_statuses: Iterable[str] = ("Failed",)) -> Break | None:
-    """Look for what breaks the epoch for good; ``None`` where nothing has, or where there is no epoch.
+    """Look for what breaks the epoch for good; ``None`` if nothing does, or if there is no epoch.
 
-    A rank that merely is silent is not in here: whether a lapsed lease is the rank's fault or the store's needs more than one
-    picture. The most telling break comes first: a failure that was reported, then a restart, then a store that went back.
+    A silent rank is no break: one picture does not show whether the rank or the store is at fault. If there are several
+    breaks, the clearest is returned: a reported failure, then a restart, then a store that went back.
     """
     epoch = snapshot.epoch
     if epoch is None:
@@ -117,9 +117,10 @@ def _break_of(
 
 
 def needed_from(snapshot: Snapshot) -> LogId | None:
-    """The first place of the task log that somebody may still have to read; ``None`` where this picture does not tell.
+    """The first position of the task log that a rank may still have to read; ``None`` if this picture does not tell.
 
-    While an attempt goes on, that is the one after what each rank of its roster has read; once it is over, its verdict.
+    During an epoch it is the position after the last one that every rank of the roster has read. After the epoch it is
+    the verdict's.
     """
     epoch = snapshot.epoch
     if epoch is None:

@@ -1,4 +1,4 @@
-"""One hint that something may have changed, and how its stream's entries are read."""
+"""Wake-up hints: what they say, and how entries of their stream are decoded."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Hint:
         id: its place in the stream, comparable with other hints of the group.
         kind: ``report`` (a rank's status changed), ``opened``, ``restored``, ``verdict``, ``request``, or ``lost`` where the
             connection broke and hints may be missing.
-        rank: for a report, whose.
+        rank: for a report, the rank.
         epoch: for a report, ``<number>-<nonce>``, or ``-``.
-        incarnation: for a report, whose life.
+        incarnation: for a report, the rank's incarnation.
         status: for a report, the status name.
         alarm: for a report, whether it carries a failure or a rejection.
     """
@@ -56,9 +56,10 @@ def _shared(raw: bytes) -> str:
 
 
 def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
-    """Read a hint; what cannot be read becomes a plain reason to look again.
+    """Read a hint; one that cannot be read becomes a ``lost`` hint, which makes the waiter look again.
 
-    Thousands are held, and say the same few words: those are shared, as many as a bound allows, for a rank may write any word.
+    Thousands of hints are held, with the same few words, so equal words share one string. The number of shared words is
+    limited, because a rank may write any word.
     """
     place = parse_id(entry_id.decode())
     try:
@@ -76,7 +77,7 @@ def decode_hint(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Hint:
 
 
 def told(key: str, hint: Hint) -> str:
-    """A hint in words, for the log. Foreign words are cut: nothing keeps a rank from writing whatever it likes into a hint."""
+    """A hint in words, for the log. Foreign words are cut, because a rank may write anything into a hint."""
     if hint.kind != "report":
         return f"{key}: {printable(hint.kind, _LONGEST_WORD)}"
     alarm = ", with a failure or a rejection" if hint.alarm else ""

@@ -1,8 +1,8 @@
-"""The version of what processes say to one another: which versions this one reads, and what it says of the others.
+"""The wire version of messages and records: which versions this one reads, and how it refuses the others.
 
-A change that only adds an optional part keeps the version, since readers pass over what they do not know, or writers leave it out. A change that an
-older reader would misunderstand gets the next version. Each version reads its own and the one before, so that a cluster can be updated one
-process after another.
+A change that only adds an optional part keeps the version: readers ignore parts that they do not know, or writers leave
+the part out. A change that an older reader would misunderstand gets the next version. Each version reads its own and
+the one before. So a cluster can be updated one process after another.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ READS = tuple(range(max(1, WIRE_VERSION - 1), WIRE_VERSION + 1))
 
 
 def refusal_of(version: object) -> str:
-    """What to say of a message or record of that version, as the end of a sentence; empty where it can be read.
+    """Why a message or record of this version is refused, as the end of a sentence; empty if it can be read.
 
     Args:
-        version: as it was read; foreign.
+        version: the foreign value that was read.
     """
     if isinstance(version, int) and not isinstance(version, bool):
         if version in READS:
             return ""
-        said = str(version) if abs(version) <= _LARGEST_SAID else "that is no sensible number"
+        said = f"wire version {version}" if abs(version) <= _LARGEST_SAID else "a wire version that is too large"
     else:
-        said = "that is no number"
+        said = "a wire version that is not a number"
     known = " and ".join(map(str, READS))
-    return f"has wire version {said}, and this version of rankgate reads {known}: run the same version everywhere"
+    return f"has {said}, and this version of rankgate reads {known}: run the same version everywhere"

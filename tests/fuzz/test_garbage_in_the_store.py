@@ -230,7 +230,7 @@ async def test_a_number_beyond_all_is_told_before_anything_is_written(
         await clock.advance(30)
         assert instance.state.error is not None
         assert re.search(
-            rf"{name}.* holds epoch \d+, which is no number of ours; move or delete", str(instance.state.error)
+            rf"{name}.* holds epoch \d+, which no planner can have given; move or delete", str(instance.state.error)
         )
         assert await vandal.redis.hget(vandal.key("epoch"), "number") in (opened, b"9" * 30)
         await vandal.redis.delete(vandal.key("tasks"), vandal.key("epoch"))

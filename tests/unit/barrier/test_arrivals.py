@@ -63,7 +63,7 @@ def test_rules_may_ask_different_things_of_different_ranks() -> None:
 
 
 def test_a_rule_that_could_never_be_met_is_refused() -> None:
-    with pytest.raises(InvalidName, match="ranks 0 to 2 must be in one of no statuses; name at least one"):
+    with pytest.raises(InvalidName, match="the rule for ranks 0 to 2 names no status; name at least one"):
         RankRule(0, 2, ())
 
 

@@ -59,11 +59,11 @@ def test_a_version_that_is_none_is_not_quoted(version: object) -> None:
     payload, decode = SENT["task"]
     with pytest.raises(MalformedMessage) as caught:
         decode(changed(payload, wire=version))
-    assert "wire version that is no number" in str(caught.value)
+    assert "has a wire version that is not a number" in str(caught.value)
 
 
 def test_a_huge_number_is_not_written_out() -> None:
-    assert "has wire version that is no sensible number, and" in refusal_of(10**5_000)
+    assert "has a wire version that is too large, and" in refusal_of(10**5_000)
 
 
 def test_a_message_without_a_version_is_of_the_first() -> None:
