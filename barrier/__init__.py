@@ -2,7 +2,7 @@
 
 Planner's side: `Barrier`. Rank's side: `Member`. Both take a ``redis.asyncio.Redis`` or a store from `connect`.
 
-It logs with loguru, and nothing until it is asked to: ``logger.enable("barrier")``.
+It logs with loguru, but only after ``logger.enable("barrier")``.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ if "".join(sys.argv[:1]).rpartition("/")[2] != "rankgate":
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it
-    """Import what is asked for, when it is asked for: who needs a name or a setting need not wait for Redis' client."""
+    """Import a name when it is first used: a caller that needs only a setting does not wait for the import of redis-py."""
     if name not in _HOME:
         raise AttributeError(f"module 'barrier' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""Pauses between tries that may succeed later: each twice as long as the one before, up to a limit.
+"""Pauses between tries: each is twice as long as the one before, up to a limit.
 
 docs/decisions/backoff.md says why this is no library.
 """
@@ -11,12 +11,13 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """The pauses of one thing that is tried again and again.
+    """The pauses between the tries of one thing.
 
     Args:
         first: the first pause, in seconds.
         longest: the longest pause, in seconds.
-        rng: where given, each pause is shortened by chance, to half at most: so many processes do not come back at one instant.
+        rng: if given, it shortens each pause at random, to no less than half, so that processes do not all come back at
+            once.
     """
 
     def __init__(self, first: float, longest: float, *, rng: random.Random | None = None) -> None:
@@ -27,11 +28,11 @@ class Backoff:
 
     @property
     def failing(self) -> bool:
-        """Whether there was a pause since the last `reset`: the trouble was told already."""
+        """Whether there was a pause since the last `reset`: then the failure was logged already."""
         return self._pause > 0
 
     def reset(self) -> None:
-        """It succeeded: the next pause is the first one again."""
+        """A try succeeded: the next pause is the first one again."""
         self._pause = 0.0
 
     def next_pause(self) -> float:

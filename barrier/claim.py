@@ -1,4 +1,6 @@
-"""Who holds a rank: one life of one process, by a key with a lease. A rank that is held is waited for, or a spare takes a seat meanwhile."""
+"""Makes one life of one process the holder of a rank, by a key with a lease. If another holds the rank, this one waits;
+a spare takes a seat meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ _LONGEST_LEASE_MS = 600_000
 
 
 class _Held(NamedTuple):
-    """Another's claim: for how many seconds more, and whose, for people."""
+    """Another process's claim: the seconds that it has left, and its holder, for people."""
 
     seconds: float
     holder: str
@@ -43,10 +45,10 @@ class Wanted:
     """What a process wants to hold, and how long it waits.
 
     Attributes:
-        ranks: any one of them.
-        seconds: for how long another's claim is waited for; infinite for a spare.
-        store_seconds: for how long a store that fails in a way that may pass (`StoreError.passes`) is asked again.
-        spare: how it is seen while it waits as a spare; ``None`` where it does not.
+        ranks: the ranks; it wants any one of them.
+        seconds: how long it waits for another's claim to end; infinite for a spare.
+        store_seconds: how long it asks the store again after a failure that may pass (`StoreError.passes`).
+        spare: how it is shown while it waits as a spare; ``None`` if it is none.
     """
 
     ranks: Sequence[int]
@@ -65,8 +67,8 @@ class Claims:
         incarnation: this life's name.
 
     Attributes:
-        tries: how many times it was tried, answered or not.
-        waits: whether it waits as a spare for a rank that others hold.
+        tries: how many times this life has tried, answered or not.
+        waits: whether this life waits as a spare for a rank that others hold.
     """
 
     def __init__(self, store: Store, keys: Keys, clock: Clock, incarnation: str) -> None:
@@ -117,7 +119,7 @@ class Claims:
                     ranks = wanted.ranks
                     if seat is not None and now < look_at_all:
                         ranks = await self._unclaimed(ranks)
-                    else:  # a claim that a clock that was set back would keep is mended by trying, and only so
+                    else:  # only a try shortens a claim that is too long, after the clock was set back
                         look_at_all = now + self._store.settings.lease
                     if await self._try_each(ranks, held, begin):
                         return
@@ -138,7 +140,7 @@ class Claims:
     async def _pause(
         self, waited: float, until_look: float, wanted: Wanted, held: Mapping[int, _Held], seat: Seat | None
     ) -> None:
-        """Wait until another try may succeed; raises `RankTaken` where there was time enough."""
+        """Wait until another try may succeed; raises `RankTaken` when the time is over."""
         left = wanted.seconds - waited
         if left <= 0:
             said = "; ".join(f"rank {rank}: {one.holder}" for rank, one in list(held.items())[:_SHOWN])
@@ -154,7 +156,7 @@ class Claims:
         await self._clock.sleep(pause + 0.001)
 
     async def _unclaimed(self, ranks: Sequence[int]) -> list[int]:
-        """Which of the ranks nobody holds now, in one round trip for many."""
+        """The ranks that nobody holds now; one round trip asks for many."""
         free: list[int] = []
         with self._store.errors():
             for first in range(0, len(ranks), _BATCH):
@@ -169,7 +171,7 @@ class Claims:
     async def _try_each(
         self, ranks: Sequence[int], held: dict[int, _Held], begin: Callable[[int], Awaitable[None]]
     ) -> bool:
-        """Whether one of the ranks is ours now; who holds those that were tried before it goes into `held`."""
+        """Try the ranks in order; return whether one is ours now. `held` gets the claims of others."""
         for rank in ranks:
             other = await self._try(rank)
             if other is None:
@@ -191,8 +193,9 @@ class Claims:
             if holder == self._incarnation.encode():
                 return None
             if left > 2 * self._lease_ms or left == _FOR_EVER:
-                # A clock that was set back would keep a dead process's claim for so long; one that lives renews it in time. None of
-                # ours is without an end, and no lease of ours is as long as a report may say.
+                # The clock was set back, or the claim is not ours: every claim of ours has an end. Shorten it, or a
+                # dead process would keep the rank; a live one renews it in time. The report may name too long a lease,
+                # so there is a limit.
                 said = _lease_of(await self._store.commands.get(self._keys.rank(rank)), rank)
                 longest = max(self._lease_ms, min(said, _LONGEST_LEASE_MS))
                 left = longest if left == _FOR_EVER else min(left, longest)
@@ -227,17 +230,17 @@ class Claims:
                 found = [kind.decode() for kind in await pipe.execute()]
         for (key, kind), actual in zip(expected.items(), found, strict=True):
             if actual not in ("none", kind):
-                await self.drop(rank, None)  # the report's key is a predecessor's, or somebody else's altogether
+                await self.drop(rank, None)  # leave the report: it is a predecessor's, or not ours at all
                 raise StoreCorrupt(
                     f"{key} holds a {actual} where a {kind} belongs; move or delete that key, then try again"
                 )
 
     async def drop(self, rank: int, farewell: Sequence[Command] | None) -> None:
-        """Delete the claim if it is still ours. A watch makes that one step; no script is needed.
+        """Delete the claim if it is still ours. A WATCH makes this one step, so no script is needed.
 
         Args:
             rank: the rank.
-            farewell: hints that go with it, and the report is deleted as well; ``None`` where this life has not reported.
+            farewell: hints to send; the report is then deleted as well. ``None`` if this life has not reported.
 
         Raises:
             StoreError: it may still be there.
@@ -265,7 +268,8 @@ class Claims:
             if any(map(is_spoiled, said[2:])):
                 await self._store.append_if_possible(self._keys.signals, farewell or ())
             return
-        # It lapsed just now, and another life may have taken it; or the connection broke, which redis-py says in the same way.
+        # The claim lapsed just now and another life may have taken it; or the connection broke: redis-py raises the
+        # same error.
         await self.drop(rank, farewell)
 
 
@@ -285,7 +289,7 @@ def _holder(raw: bytes | None, rank: int, incarnation: str) -> str:
 
 
 def name_of(holder: bytes | None) -> str:
-    """Who holds a claim, for people; whoever may write the claim may write anything there."""
+    """Who holds a claim, for people; the text is foreign."""
     name = (holder or b"nobody")[:100].decode("utf-8", "replace")
     return name if name.isalnum() else shown(name)
 

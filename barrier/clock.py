@@ -17,7 +17,7 @@ class Clock(Protocol):
     """A monotonic clock and the two ways of waiting on it. All values in seconds."""
 
     def now(self) -> float:
-        """Seconds since some fixed moment; never goes back, and counts while the machine sleeps where the system can."""
+        """Seconds since some fixed moment; never goes back. Counts while the machine sleeps, if the system can do that."""
         ...
 
     async def sleep(self, seconds: float) -> None:
@@ -32,7 +32,8 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's own clock.
 
-    On Linux this is CLOCK_BOOTTIME: unlike CLOCK_MONOTONIC it counts a suspended laptop, whose leases lapse all the same.
+    On Linux this is CLOCK_BOOTTIME: unlike CLOCK_MONOTONIC it counts the time for which a laptop was suspended, since
+    its leases lapse meanwhile.
     """
 
     def __init__(self) -> None:

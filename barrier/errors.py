@@ -6,7 +6,7 @@
     ├── StoreError            could not find out
     │   ├── StoreUnavailable  no connection, no answer in time, or an answer that says: not now
     │   ├── StoreRefused      wrong password, or a right that is missing
-    │   ├── StoreUnsuitable   would lose keys in silence, is a replica, or is too old
+    │   ├── StoreUnsuitable   would lose keys without an error, is a replica, or is too old
     │   ├── StoreFull         out of memory; nothing was written
     │   └── StoreCorrupt      a key of the wrong type, or bytes that are not ours: the only one that waiting cannot mend
     ├── RankTaken             another incarnation holds every rank that was asked for
@@ -17,8 +17,9 @@
 Expected outcomes (timed out, aborted, superseded…) are values in `barrier.protocol.outcomes`. A driver's error is translated once, in
 `barrier.store.store`, with ``from``.
 
-Whoever runs on waits out every `StoreError` but `StoreCorrupt`: a failover ends, a secret is renewed, an administrator sets a policy
-right. So the list of what is permanent is the closed one, and an answer that nobody has ever seen is waited out.
+A running process waits after every `StoreError` but `StoreCorrupt`: a failover ends, a secret is renewed, an
+administrator corrects a policy. So only listed errors are permanent; after an answer that is not known, the process
+waits, too.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ class InvalidSettings(RankgateError, ValueError):
 
 
 class StoreError(RankgateError):
-    """The store could not tell: the answer is unknown, which never means released.
+    """The store gave no usable answer. The result is unknown, which never means released.
 
     Attributes:
-        passes: whether it may pass without anybody's doing, so that a process that has just been started waits for it where it was told
-            to (``--wait-for-store``). What only a person mends is said at once there.
+        passes: whether it may pass by itself. Then a process that was started with ``--wait-for-store`` waits. If only
+            a person can mend it, the process says so at once.
     """
 
     passes: bool = True
@@ -68,11 +69,11 @@ class StoreUnavailable(StoreError):
 
 
 class StoreRefused(StoreError):
-    """Wrong password, or a right that the user does not have. It passes where a secret is being renewed."""
+    """Wrong password, or a right that the user does not have. It passes when a secret has been renewed."""
 
 
 class StoreUnsuitable(StoreError):
-    """A store on which the guarantees would not hold: it evicts keys, is a replica, or is too old. A replica passes: failovers end."""
+    """A store on which the guarantees would not hold: it evicts keys, is a replica, or is too old. A replica passes: a failover ends."""
 
     def __init__(self, said: str, *, passes: bool = False) -> None:
         super().__init__(said)
@@ -98,7 +99,7 @@ class ClaimLost(RankgateError):
 
 
 class PartFailed(RankgateError):
-    """A mistake of ours ended a part of this process. The log has its frames; its text is told nowhere, as it may quote a prompt."""
+    """A mistake of ours ended a part of this process. The log has its frames. Its text is written nowhere, because it may quote a prompt."""
 
 
 class HeartbeatFailed(PartFailed):

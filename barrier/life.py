@@ -53,14 +53,14 @@ class Said(NamedTuple):
 
 
 class Life:
-    """What one life of a rank is now. It is shared by what reads for this rank and what writes for it.
+    """The present state of one life of a rank. The reader of the task log and the reporter share it.
 
     Args:
-        who: what is the same in all reports of this life, but for the rank.
+        who: the fields that are the same in all reports of this life; `begin` sets the rank.
         now: the clock, in seconds.
 
     Attributes:
-        state: its place in the protocol; whoever read something puts the next one there.
+        state: its state in the protocol; code that has read something sets the next one.
         said: what its user has said.
     """
 
@@ -87,7 +87,7 @@ class Life:
 
     @property
     def claimed(self) -> bool:
-        """Whether it holds a rank, as far as it knows."""
+        """Whether this life holds a rank, as far as it knows."""
         return self._claimed
 
     def begin(self, rank: int) -> None:
@@ -99,7 +99,7 @@ class Life:
         self._claimed = False
 
     def say(self, said: Said, now: float) -> None:
-        """Its user has said this now, at this time of the clock."""
+        """Note what its user has said, at this time of the clock."""
         if said.status != self.said.status:
             self._status_since = now
         self.said = said
@@ -108,7 +108,7 @@ class Life:
     def report(self) -> Report:
         """What this rank last wrote, or is about to write."""
         who, state, said = self._who, self.state, self.said
-        return Report(  # `_replace` takes longer, and this lies between an arrival and the dispatch
+        return Report(  # `_replace` takes longer, and the dispatch after an arrival waits for this
             rank=who.rank,
             incarnation=who.incarnation,
             status=said.status,

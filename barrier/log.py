@@ -1,6 +1,6 @@
-"""The log of these libraries: silent until it is asked for, one context on every line, and nothing foreign in it can forge a line.
+"""The log of these libraries. It is silent until it is enabled, every line has a context, and foreign text cannot forge a line.
 
-Who wants to see it says so, as loguru has it::
+Enable it as in loguru::
 
     from loguru import logger
 
@@ -31,7 +31,7 @@ _LIVE = "rankgate"
 
 @dataclass(slots=True)
 class LogContext:
-    """What the lines of some tasks are about. It changes while they run, so it is read when a line is written.
+    """The context of some tasks' log lines. It changes while they run, so it is read when a line is written.
 
     Attributes:
         instance: the group or instance.
@@ -47,12 +47,12 @@ class LogContext:
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """Every line inside, and in the tasks that are started inside, has this context."""
+        """Give this context to every line inside, also in tasks that are started inside."""
         with _loguru.contextualize(**{_LIVE: self}):
             yield
 
     def fields(self) -> dict[str, object]:
-        """What is known."""
+        """The fields that are known."""
         found = {"instance": self.instance, "rank": self.rank, "attempt": self.attempt, "task": self.task}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -64,7 +64,7 @@ def prepare(record: Record) -> None:
     if isinstance(context, LogContext):
         for name, value in context.fields().items():
             record["extra"].setdefault(name, value)
-    if record["extra"].get("task", "") is None:  # what is about no task any more
+    if record["extra"].get("task", "") is None:  # the line is about no task any more
         del record["extra"]["task"]
 
 

@@ -1,7 +1,7 @@
 """The barrier as one rank uses it: claim the rank, report, read the task log, promise.
 
-Only what is sent, read and timed stands here and in what this composes; `barrier.protocol.rank_state` decides. A rank sends plain
-commands only, so that its user in the store needs no scripting right: one MULTI a report.
+This module and its parts send, read and wait; `barrier.protocol.rank_state` decides. A rank sends plain commands only,
+one MULTI for each report, so its user in the store needs no right to run scripts.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Member:
         self.clock: Clock = clock or SystemClock()
         self.incarnation: str = incarnation or new_incarnation(time.time_ns() // 1_000_000)
         self.about: LogContext = LogContext(self.keys.group, rank)
-        """What the lines of this rank's log are about."""
+        """The context of this rank's log lines."""
         self._owns_store = redis is not self.store
         self._address = address
         self._wanted_rank = rank
@@ -133,12 +133,12 @@ class Member:
 
     @property
     def trusted(self) -> bool:
-        """Whether the lease was surely renewed recently enough for this rank to accept tasks."""
+        """Whether this rank may accept tasks: the store has acknowledged a recent renewal of its lease."""
         return self._failed is None and self.clock.now() - self._reporter.renewed_at < self.settings.distrust_after
 
     @property
     def beats(self) -> int:
-        """How many heartbeats were tried, answered or not: whoever watches over this process sees by it that they go on."""
+        """How many heartbeats were tried, answered or not. A watchdog sees by it that the heartbeats go on."""
         return self._beats + self._claims.tries
 
     @property
@@ -155,16 +155,17 @@ class Member:
         spare: bool = False,
         wait_for_store: float = 0.0,
     ) -> int:
-        """Become the one incarnation that holds the rank, or any free one; then say hello with a first report.
+        """Become the one incarnation that holds the rank, or any free one; then send a first report.
 
-        Who holds it is logged at once.
+        If others hold the rank, the log says at once who.
 
         Args:
             timeout: seconds to wait for a rank that another incarnation holds (a predecessor's claim lapses within one
                 lease); ``None`` waits for two leases.
-            spare: wait for as long as it takes, through outages of the store too, and be seen meanwhile (`barrier.spares`);
-                `timeout` does not count then.
-            wait_for_store: seconds for which a store that fails in a way that may pass (`StoreError.passes`) is asked again.
+            spare: wait without an end, also through outages of the store, and be shown meanwhile (`barrier.spares`);
+                `timeout` is ignored then.
+            wait_for_store: for how many seconds to ask the store again after a failure that may pass
+                (`StoreError.passes`).
 
         Raises:
             RankTaken: another incarnation keeps holding it.
@@ -181,7 +182,7 @@ class Member:
         return self.rank
 
     async def _begin(self, rank: int) -> None:
-        """Read the log from its end on, and say hello."""
+        """Read the log from its end on, and send the first report."""
         self._life.begin(rank)
         self.about.rank = rank
         await self._log.begin_at_end()
@@ -198,12 +199,12 @@ class Member:
         return read_number(found)
 
     async def leave(self) -> None:
-        """Give the rank back: the report and the claim go, so that nobody has to wait for the lease. Safe to call twice."""
+        """Give the rank back: delete the report and the claim, so nobody has to wait for the lease. Safe to call twice."""
         async with self._reporter.turn:
             if not self._life.claimed or self._reporter.replaced is not None:
                 return
             await self._claims.drop(self.rank, self._reporter.frames().farewell(self.report_now))
-            self._life.end()  # only now: what failed can be done again
+            self._life.end()  # only now, so a call that failed can be repeated
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 
@@ -218,21 +219,21 @@ class Member:
         events: Sequence[Event] = (),
         endpoint: str | None = None,
     ) -> None:
-        """Say the whole state, in one round trip; a changed status wakes the planner.
+        """Send the whole state, in one round trip. A changed status wakes the planner.
 
         Args:
             status: the new status; ``None`` leaves it.
             progress: (done, total) of the work in progress.
             error: what failed.
-            permanent: whether that failure is of the kind that trying again cannot mend.
+            permanent: whether trying again cannot mend that failure.
             outcome: what became of a task; replaces an earlier one of the same task.
             events: history, appended in the same step, in this order.
             endpoint: ``host:port`` at which this rank's engine waits for the others in this epoch; ``None`` leaves it.
 
         Raises:
             InvalidName: that is no endpoint; nothing was written.
-            ClaimLost: another incarnation holds the rank; nothing was written if that was known before.
-            StoreError: unknown. The next heartbeat says it again, whole.
+            ClaimLost: another incarnation holds the rank; if this was known before, nothing was written.
+            StoreError: the result is unknown. The next heartbeat sends the whole state again.
         """
         said = self._life.said.then(
             status, progress=progress, error=error, permanent=permanent, outcome=outcome, endpoint=endpoint
@@ -243,9 +244,9 @@ class Member:
         await self._write(look=status is None)
 
     def note_progress(self, done: int, total: int) -> None:
-        """Remember how far the work in progress is; the next heartbeat says it. Costs no round trip.
+        """Remember how far the work in progress is; the next heartbeat reports it. Costs no round trip.
 
-        Saying the same again is a sign of life, too: it means that the work moves, though it has not come further yet.
+        The same numbers again are a sign of life, too: the work goes on, but no further part of it is done yet.
         """
         said = self._life.said
         self._life.said = said._replace(progress=(done, total), signs=said.signs + 1)
@@ -254,11 +255,13 @@ class Member:
     async def heartbeat(self) -> AsyncGenerator[None]:
         """Rewrite the whole report every `Settings.heartbeat` seconds while inside.
 
-        A store that does not answer is tried again with backoff and never raises here; `ClaimLost` ends `tasks`.
+        If the store does not answer, the heartbeat tries again with backoff and raises nothing. `ClaimLost` is raised
+        by `tasks`.
 
         Raises:
-            HeartbeatFailed: a mistake of ours ended the heartbeat. It cancels what is inside, as a timeout does, ends `tasks`, and from
-                then on this rank is not `trusted` and promises nothing. It may still say with `report` that it has failed.
+            HeartbeatFailed: a mistake of ours ended the heartbeat. This cancels the block, as a timeout does, and ends
+                `tasks`. From then on this rank is not `trusted` and promises nothing. It can still `report` that it
+                has failed.
         """
         inside = asyncio.current_task()
         asked = inside.cancelling() if inside is not None else 0
@@ -289,7 +292,7 @@ class Member:
                 raise self._failed from None
             raise
         else:
-            if cancelled and inside is not None:  # what is inside has caught it
+            if cancelled and inside is not None:  # the block has caught the cancellation
                 inside.uncancel()
 
     async def _beat(self) -> None:
@@ -297,7 +300,7 @@ class Member:
         while True:
             pause = self.settings.heartbeat
             if failures:
-                # Come back sooner than a heartbeat, but not all ranks at the same instant.
+                # Try again sooner than after a heartbeat, but not all ranks at the same instant.
                 pause = min(pause, self.settings.command_seconds) * random.uniform(0.5, 1.0)  # noqa: S311  no secret
             await self.clock.sleep(pause)
             self._beats += 1
@@ -317,10 +320,10 @@ class Member:
     # --- the task log -------------------------------------------------------------------------------------------------
 
     async def tasks(self) -> AsyncGenerator[LogEntry, None]:
-        """Everything that is announced to this group, in the log's order, from the moment of `claim` on.
+        """All that is announced to this group, in the log's order, from the moment of `claim` on.
 
-        Tasks of any epoch come out: the reader judges them. Before a task comes out, a lease that may have lapsed is renewed
-        and the epoch is read again.
+        This yields tasks of any epoch: the reader judges them. If the lease may have lapsed, it is renewed, and the
+        epoch is read again, before a task is yielded.
 
         Raises:
             ClaimLost: another incarnation holds the rank now.
@@ -353,7 +356,7 @@ class Member:
         self._log.end(failure)
 
     def _refuse_if_failed(self) -> None:
-        """Raise where a part of this rank has failed, so that it accepts nothing."""
+        """Raise if a part of this rank has failed: then it accepts nothing."""
         if self._failed is not None:
             raise self._failed
 
@@ -369,14 +372,14 @@ class Member:
     # --- promises -----------------------------------------------------------------------------------------------------
 
     async def promise(self, epoch: EpochId, *, status: str | None = None) -> PromiseOutcome:
-        """Give this rank's word to act in exactly this epoch. Tear down first; `retire` from the one before first.
+        """Promise to act in exactly this epoch. Tear the engine down before, and `retire` from the epoch before.
 
-        The epoch's record is read anew: it must be this one, without a verdict, above every promise before, and its roster
-        must name this incarnation.
+        This reads the record anew. The record must be this epoch's, without a verdict, and its roster must name this
+        incarnation. The epoch's number must be above every promise before.
 
         Args:
             epoch: the epoch, as it was announced.
-            status: what this rank is from the promise on, until it reports something else; ``None`` leaves the status as it is.
+            status: the rank's status from the promise on; ``None`` leaves the status as it is.
 
         Raises:
             StoreError: unknown; nothing is promised.
@@ -409,7 +412,7 @@ class Member:
         """The host name or IP address under which the other ranks reach this machine.
 
         Raises:
-            StoreError: none was given, and the store, which would tell it, cannot be reached.
+            StoreError: no address was given, and the store cannot be reached to find it out.
         """
         if not self._address:
             self._address = await self.store.local_address()
@@ -418,8 +421,9 @@ class Member:
     async def endpoints(self, world_size: int) -> tuple[str, ...] | None:
         """Where each rank's engine waits for the others in the promised epoch, in rank order; empty for a rank that has no endpoint.
 
-        The record has them once a step was dispatched that wanted them; see `barrier.Barrier.dispatch`. ``None`` where the record is
-        not that of the promised epoch, or does not have them for so many ranks: the store went back, or forgot.
+        The record has them after a step was dispatched with ``endpoints=True``; see `barrier.Barrier.dispatch`.
+        ``None`` if the record is of another epoch or has them for another number of ranks: the store went back, or
+        forgot.
 
         Raises:
             StoreError: could not find out.

@@ -1,4 +1,4 @@
-"""Numbers, values and what pydantic finds wrong with them, in a person's words."""
+"""Puts numbers, values and pydantic's errors into plain words."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def typed(value: float) -> str:
 def problems(
     error: ValidationError, model: type[BaseModel] | None = None, *, names: Mapping[str, str] | None = None
 ) -> str:
-    """What is wrong with a configuration or a specification, in one sentence for each of the first few things.
+    """What is wrong with a configuration or a specification: one sentence for each of the first few problems.
 
     Args:
         error: what pydantic found.
-        model: of what, so that an unknown name is answered with the known ones.
-        names: what fields are called where the person wrote them.
+        model: the model; the sentence about an unknown name lists the names that it has.
+        names: the names of fields as the person writes them.
     """
     found = [_problem(one, model, names or {}) for one in error.errors(include_url=False)]
     more = len(found) - _MOST_PROBLEMS
@@ -104,14 +104,14 @@ _KINDS = {
 
 
 def plain(value: object) -> str:
-    """A value as it was given, but for a number with an exponent."""
+    """A value as it was given; a number with an exponent is written without it."""
     if isinstance(value, float) and math.isfinite(value) and "e" in repr(value):
         return number(value)
     return repr(value)[:100]
 
 
 def _as_json(value: object) -> str:
-    """As JSON says it, which is how it was written; cut."""
+    """A value as JSON, which is how the person wrote it; cut to 80 characters."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return number(value)
     try:

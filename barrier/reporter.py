@@ -1,4 +1,4 @@
-"""Sends one rank's reports, and brings back what a look shows: who holds the rank, the epoch's record, the end of the log."""
+"""Sends one rank's reports. With a look, it also reads who holds the rank, the epoch's record and the end of the log."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ _UNSAID_EVENTS = 1_000
 
 
 class Reporter:
-    """Says the whole state of one rank, in one MULTI a report, one report at a time.
+    """Sends the whole state of one rank, in one MULTI for each report, one report at a time.
 
     Args:
         store: where.
         keys: the group's keys.
         clock: time.
-        life: who reports; what a look shows goes into its state.
-        offer: takes what whoever reads the task log has to hear.
+        life: the life that reports; a look updates its state.
+        offer: takes news and errors for the reader of the task log.
 
     Attributes:
         turn: held while something is written for this rank.
-        renewed_at: when the last report that surely arrived was sent, by the clock; minus infinity before the first.
+        renewed_at: when the last report was sent that the store acknowledged, by the clock; minus infinity before the
+            first.
         replaced: set once it is known that another life holds the rank.
     """
 
@@ -61,7 +62,7 @@ class Reporter:
         self._event_seq = 0
 
     def add(self, events: Sequence[Event], *, alarm: bool) -> None:
-        """What goes with the next report: history, and whether the planners are to look at once."""
+        """Add to the next report: history, and whether the planners must look at once."""
         self._alarm = self._alarm or alarm
         for event in events:
             self._event_seq += 1
@@ -76,13 +77,13 @@ class Reporter:
         return self._frames
 
     async def write(self, *, look: bool = True) -> None:
-        """Send the report in one MULTI; with a `look`, renew the claim and bring back the epoch's record and the log's end as well.
+        """Send the report in one MULTI. With a `look`, also renew the claim, and read the epoch's record and the log's end.
 
-        A look is due every heartbeat, whoever asks for what. In between, a report says what is new, makes sure that the rank is still held
-        by this incarnation, and leaves out the rest: it lies between an arrival and the dispatch.
+        A look happens at every heartbeat, whatever the caller asks for. In between, a report only writes the state and
+        checks that this incarnation still holds the rank, because the dispatch after an arrival waits for it.
 
-        Hint and history that could not be sent go with the next report. A reply that was lost after the commit makes them
-        come twice; events carry their number, so that a reader can tell.
+        Hints and history that could not be sent go with the next report. After a lost reply they may come twice; events
+        have a number, so a reader can tell.
 
         Raises:
             RankTaken: no rank is claimed.
@@ -97,19 +98,19 @@ class Reporter:
                 await self._read_before_writing()
             look = look or now - self._looked_at >= settings.heartbeat
             if not await self._say(frames, look=look):
-                await self._say(frames, look=True)  # the claim is gone, and a look heals it
+                await self._say(frames, look=True)  # the claim is gone; a look sets it again
 
     async def _say(self, frames: ReportFrames, *, look: bool) -> bool:
-        """Send one report; whether the claim was there."""
+        """Send one report; return whether the claim was there."""
         sent_at, read_to = self._clock.now(), self._life.state.read_to
         report = self._life.next_report(sent_at)
-        alarm, self._alarm = self._alarm, False  # one that comes up meanwhile goes with the next report
+        alarm, self._alarm = self._alarm, False  # a new alarm goes with the next report
         hinted = (report.status, report.epoch)
         events = list(self._unsaid)
         hints = frames.hints(report, alarm=alarm) if alarm or hinted != self._hinted else []
         history = frames.history(events)
         commands: list[Sequence[Any] | bytes] = [frames.holder, frames.report(report), *hints, *history]
-        told = range(2, len(commands))  # nothing of this keeps the report back: neither hints nor history are the truth
+        told = range(2, len(commands))  # hints and history may fail: they do not stop the report
         if look:
             commands += frames.look
         try:
@@ -136,7 +137,7 @@ class Reporter:
         return True
 
     def _notice(self, record: Sequence[bytes | None], newest: Sequence[tuple[bytes, Any]], read_to: LogId) -> None:
-        """What a look has shown, which was sent when the log had been read as far as `read_to`."""
+        """Take in what a look has shown. When it was sent, this rank had read the log as far as `read_to`."""
         life = self._life
         end = LogId.parse(newest[0][0].decode()) if newest else LogId(0, 0)
         life.state = life.state.find_end(end, read_to)
@@ -145,7 +146,7 @@ class Reporter:
             self._offer(news)
 
     async def _begin_anew(self, told: Mapping[str, Sequence[Any]], replies: list[Any]) -> None:
-        """Say what a spoiled stream did not take to one that is begun anew."""
+        """Begin a spoiled stream anew, and append what it refused."""
         for key, commands in told.items():
             said, replies = replies[: len(commands)], replies[len(commands) :]
             if any(map(is_spoiled, said)):
@@ -171,5 +172,5 @@ class Reporter:
             f"group {self._keys.group}, rank {self._life.rank}: process {name_of(holder)} holds this rank now; this one "
             f"({incarnation}) was silent for longer than its lease. Stop one of the two"
         )
-        self._offer(self.replaced)  # whoever waits for tasks waits no longer
+        self._offer(self.replaced)  # ends the wait of the reader of tasks
         raise self.replaced

@@ -1,4 +1,4 @@
-"""Every time and size the barrier knows, in one frozen object, with the relations that must hold between them."""
+"""All times and sizes of the barrier, in one frozen object, which checks how they must relate."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Times in seconds, sizes in entries. An explicit argument beats the default; the environment is read in CLIs only.
+    """Times in seconds, sizes in entries. Only the CLIs read the environment.
 
     Attributes:
-        lease: lifetime of a report: a rank that is silent for so long counts as gone. Must exceed the longest pause that is
-            still healthy (garbage collection, a busy machine, a failover of the store). At least 0.05.
+        lease: lifetime of a report. A rank that is silent for so long counts as gone. Must exceed the longest healthy
+            pause (garbage collection, a busy machine, a failover of the store). At least 0.05.
         heartbeat: how often a rank rewrites its whole report. At most a third of `lease`, so that two may be lost.
-        command_timeout: the longest that one command may take; ``None`` means a fifth of `lease`. Kept well below the lease,
-            or a slow store would cost leases before anybody could say so. Must exceed a round trip.
-        reader_block: how long one blocking read lasts before it is asked anew; its socket waits `reader_margin` longer. Below 5 s by
-            default: some balancers forget a connection on which nothing was said for so long.
-        reader_margin: see `reader_block`.
-        backstop: the slowest tick of a waiter, in case that a wake-up was lost.
+        command_timeout: the longest that one command may take; ``None`` means a fifth of `lease`. Must exceed a round
+            trip. At most half of `lease`, so that ranks notice a slow store before their leases lapse.
+        reader_block: how long one blocking read lasts; the next one follows. Below 5 s by default: some balancers drop
+            a connection that was silent for 5 s.
+        reader_margin: how much longer the socket of a blocking read waits than `reader_block`.
+        backstop: how long a waiter waits at most before it looks again, since a wake-up may be lost.
         record_lifetime: lifetime of the epoch record, the leadership and the log, renewed by every write to them. It must
             exceed the longest time that an instance may be without any planner.
-        output_lifetime: lifetime of one generation's chunks after the last of them.
-        log_entries: cap of the task log.
-        signal_entries: cap of the wake-up hints.
-        event_entries: cap of the history.
+        output_lifetime: lifetime of one generation's chunks, counted from the last one.
+        log_entries: limit of the task log.
+        signal_entries: limit of the stream of wake-ups.
+        event_entries: limit of the history.
     """
 
     lease: float = 6.0
@@ -81,7 +81,8 @@ class Settings:
     def distrust_after(self) -> float:
         """Seconds without an acknowledged renewal after which a rank accepts no task until it has re-read the epoch.
 
-        The lease less a margin of one command, because the renewal's lifetime counts from when the server ran it.
+        The lease minus one command timeout, because the new lifetime counts from the moment at which the server ran the
+        renewal.
         """
         return self.lease - self.command_seconds
 

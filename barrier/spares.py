@@ -1,7 +1,7 @@
-"""Runners that wait for a rank, or hold one that the group does not have: seen by whoever looks, and relied upon by nobody.
+"""Runners that wait for a rank, or hold a rank that the group does not have. They are shown to people; no decision depends on them.
 
-A spare takes a seat, one of `SPARE_SEATS` keys with a lease, and renews it while it waits. The seats are few on purpose: a look is one
-round trip, whatever anybody writes. Whoever finds no seat waits all the same, unseen.
+A spare takes a seat, one of `SPARE_SEATS` keys with a lease, and renews it while it waits. The seats are few, so one
+round trip reads them all, whatever anybody writes. A spare that finds no free seat waits too, but is not shown.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Spare:
 
 
 class Seat:
-    """One spare's seat. Nothing in here raises for what the store says: to be seen is a hint, and waiting goes on without it.
+    """One spare's seat. Its methods raise no error of the store: the seat is only for people, and the spare waits on without one.
 
     Args:
         store: where.
         keys: the group's keys.
-        spare: who waits; `Spare.waited_ms` is brought up to date at every renewal.
+        spare: the process that waits; every renewal updates `Spare.waited_ms`.
     """
 
     def __init__(self, store: Store, keys: Keys, spare: Spare) -> None:
@@ -57,7 +57,7 @@ class Seat:
         self._taken: str | None = None
 
     async def renew(self, waited_ms: int) -> bool:
-        """Take a seat, or keep it for another lease; returns whether this spare is seen."""
+        """Take a seat, or keep it for another lease; return whether this spare has one."""
         said = _encode(self._spare, waited_ms)
         lease_ms = round(self._store.settings.lease * 1000)
         try:
@@ -71,7 +71,7 @@ class Seat:
                     if await commands.set(seat, said, px=lease_ms, nx=True):
                         self._taken = seat
                         return True
-        except StoreError:  # a user of an ACL file from before there were seats has no right to them
+        except StoreError:  # the user may be of an older ACL file, which gives no right to seats
             pass
         return False
 
@@ -89,15 +89,15 @@ class Seat:
 
 
 def seats_for(keys: Keys, rank: int | None) -> Sequence[str]:
-    """Where somebody may sit who waits for that rank; for one rank it is one seat, to which its user in the store has the right.
+    """The seats that a spare for this rank may take. For one rank it is one seat, to which its user in the store has the right.
 
-    Who waits for any rank begins at the other end, so that the seats of the low ranks stay free for those.
+    A spare for any rank begins at the last seat, so the seats of the low ranks stay free.
     """
     return keys.spares()[::-1] if rank is None else [keys.spare(rank % SPARE_SEATS)]
 
 
 async def read_spares(store: Store, keys: Keys, rank: int | None = None) -> tuple[Spare, ...]:
-    """Who waits, the longest first; with a rank, only who may wait for it (a rank's user may read no other seat).
+    """The spares, the longest wait first. With a rank, only its seat is read (a rank's user may read no other).
 
     Raises:
         StoreError: could not find out.
@@ -153,7 +153,7 @@ def _encode(spare: Spare, waited_ms: int) -> str:
 
 
 def _decode(raw: object, left_ms: object, lease_ms: int) -> Spare | None:
-    """What a seat says; ``None`` for an empty one and for what is not ours: anybody with a rank's right may have written it."""
+    """Read a seat; ``None`` if it is empty or not ours: anybody with a rank's rights may have written it."""
     if not isinstance(raw, bytes) or len(raw) > 1_000 or not isinstance(left_ms, int):
         return None
     try:

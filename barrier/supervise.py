@@ -1,17 +1,20 @@
-"""Every task that runs by itself has an owner that hears its end, and a mistake of ours never ends one without a word.
+"""Every background task has an owner that learns of its end. A mistake of ours never ends a task without a log line.
 
-A mistake of ours is an exception that nobody expects. It goes to the log with its type and its frames (file, line, function) and
-without its text, which may quote a prompt; no value of a variable is told either. It is told once, however many owners it passes.
+A mistake of ours is an exception that nobody expects. The log gets its type and its frames (file, line, function). It
+gets neither the text, which may quote a prompt, nor the values of variables. A mistake is logged once, however many
+owners it passes.
 
-- `background`: nobody awaits it. Its owner says what ends with it (`on_mistake`).
-- `restarted`: as `background`, for a watch that must not end: a mistake is told, and it begins anew after a pause that grows.
+- `background`: a task that nobody awaits. Its owner ends what depends on it (`on_mistake`).
+- `restarted`: a `background` task that must not end. A mistake is logged, and the task begins anew after a pause that
+  grows.
 - `keep_going`: the same, awaited.
-- `alongside`: awaited by the block that began it, and over when the block is. What the block does not raise itself is told.
+- `alongside`: a task that lasts as long as a block. A mistake that the block does not raise is logged.
 - `guarded`: a callback that the event loop, a thread or a foreign library calls.
-- `passed_over`: one of many that must not hold up the others.
-- `end`: cancel tasks and wait for their ends, in place of ``gather(return_exceptions=True)``, which would swallow them.
+- `passed_over`: one of several actions; its mistake does not stop the others.
+- `end`: cancel tasks and wait for their ends. Used in place of ``gather(return_exceptions=True)``, which would hide
+  mistakes.
 
-`asyncio.TaskGroup` is the better owner where all parts are to end together and their errors may come out as a group.
+`asyncio.TaskGroup` is the better owner if all parts end together and their errors may be raised as a group.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ _MEMBERS = 4  # of an exception group
 _FIRST_PAUSE = 0.05  # seconds
 
 _OURS: set[asyncio.Task[Any]] = set()
-"""An event loop keeps no task alive by itself."""
+"""The running tasks. An event loop keeps no reference to a task, so Python could collect it."""
 
 
 def described(error: BaseException) -> str:
@@ -69,7 +72,7 @@ def described(error: BaseException) -> str:
 
 
 def tell_mistake(what: str, error: BaseException) -> None:
-    """Log a mistake of ours with its frames, unless this exception was told before.
+    """Log a mistake of ours with its frames, unless this exception was logged before.
 
     Args:
         what: what has ended or gone wrong, as the subject of a sentence.
@@ -110,13 +113,13 @@ def background(
     on_mistake: Callable[[BaseException], object],
     expected: Expected = (),
 ) -> asyncio.Task[T]:
-    """Begin a task that nobody awaits; its end is heard.
+    """Begin a task that nobody awaits; its owner learns of its end.
 
     Args:
         doing: what it does.
         name: what it is, for the log.
-        on_mistake: ends in a named way what depends on it. Called after the mistake was told.
-        expected: exceptions that may end it, and of which its owner learns otherwise.
+        on_mistake: ends what depends on the task, with a named error. Called after the mistake was logged.
+        expected: exceptions that may end it; its owner learns of them in another way.
     """
     task = asyncio.create_task(doing, name=f"rankgate {name}")
     _OURS.add(task)
@@ -140,14 +143,14 @@ def restarted(
     longest_pause: float,
     on_mistake: Callable[[BaseException], object] = lambda _: None,
 ) -> asyncio.Task[None]:
-    """Begin a task that nobody awaits and that must go on: after a mistake, which is told, it begins anew.
+    """Begin a task that nobody awaits and that must go on. After a mistake, which is logged, it begins anew.
 
     Args:
-        doing: makes what it does; where that returns, the task is over.
+        doing: makes the coroutine; if that returns, the task is over.
         name: what it is, for the log.
         clock: time.
         longest_pause: seconds between two tries, at most; the first pauses are shorter.
-        on_mistake: told every mistake, also one that is like the last one and therefore not in the log again.
+        on_mistake: called with every mistake, also with one that is like the last one and not logged again.
     """
     going = keep_going(doing, name, clock=clock, longest_pause=longest_pause, on_mistake=on_mistake)
     return background(going, name, on_mistake=on_mistake)
@@ -186,7 +189,7 @@ async def keep_going(
 async def alongside(
     doing: Awaitable[T], name: str = "", *, expected: Expected = (RankgateError,)
 ) -> AsyncGenerator[asyncio.Task[T]]:
-    """A task for as long as a block lasts. The block takes its result; a mistake that the block does not raise is told.
+    """Run a task for as long as a block lasts. The block takes its result. A mistake that the block does not raise is logged.
 
     Args:
         doing: what it does.
@@ -217,7 +220,7 @@ async def _awaited(doing: Awaitable[T]) -> T:
 
 @contextmanager
 def passed_over(what: str) -> Generator[None]:
-    """A mistake inside is told and goes no further; what is expected does."""
+    """Log a mistake inside and raise it no further; raise an expected error."""
     try:
         yield
     except RankgateError:
@@ -227,15 +230,15 @@ def passed_over(what: str) -> Generator[None]:
 
 
 async def ends_of(*tasks: asyncio.Task[T]) -> list[T | BaseException]:
-    """Wait until tasks are over; what they returned or raised, for the caller to look at. Cancelled with it."""
+    """Wait until tasks are over; return what each returned or raised. A cancellation of the caller cancels them."""
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def end(*tasks: asyncio.Task[Any] | None, expected: Expected = (RankgateError,)) -> None:
-    """Cancel tasks and wait until they are over. A mistake that comes up is told, unless it was; nothing is raised but a cancellation.
+    """Cancel tasks and wait until they are over. A mistake is logged, unless it was before. Raises nothing but a cancellation.
 
     Args:
-        tasks: which; ``None`` for one that there is not.
+        tasks: the tasks; ``None`` is ignored.
         expected: exceptions that are no mistakes.
     """
     own = asyncio.current_task()
@@ -255,13 +258,13 @@ async def _ended(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     if all(task.done() for task in tasks):
-        return  # not a turn of the event loop later than need be
-    # Unlike asyncio.wait it waits for them also where it is cancelled itself. Their ends are looked at by whoever calls this.
+        return  # without another turn of the event loop
+    # Unlike asyncio.wait, gather waits for the tasks even when it is cancelled itself. The caller looks at their ends.
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _mistake_of(task: asyncio.Task[Any], expected: Expected) -> BaseException | None:
-    """What ended a task that is done, if nobody expects it: an exception, or a cancellation that nobody asked for."""
+    """The mistake that ended a task: an exception that nobody expects, or a cancellation that nobody asked for."""
     try:
         error = task.exception()
     except asyncio.CancelledError as cancelled:
@@ -272,12 +275,12 @@ def _mistake_of(task: asyncio.Task[Any], expected: Expected) -> BaseException | 
 def guarded(
     what: str, callback: Callable[P, object], on_mistake: Callable[[BaseException], object] | None = None
 ) -> Callable[P, None]:
-    """A callback that raises nothing: a mistake in it is told, and then handed to `on_mistake`.
+    """A callback that raises nothing: a mistake in it is logged, and then passed to `on_mistake`.
 
     Args:
         what: what it does, as the subject of a sentence.
         callback: what is called.
-        on_mistake: ends in a named way what depends on it.
+        on_mistake: ends what depends on it, with a named error.
     """
 
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -292,7 +295,7 @@ def guarded(
 
 
 def hear_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Tell what the event loop itself catches, such as a failed callback, in our way: its own way prints the text of the exception."""
+    """Log what the event loop itself catches, such as a failed callback, without the exception's text, which asyncio would print."""
 
     def heard(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")

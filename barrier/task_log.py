@@ -1,4 +1,4 @@
-"""The task log as one rank follows it: from the store into a queue, together with what the record and its own parts announce."""
+"""Reads the task log of one rank into a queue. News from the record and failures of the rank's parts go into the same queue."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _BATCH = 100
 
 
 class TaskLog:
-    """What a rank has yet to hear, in order.
+    """The entries, news and failures that a rank has not taken yet, in order.
 
     Args:
         store: where the log is.
         keys: the group's keys.
         clock: time.
-        life: whose reading it is; it remembers how far.
+        life: the life that reads; it remembers how far it has read.
 
     Attributes:
         entries: what was read and not yet taken.
@@ -43,14 +43,14 @@ class TaskLog:
         self._offered: EpochId | None = None
 
     async def next(self) -> LogEntry:
-        """Wait for the next entry; raises what was offered in its place."""
+        """Wait for the next entry; raises an error that was offered instead of one."""
         entry = await self.entries.get()
         if isinstance(entry, RankgateError):
             raise entry
         return entry
 
     def offer(self, news: News | RankgateError) -> None:
-        """Hand over what was not read from the log, an epoch once; where the reader is too far behind, the next heartbeat says it again."""
+        """Put into the queue what was not read from the log; an epoch once. If the queue is full, the next heartbeat offers it again."""
         if isinstance(news, EpochAnnounced):
             if news.epoch == self._offered:
                 return
@@ -61,13 +61,13 @@ class TaskLog:
             self._offered = None
 
     def end(self, failure: RankgateError) -> None:
-        """Whoever waits for entries must not wait for ever."""
-        if self.entries.full():  # the reader finds this behind what it has not taken yet
+        """End the wait of the reader with this failure."""
+        if self.entries.full():  # make room for the failure, which comes after all entries
             self.entries.get_nowait()
         self.entries.put_nowait(failure)
 
     async def begin_at_end(self) -> None:
-        """Pass over what is in the log already.
+        """Skip the entries that are in the log already.
 
         Raises:
             StoreError: could not find out where it ends.
@@ -78,7 +78,7 @@ class TaskLog:
             self._read(newest[0][0])
 
     async def follow(self) -> None:
-        """Read the log for ever; a store that does not answer is tried again."""
+        """Read the log for ever; try again if the store does not answer."""
         reader = self._store.reader()
         settings = self._store.settings
         pauses = Backoff(0.05, settings.command_seconds)
