@@ -72,18 +72,18 @@ class Wake(Enum):
 class Barrier:
     """One group's barrier, from a planner's side.
 
-    Everything here may be repeated: an error means "unknown", and the same call again does no harm. Several calls may run at
-    once. Use it as an async context manager, or call `close`.
+    Every call may be repeated: an error means that the result is unknown, and the same call again does no harm.
+    Several calls may run at once. Use it as an async context manager, or call `close`.
 
     Args:
-        redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``, whose address, user and TLS are then used
-            with timeouts and retries of ours.
+        redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``, whose address, user and TLS are then
+            used, with our timeouts and without retries.
         group: the group's name.
         world_size: number of ranks; taken from the epoch's record where it is not given.
         namespace: keeps several clusters on one store apart.
         settings: the times; those of the store where a store is given.
         clock: time, for tests.
-        holder: how this planner calls itself; unique per planner. Host name and random digits where not given.
+        holder: this planner's name, unique for each planner; by default the host name and random digits.
         wakeups: a reader to share with other groups of this process.
 
     Raises:
@@ -117,7 +117,7 @@ class Barrier:
         self._floor = 0
         self._term_floor = 0
         self._renew_at = float("inf")
-        self._acts = False  # whoever only looks needs no right to run a script
+        self._acts = False  # a planner that only looks needs no right to run a script
         self._current: EpochId | None = None
         self._seen_n = 0
         self._steps: dict[str, tuple[int, int]] = {}
@@ -138,7 +138,7 @@ class Barrier:
         await self.close()
 
     async def close(self) -> None:
-        """Stop waiting for hints, and close what this barrier opened. Leadership is left to lapse; see `resign`."""
+        """Stop waiting for hints, and close what this barrier opened. The leadership is not given back, but lapses; see `resign`."""
         if self._kept is not None:
             await self._kept.close()
             self._kept = None
@@ -167,7 +167,7 @@ class Barrier:
         match outcome:
             case Leading(leadership):
                 self.leadership = leadership
-                self._renew_at = asked_at + self.settings.lease * 2 / 3  # the rest is for trying again
+                self._renew_at = asked_at + self.settings.lease * 2 / 3  # the last third is for trying again
                 self._term_floor = max(self._term_floor, leadership.term)
             case Following(leader, _):
                 self.leadership = None
@@ -196,7 +196,7 @@ class Barrier:
 
         Args:
             world_size: number of ranks.
-            digest: digest of what is to be brought up, in hexadecimal; ranks configured for another are refused.
+            digest: digest of the spec, in hexadecimal; a rank that is configured for another spec is refused.
             notes: a text for the planner that comes after this one.
             ordinal: the highest ordinal that the caller knows of.
             timeout: seconds to wait for ranks that are not here yet; ``None`` answers `NotReady` at once.
@@ -285,11 +285,11 @@ class Barrier:
             payload: the task, as text; at most `MAX_PAYLOAD_BYTES`.
             statuses: what must hold: one status, several, or a `Requirement`.
             to: first and last rank that the task is for; all where ``None``.
-            attempt: 2, 3, … for a step that a rank refused and that is asked again.
+            attempt: 2, 3, … for a step that a rank refused and that is dispatched again.
             after: a step that must have been dispatched before in this epoch.
-            repeatable: for steps that come any number of times under names of their own.
-            endpoints: write into the record where every rank waits for the others, as the reports of that very instant say it;
-                ranks read it with `Member.endpoints`.
+            repeatable: whether this is a step that may come any number of times, each time with a name of its own.
+            endpoints: copy the endpoints in the reports of that instant into the record; ranks read them with
+                `Member.endpoints`.
 
         Raises:
             InvalidName: step, status or payload may not be used; nothing was sent.
@@ -313,14 +313,15 @@ class Barrier:
         )
 
     async def forget(self, snapshot: Snapshot, steps: str) -> None:
-        """Delete from the task log what nobody needs there any more of the steps that begin with a word: prompts must not lie about.
+        """Delete tasks from the task log that nobody needs any more, so that prompts do not stay there.
 
-        That is what every rank of the roster has read by this picture, and all of an attempt that is over. Places are not given twice:
-        the record knows how far the log went. A store that refuses is asked again later; nothing depends on it.
+        These are the tasks that every rank of the roster has read by this picture, and all tasks of an epoch that is
+        over. No position is used twice: the record knows how far the log went. If the store refuses, a later call tries
+        again; nothing depends on it.
 
         Args:
             snapshot: a picture of the group.
-            steps: how the names of the steps begin.
+            steps: the beginning of the names of the steps to delete.
         """
         first = needed_from(snapshot)
         if first is None or (last := LogId(first.number, first.n - 1)) <= self._forgotten_to:
@@ -370,13 +371,14 @@ class Barrier:
     ) -> WaitOutcome:
         """Wait until every required rank has arrived, at one instant.
 
-        A rank that failed, was restarted or left breaks the epoch: it is concluded with that rank as the culprit, and the
-        answer is `Aborted`. To dispatch at that instant, use `release`.
+        If a rank failed, was restarted or left, this concludes the epoch with that rank as the culprit, and returns
+        `Aborted`. To dispatch at that instant, use `release`.
 
         Args:
             epoch: the epoch to wait in.
             statuses: what must hold: one status, several, or a `Requirement`.
-            timeout: seconds without any progress (a status, a progress count) after which to give up: slow is not stalled.
+            timeout: seconds without any progress (a new status or progress count) after which to give up; progress
+                begins them anew.
             failed_statuses: statuses that mean that the rank has failed.
         """
         requirement = self._requirement(statuses, await self._size())
@@ -403,7 +405,7 @@ class Barrier:
         endpoints: bool = False,
         failed_statuses: Iterable[str] = ("Failed",),
     ) -> ReleaseOutcome:
-        """Wait as `wait` does, and dispatch the task at the very instant at which all have arrived."""
+        """Wait as `wait` does, and dispatch the task at the instant at which all have arrived."""
         requirement = self._requirement(statuses, await self._size())
 
         async def try_to_dispatch() -> CheckOutcome | Fenced:
@@ -422,10 +424,11 @@ class Barrier:
     async def watch(
         self, snapshot: Snapshot, requirement: Requirement, seconds: float, *, any_change: bool = False
     ) -> Wake:
-        """Wait for hints after a snapshot, until by them every required rank has arrived, or something else happens.
+        """Wait for hints after a snapshot, until they say that every required rank has arrived, or that something else has happened.
 
-        Where all have arrived already, only something else counts, which then includes a rank that withdraws. With
-        `any_change`, every change of any rank's status counts. Nothing here is the truth: after `Wake.COMPLETE` let `dispatch` judge, after anything else `inspect`.
+        If all have arrived already, this waits for something else; a rank that takes its arrival back counts as that.
+        With `any_change`, every change of any rank's status counts. Hints are not the truth: after `Wake.COMPLETE` call
+        `dispatch`, after anything else `inspect`.
         """
         tally = _Tally(snapshot, requirement)
         complete = not tally.missing
@@ -453,15 +456,16 @@ class Barrier:
         after: str = "",
         endpoints: bool = False,
     ) -> DispatchOutcome | Wake:
-        """Wait, from a snapshot, for the last arrival, and dispatch at that very instant; see `dispatch` and `watch`.
+        """Wait, from a snapshot, for the last arrival, and dispatch at that instant; see `dispatch` and `watch`.
 
-        Once a single rank is missing, the dispatch itself is left with the store, behind a blocking read of the hints: the store runs
-        it when that rank arrives, and no round trip of ours lies between. It is the same dispatch, with the same checks, so one that
-        comes too early, too late or twice does no harm. It is tried when it is left, too: so the store has at hand what it needs, and one
-        that has forgotten the script says so then, and not at the arrival.
+        When a single rank is missing, this sends a blocking read of the hints and, right behind it, the dispatch. The
+        store runs the dispatch when that rank arrives, so no round trip lies between. It is the same dispatch, with the
+        same checks, so it does no harm if it comes too early, too late or twice. It is also tried once before the read:
+        then the store has at hand what it needs, and a store that has forgotten the script says so before the arrival.
 
         Returns:
-            What the dispatch answered; or, if it was not tried or refused as `NotReady`, why the wait ended. Then `inspect`.
+            What the dispatch answered; or why the wait ended, if the dispatch was not tried or answered `NotReady`.
+            Then call `inspect`.
         """
         args = await self._dispatch_args(epoch, step, payload, statuses, to, attempt, after, endpoints=endpoints)
         if isinstance(args, Fenced):
@@ -474,7 +478,7 @@ class Barrier:
             if len(tally.missing) == 1:
                 hints, outcome = await self._leave_dispatch(args, tally.place, left, try_first=not tried)
                 tried = True
-                if outcome is None:  # the script is not there, or the connection: the ordinary way brings both along
+                if outcome is None:  # the script or the connection is lost: an ordinary dispatch renews both
                     outcome = self._note(args, await verbs.dispatch(self.store, self.keys, **args))
                     return Wake.DISTURBED if isinstance(outcome, NotReady) else outcome
             else:
@@ -530,18 +534,18 @@ class Barrier:
                 return outcome
             snapshot = await self.inspect()
             current = snapshot.epoch
-            if current is None:  # the scripts read less of a record than a picture does: asking again would spin
+            if current is None:  # a script may read a record that a picture cannot: asking again would never end
                 damage = snapshot.unreadable
                 return Unknown(f"the record cannot be read: {damage}" if damage else "the store has no epoch record")
             if current.id != epoch or current.verdict is not None:
-                continue  # the next attempt says which of these it is
+                continue  # the next try says which of the two it is
             ended = await self._conclude_if_broken(epoch, snapshot, failed)
             if ended is not None:
                 return ended
             if _note_progress(snapshot, seen):
                 deadline = self.clock.now() + seconds
             if not missing_ranks(snapshot, requirement):
-                continue  # arrived between the attempt and the picture
+                continue  # all arrived between the try and the picture
             if self.clock.now() >= deadline:
                 return TimedOut(epoch, missing_ranks(snapshot, requirement), explain(snapshot, requirement))
             look_at = min(self.clock.now() + self.settings.backstop, deadline)
@@ -552,7 +556,7 @@ class Barrier:
     async def _conclude_if_broken(
         self, epoch: EpochId, snapshot: Snapshot, failed: frozenset[str]
     ) -> Aborted | Superseded | Unknown | None:
-        """End an attempt that cannot succeed any more; ``None`` where it can, or where ending it is not ours."""
+        """Conclude an epoch that cannot succeed any more; ``None`` if it can, or if this planner may not conclude it."""
         broken = find_break(snapshot, failed)
         if broken is None:
             return None
@@ -562,7 +566,7 @@ class Barrier:
             case (Superseded() | Unknown()) as ended:
                 return ended
             case Fenced():
-                return None  # the leader's verdict will end this wait, or the deadline
+                return None  # the leader's verdict or the deadline will end this wait
 
     async def _wait_until(
         self,
@@ -570,7 +574,7 @@ class Barrier:
         snapshot: Snapshot,
         waiting: Callable[[Snapshot, float], Awaitable[CheckOutcome | Wake | _T]],
     ) -> CheckOutcome | Wake | _T:
-        """Wait for something to happen, and renew the lead meanwhile; `Wake.QUIET` where nothing has."""
+        """Wait for something to happen, and renew the leadership meanwhile; `Wake.QUIET` if nothing has."""
         found: CheckOutcome | Wake | _T = Wake.QUIET
         while found is Wake.QUIET and (now := self.clock.now()) < look_at:
             await self._keep_lead()
@@ -579,14 +583,14 @@ class Barrier:
         return found
 
     async def _keep_lead(self) -> None:
-        """Renew in time, or a wait for longer than the lease would end as somebody who does not lead any more."""
+        """Renew the leadership when it is due: a wait may be longer than the lease."""
         if self.leadership is not None and self.clock.now() >= self._renew_at:
             await self.lead()
 
     # --- what this planner knows --------------------------------------------------------------------------------------
 
     def _adopt(self, epoch: EpochId, *, seen_n: int = 0) -> None:
-        """Remember which epoch is current, and how far its log went: a store that goes back must not make us forget."""
+        """Remember which epoch is current, and how far its log went, in case the store goes back."""
         if self._current != epoch:
             self._current, self._seen_n = epoch, 0
             self._steps.clear()
@@ -632,7 +636,7 @@ class Barrier:
         }
 
     def _note(self, args: verbs.DispatchArgs, outcome: DispatchOutcome) -> DispatchOutcome:
-        """Remember what was dispatched, and where in the log it stands."""
+        """Remember what was dispatched, and at which log position."""
         match outcome:
             case Dispatched(entry) | Already(entry):
                 self._adopt(args["epoch"], seen_n=entry.n)
@@ -670,7 +674,7 @@ class Barrier:
 
 
 class _Tally:
-    """Who is missing, by a picture and the hints that came after it."""
+    """The ranks that are missing, by a picture and the hints that came after it."""
 
     def __init__(self, snapshot: Snapshot, requirement: Requirement) -> None:
         self.place = _place(snapshot.signals_end)
@@ -679,7 +683,7 @@ class _Tally:
         self._requirement = requirement
 
     def take(self, hints: Iterable[Hint]) -> bool:
-        """Count arrivals and withdrawals; whether the hints were no more than that."""
+        """Count arrivals, and those that were taken back; return whether the hints said nothing else."""
         for hint in hints:
             self.place = max(self.place, hint.id)
             if self._epoch is None or not self._count(hint, self._epoch):
@@ -707,7 +711,7 @@ def _released(epoch: EpochId, outcome: DispatchOutcome) -> CheckOutcome | Fenced
 
 
 def _note_progress(snapshot: Snapshot, seen: dict[int, object]) -> bool:
-    """Whether any rank moved since it was last seen. One that falls silent and comes back as it was has not."""
+    """Whether any rank made progress since it was last seen. A rank that was silent and comes back unchanged did not."""
     moved = False
     for view in snapshot.ranks:
         if view.report is not None:

@@ -1,3 +1,3 @@
-"""All that knows redis-py: connections, scripts, keys, wake-ups."""
+"""The code that talks to the store: connections, scripts, keys, wake-ups."""
 
 __all__: list[str] = []

@@ -1,11 +1,12 @@
-"""Users of the store: for each role the least that it needs, as Redis ACL rules.
+"""Users of the store: for each role the fewest rights that it needs, as Redis ACL rules.
 
-Pure: nothing is sent. ``rankgate acl`` prints what is made here. A rule is one line of an ACL file, which is also a line for
-``redis.conf``, and, without its first word, the arguments of ``ACL SETUSER``. Needs Redis 7.0 or Valkey 7.2 (rights by key for
+Pure: nothing is sent. ``rankgate acl`` prints the rules. A rule is one line of an ACL file or of ``redis.conf``.
+Without its first word it is the arguments of ``ACL SETUSER``. Needs Redis 7.0 or Valkey 7.2 (rights by key for
 reading and for writing, and selectors; redis.io/docs/latest/operate/oss_and_stack/management/security/acl).
 
-Rights are given in selectors, each a pair of keys and commands, so that what may be appended to may not be deleted, and what may
-be read may not be written. No command is named that Redis 7.0 does not know: one unknown name, and the server refuses the file.
+Rights are given in selectors. Each selector is a pair of keys and commands: so a right to append is no right to delete,
+and a right to read is no right to write. All commands are known to Redis 7.0, because a server refuses a file with an
+unknown command.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 SESSION = ("info", "multi", "exec", "discard", "unwatch", "ping", "select", "role", "cluster|slots", "asking")
-"""What every client sends that touches no key. AUTH, HELLO, QUIT and RESET are never refused by an ACL."""
+"""The commands without a key that every client sends. An ACL never refuses AUTH, HELLO, QUIT and RESET."""
 
 _READS = (
     "exists",
@@ -64,9 +65,9 @@ class Grant:
 
     Attributes:
         commands: in lower case; a subcommand as ``xinfo|stream``.
-        keys: patterns that may be read and written, as a command asks.
-        read: patterns that may only be read.
-        write: patterns that may only be written.
+        keys: patterns of keys that may be read and written.
+        read: patterns of keys that may only be read.
+        write: patterns of keys that may only be written.
     """
 
     commands: tuple[str, ...]
@@ -88,8 +89,8 @@ class AclUser:
 
     Attributes:
         name: the user's name; letters, digits, ``.`` and ``-``, so it needs no quoting in a URL.
-        commands: what it may send that touches no key.
-        grants: what it may send that touches keys.
+        commands: the commands without a key that it may send.
+        grants: the commands with keys that it may send.
         everything: whether it is the administrator, for whom nothing is refused.
     """
 
@@ -107,7 +108,7 @@ class AclUser:
         """The line of an ACL file.
 
         Args:
-            password_hash: see `hashed`; ``None`` for a user without a password, as whom nobody can log in.
+            password_hash: see `hashed`; ``None`` for no password: then nobody can log in as this user.
 
         Raises:
             InvalidName: that is not a hash.
@@ -127,17 +128,18 @@ class AclUser:
 
 
 NOBODY = "user default off resetpass sanitize-payload ~* &* +@all"
-"""Turns off the user that everybody is who does not log in. A file without this line leaves that one free to do anything.
+"""Turns the default user off, which every client is that does not log in. Without this line such a client may do anything.
 
-Off is enough to keep everybody out. It keeps its rights, because Redis 7.0 replays its append-only file as this user: without them a
-restart drops every transaction and every script's writes, and starts all the same (``NOPERM ACLs rules changed`` in its log).
+The user keeps its rights, although nobody can use them: Redis 7.0 replays its append-only file as this user.
+Without the rights, a restart drops every transaction and every script's writes, and the server starts all the same
+(``NOPERM ACLs rules changed`` in its log).
 """
 
 
 def hashed(password: str) -> str:
     """A password as an ACL file holds it: the hexadecimal SHA-256, which the server uses as it is.
 
-    Without salt, so a password that can be guessed can be found from it: choose a long random one.
+    It has no salt, so a password that can be guessed can be found from it: choose a long random one.
 
     Raises:
         InvalidName: it is empty.
@@ -150,9 +152,10 @@ def hashed(password: str) -> str:
 def rank_user(keys: Keys, rank: int | None) -> AclUser:
     """One rank of a group, or, with ``None``, all of its ranks under one name.
 
-    It reads the group's epoch and task log, writes its own report, claim and seat among those who wait, and appends wake-ups, history and answers. It has no
-    scripting, no way to dispatch, and sees neither another rank's key nor another group. With one name for all ranks of a group, any of them can
-    write any one's report: take that where ranks are started without a number and claim a free one.
+    It reads the group's epoch and task log. It writes its own report, its claim and its seat as a spare. It appends
+    wake-ups, history and answers. It cannot run scripts or dispatch, and sees neither another rank's key nor another
+    group. With one name for all ranks, each can write any rank's report: use that if ranks are started without a number
+    and claim a free one.
 
     Raises:
         InvalidName: the rank is out of range.
@@ -179,8 +182,8 @@ def rank_user(keys: Keys, rank: int | None) -> AclUser:
 def planner_user(namespace: str) -> AclUser:
     """A planner, or a client that launches, stops and generates: everything of one namespace but the ranks' own keys.
 
-    Scripts need the right to read and write every key that they are given; what they do inside is judged command by command.
-    So it cannot write a rank's report, whatever script it sends.
+    A script needs the right to read and write every key that it is given; the server also checks each command inside
+    it. So a planner cannot write a rank's report, whatever script it sends.
 
     Raises:
         InvalidName: that is not a namespace.
@@ -213,10 +216,10 @@ def planner_user(namespace: str) -> AclUser:
 
 
 def observer_user(namespace: str, group: str | None = None) -> AclUser:
-    """Somebody who looks: status, explanation, metrics, history; of one group, or of the whole namespace.
+    """An observer of one group, or of the whole namespace: reads status, explanation, metrics and history.
 
-    Plain reads only. It runs no script, since one that reads for ever stops everybody else, and has no way to the task log, to requests and
-    to answers, which hold prompts and texts.
+    It sends plain reads only. It may not run scripts, because a script that reads for ever stops everybody else. It may
+    not read the task log, requests and answers, which hold prompts and texts.
 
     Raises:
         InvalidName: a name may not be used.
@@ -239,7 +242,7 @@ def observer_user(namespace: str, group: str | None = None) -> AclUser:
 
 
 def admin_user(namespace: str) -> AclUser:
-    """An administrator, for whom nothing is refused: for a file that turns the default user off."""
+    """An administrator, who may do everything. A file that turns the default user off needs one."""
     return AclUser(name=f"{valid_name('namespace', namespace)}.admin", everything=True)
 
 

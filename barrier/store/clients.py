@@ -1,4 +1,4 @@
-"""Which clients of other people can be used, and what to pass instead of one that cannot."""
+"""Checks whether a caller's client can be used, and says what to pass instead if it cannot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _USUAL = "pass a redis.asyncio.Redis, or what barrier.connect(url) returns"
 
 
 def refuse_unusable(client: object) -> None:
-    """Refuse what is no asynchronous client of redis-py.
+    """Refuse an object that is no asynchronous client of redis-py.
 
     Raises:
         InvalidSettings: what it is, and what to pass instead.

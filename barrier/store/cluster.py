@@ -1,10 +1,10 @@
 """Redis Cluster, below the client: a connection that sends each call to the node that serves its keys.
 
-All keys of a group share a hash tag, and so do those of a namespace: every call that rankgate makes belongs to one slot. So nothing
-above the connection has to know of a cluster: pools, pipelines, MULTI, WATCH, scripts and blocking reads work as with one server.
+All keys of a group share a hash tag, and so do those of a namespace: every call that rankgate makes belongs to one slot.
+So no code above the connection has to know of the cluster: pools, pipelines, MULTI, WATCH, scripts and blocking reads work as with one server.
 
-Nothing is sent twice. A node that answers MOVED, ASK or not at all makes the call fail as unknown, and the map of the slots is read
-anew before the next one; callers repeat, as they do after any lost reply.
+Nothing is sent twice. If a node answers MOVED, ASK or nothing, the call fails with an unknown result. The map of the
+slots is read anew before the next call. Callers repeat the call, as after any lost reply.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _KEY_PLACE = {b"EVAL": 3, b"EVALSHA": 3, b"EVAL_RO": 3, b"EVALSHA_RO": 3, b"XINF
 """Which word is the first key, where it is not the one after the command's name."""
 
 _OWN = frozenset({"socket_timeout", "socket_connect_timeout", "retry", "decode_responses", "protocol"})
-"""What of a node's arguments the connection itself uses."""
+"""The arguments of a node's connection that this connection uses itself."""
 
 _MOST_WORDS = 16
 """How many words of a call are looked at for its first key."""
 
 
 def first_key(packed: bytes) -> bytes | None:
-    """The first key of what goes over the wire: one command or several; ``None`` where none has a key."""
+    """The first key in one or several packed commands; ``None`` if no command has a key."""
     place = 0
     while place < len(packed):
         end = packed.index(b"\r\n", place)
@@ -71,7 +71,7 @@ def _key_among(words: Sequence[bytes]) -> bytes | None:
 
 
 class ClusterMap:
-    """Which node serves which slot, as far as is known; shared by all connections of a store.
+    """Which node serves which slot, as far as known; all connections of a store share it.
 
     Args:
         seeds: where to ask first.
@@ -93,10 +93,10 @@ class ClusterMap:
         return sorted({address for _, _, address in self._ranges})
 
     async def node_of(self, key: bytes | None) -> Address:
-        """Who serves a key; any master for none.
+        """The node that serves a key; without a key, any master.
 
         Raises:
-            redis.exceptions.ConnectionError: nobody could be asked, or nobody serves that slot now.
+            redis.exceptions.ConnectionError: no node answered, or no node serves that slot now.
         """
         await self._renew()
         if key is None:
@@ -136,14 +136,14 @@ class ClusterMap:
             reply: Any = await untyped.read_response()
         finally:
             await connection.disconnect(nowait=True)
-        # A node that was not told its own host name leaves it out: it is then the one that was asked.
+        # A node that does not know its own host name leaves it out: then it is the node that was asked.
         return [(first, last, (master[0].decode() or address[0], master[1])) for first, last, master, *_ in reply]
 
 
 class _ClusterConnection(StoreConnection):
-    """One connection for a pool: a connection to each node that it has had to do with.
+    """One connection for a pool: it holds a connection to each node that it has used.
 
-    A call without a key (EXEC after WATCH, UNWATCH, INFO) goes where the last one went.
+    A call without a key (EXEC after WATCH, UNWATCH, INFO) goes to the node of the call before.
     """
 
     def __init__(
@@ -172,11 +172,11 @@ class _ClusterConnection(StoreConnection):
 
     @property
     def at_rest(self) -> bool:
-        """Never known beforehand: `can_read` looks at all nodes."""
+        """Always false, so that the pool calls `can_read`, which checks all nodes."""
         return False
 
     async def connect(self) -> None:
-        """Nothing yet: which node it will be is known with the first call."""
+        """Connect to nothing yet: the first call says which node is needed."""
 
     async def _connect(self) -> None:
         """As `connect`."""
@@ -198,7 +198,7 @@ class _ClusterConnection(StoreConnection):
             await node.disconnect(nowait, error, failure_count, health_check_failed)
 
     async def can_read(self) -> bool:
-        """Whether something is left over, or a node hung up. Such a node's connection is closed, and made anew when needed."""
+        """Close the connections to nodes that hung up or left a reply unread. They are made anew when needed. Always false."""
         for address, node in list(self._nodes.items()):
             try:
                 overdue = isinstance(node, StoreConnection) and node.overdue
@@ -259,7 +259,7 @@ class _ClusterConnection(StoreConnection):
 
 
 class ClusterPool(ConnectionPool):
-    """A pool of such connections, for ``Redis.from_pool``."""
+    """A pool of `ClusterConnection`, for ``Redis.from_pool``."""
 
     def __init__(self, cluster: ClusterMap, **kwargs: Any) -> None:  # noqa: ANN401  as redis-py
         self.cluster = cluster

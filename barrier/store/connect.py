@@ -1,4 +1,4 @@
-"""The one place that builds a client. Every timeout carries its why.
+"""The one place that builds a client. A comment says why each timeout is as it is.
 
 URL forms:
 
@@ -11,10 +11,14 @@ URL forms:
 
 ``rediss://``, ``rediss+sentinel://`` and ``rediss+cluster://`` are the same over TLS.
 
-What follows a ``?`` is for redis-py (``ssl_ca_certs=/path``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_check_hostname=false`` …), but for these:
-``password_file=/path`` reads the password from a file's first line, so that it stands in no URL and in no environment. It is read again
-for each new connection, as certificates, keys and CAs are: what is renewed in place is used from the next connection on;
-``sentinel_username``, ``sentinel_password``, ``sentinel_password_file`` and ``sentinel_tls=true`` are for the sentinels themselves.
+What follows a ``?`` is for redis-py (``ssl_ca_certs=/path``, ``ssl_certfile``, ``ssl_keyfile``,
+``ssl_check_hostname=false`` …), except:
+
+- ``password_file=/path``: the password is the file's first line, so it is in no URL and in no environment. The file is
+  read again for each new connection, as certificates, keys and CAs are. So a renewed file is used from the next
+  connection on.
+- ``sentinel_username``, ``sentinel_password``, ``sentinel_password_file`` and ``sentinel_tls=true``: for the sentinels
+  themselves.
 """
 
 from __future__ import annotations
@@ -68,7 +72,8 @@ async def connect(url: str, *, settings: Settings | None = None, role: Role | No
     Args:
         url: see the module's table.
         settings: the times; defaults where ``None``.
-        role: whose work the URL's user shall do; decides which commands must be allowed. Without it, the role whose commands it has.
+        role: the role of the URL's user; it decides which commands must be allowed. By default the role that fits the
+            user's rights.
 
     Raises:
         InvalidSettings: the URL is not of a form above, or the password's file cannot be read.
@@ -99,7 +104,7 @@ async def connect(url: str, *, settings: Settings | None = None, role: Role | No
 
 
 async def _verify_nodes(pool: ClusterPool, store: Store) -> None:
-    """Every master of a cluster holds some group: none of them may evict."""
+    """Verify every master of a cluster: each may hold a group, so none of them may evict keys."""
     with translated(store.where):
         nodes = await pool.cluster.masters()
     kwargs = {key: value for key, value in pool.connection_kwargs.items() if key != "cluster"}
@@ -115,9 +120,10 @@ async def _verify_nodes(pool: ClusterPool, store: Store) -> None:
 
 
 def adopt(redis: Redis | Store, *, settings: Settings | None = None) -> Store:
-    """Make a store of somebody's own client: same server, user and TLS, but our timeouts, and no retry.
+    """Make a store of a caller's own client: same server, user and TLS, but our timeouts, and no retry.
 
-    The client itself is left alone. Nothing is sent; `Store.verify` asks before the first use. A `Store` is returned as it is.
+    The client itself is not changed. Nothing is sent; `Store.verify` asks before the first use. A `Store` is returned
+    as it is.
     """
     if isinstance(redis, Store):
         return redis
@@ -167,7 +173,7 @@ def _derive(redis: Redis, settings: Settings, standing: Standing, *, read_second
         kwargs |= {"node_class": store_connection(cluster.node_class, standing), **_careful(settings)}
         return Redis.from_pool(ClusterPool(cluster, **kwargs))
     if _is_sentinel(pool):
-        # Told, or TLS to the servers would be forgotten.
+        # Passed on, or TLS to the servers would be lost.
         made: type[AbstractConnection] = pool.connection_class
         checked = type(f"Checked{made.__name__}", (MasterConnection, made), {})
         kwargs |= {"connection_class": store_connection(checked, standing)}
@@ -180,9 +186,9 @@ def _derive(redis: Redis, settings: Settings, standing: Standing, *, read_second
 
 
 def _careful(settings: Settings) -> dict[str, Any]:
-    """What makes the kernel drop a connection whose data nobody acknowledges, and keep an idle one in the memory of what lies between.
+    """Socket options: the kernel drops a connection whose data nobody acknowledges, and it keeps an idle one alive, so that balancers do not drop it.
 
-    Keepalive alone does not notice while data is in flight.
+    Keepalive alone does not notice a partition while sent data is not acknowledged.
     """
     wanted = {
         "TCP_USER_TIMEOUT": round(settings.lease * 1000),
@@ -270,7 +276,7 @@ def _checked(pool: ConnectionPool, scheme: str) -> Redis:
 
 
 def _arguments(parts: SplitResult, netloc: str, path: str, query: Mapping[str, str]) -> dict[str, Any]:
-    """What a connection is made with, as redis-py reads a URL."""
+    """The arguments of a connection, as redis-py reads them from a URL."""
     try:
         untyped: Any = parse_url(parts._replace(netloc=netloc, path=path, query=urlencode(query)).geturl())
     except (ValueError, TypeError):  # its text may quote the URL, and with it the password
@@ -299,7 +305,7 @@ def _use_secret(kwargs: dict[str, Any], own: Mapping[str, str], name: str, *, gi
         return
     if given:
         raise InvalidSettings(f"the URL has a password and {name}_file: leave one of them out")
-    _secret(name, path)  # what is wrong with it now is said now
+    _secret(name, path)  # a mistake in the file is reported now
     kwargs["credential_provider"] = PasswordFile(lambda: _secret(name, path), kwargs.pop("username", None))
 
 
@@ -324,7 +330,7 @@ def _sentinel_client(
     asking: dict[str, Any] = {
         "socket_timeout": _ASK_SENTINEL_SECONDS,
         "socket_connect_timeout": _ASK_SENTINEL_SECONDS,
-        # Off: by default each sentinel would be asked eleven times, some ten seconds long, before the next one is.
+        # Off: by default each sentinel would be asked eleven times, for some ten seconds, before the next one.
         "retry": Retry(NoBackoff(), 0),
         **_NO_SETINFO,
         **{name: own[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in own},
@@ -333,7 +339,7 @@ def _sentinel_client(
     if own.get("sentinel_tls", "false").lower() in YES:
         asking |= {"ssl": True, **{name: value for name, value in kwargs.items() if name.startswith("ssl_")}}
     sentinel = Sentinel(addresses, sentinel_kwargs=asking)
-    # Else a reader that is told to end while it looks for the master reads on for ever.
+    # Otherwise a reader that is cancelled while it looks for the master reads on for ever.
     for asked in sentinel.sentinels:
         asked.connection_pool.connection_class = store_connection(asked.connection_pool.connection_class, Standing())
     untyped: Any = sentinel

@@ -1,8 +1,9 @@
-"""Commands that go out at once: packed in C, partly beforehand, and sent in a way that can be cancelled.
+"""Connections that send without delay and can be cancelled. Commands are packed in C, partly beforehand.
 
 redis-py's asyncio client packs in Python, about 0.7 µs for each of a script's keys. And before Python 3.12 its sends lose cancellations: it
 wraps each into ``asyncio.wait_for``, which starts a task and, if the cancellation arrives when that task has just finished, swallows
-it (github.com/python/cpython/issues/86296). A reader that was told to end then reads on for ever, and whoever waits for its end hangs.
+it (github.com/python/cpython/issues/86296). A reader that was cancelled then reads on for ever, and the task that waits
+for its end hangs.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ GAP = "\0"
 
 
 class Template:
-    """A command that is packed beforehand but for some of its words.
+    """A command that is packed beforehand, except for some of its words.
 
-    Packing a report's commands anew takes a sixth of the time between an arrival and the wire.
+    To pack a report's commands anew takes a sixth of the time from an arrival to the sending of its report.
 
     Args:
         command: the command; `GAP` stands for each word that is given later.
@@ -99,12 +100,12 @@ def _packed(words: Sequence[Any]) -> bytes:
 
 
 class StoreConnection(AbstractConnection):
-    """Mixed in before a connection class of redis-py; see `prompt`."""
+    """Mixed in before a connection class of redis-py; see `store_connection`."""
 
     standing: Standing | None = None
     """What the connections of one store share."""
     takes_standing = True
-    """Whether there is a server behind it that may turn out to be the wrong one."""
+    """Whether it may lead to the wrong server."""
 
     _reader: Any  # a StreamReader, or a fake one
     _writer: Any  # a StreamWriter, or a fake one
@@ -114,19 +115,19 @@ class StoreConnection(AbstractConnection):
 
     @property
     def at_rest(self) -> bool:
-        """Whether it is connected and, for all that the event loop has seen, the server has not hung up."""
+        """Whether it is connected and not overdue, and the event loop has not seen the server hang up."""
         return self.is_connected and not self._reader.at_eof() and not self.overdue
 
     @property
     def overdue(self) -> bool:
-        """Whether it has to be made anew before its next use: it led to the wrong server, or lay idle for so long that it may be forgotten."""
+        """Whether it must be made anew before its next use: it led to the wrong server, or a balancer may have dropped it because it was idle."""
         if self.standing is None or self._turn is None:
             return False
         idle = asyncio.get_running_loop().time() - self._used_at
         return self._turn != self.standing.turn or idle > IDLE_SECONDS
 
     async def connect(self) -> None:
-        """Connect, with the files as they are now; what is overdue is closed first."""
+        """Connect, with the certificate files as they are now. An overdue connection is closed first."""
         if self.is_connected and self.overdue:
             await self.disconnect(nowait=True)
         tls: Any = getattr(self, "ssl_context", None)
@@ -144,7 +145,7 @@ class StoreConnection(AbstractConnection):
             raise
 
     async def on_connect_check_health(self, check_health: bool = True) -> None:
-        """Greet the server and, where connections have a standing, judge it: behind an address there may be another one each time.
+        """Greet the server and, if there is a `standing`, judge the server: one address may lead to another server each time.
 
         Raises:
             StoreUnsuitable: the guarantees would not hold on it.
@@ -157,14 +158,14 @@ class StoreConnection(AbstractConnection):
                 return
             if standing.judge is not None and (info := await self._info()) is not None:
                 standing.judge(facts_of(info), self._host_error())
-        except BaseException:  # redis-py would hand a connection out again that has not been greeted
+        except BaseException:  # otherwise redis-py would hand out a connection that was not greeted
             await self.disconnect(nowait=True)
             raise
         self._turn, self._used_at = turn, asyncio.get_running_loop().time()
         standing.connected(self)
 
     async def _info(self) -> bytes | None:
-        """What INFO answers; ``None`` where the server hides it, which was said at the beginning."""
+        """What INFO answers; ``None`` if the server hides it, which `Store.verify` has logged."""
         await self.send_command("INFO", check_health=False)
         untyped: Any = self
         try:
@@ -177,7 +178,7 @@ class StoreConnection(AbstractConnection):
             raise
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever the server answers
-        """Read one reply; one that says that the server is the wrong one now ends all connections of this standing."""
+        """Read one reply. If it says that the server is the wrong one now, all connections of this standing end."""
         untyped: Any = super()
         try:
             reply = await untyped.read_response(*args, **kwargs)
@@ -191,7 +192,7 @@ class StoreConnection(AbstractConnection):
         return reply
 
     def hang_up(self) -> None:
-        """Close at once; whoever waits for a reply is told that the connection broke."""
+        """Close at once. A task that waits for a reply gets the error that the connection broke."""
         transport = getattr(self._writer, "transport", None)  # a fake one has none
         if transport is not None:
             transport.abort()
@@ -202,7 +203,7 @@ class StoreConnection(AbstractConnection):
         return [pack((*name.split(), *args[1:]))]
 
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
-        """Send what was packed. No task is started, and a cancellation always comes through.
+        """Send packed commands. This starts no task, so a cancellation is never lost.
 
         Raises:
             redis.exceptions.TimeoutError: the kernel did not take it within the socket's timeout.
@@ -232,17 +233,18 @@ class StoreConnection(AbstractConnection):
 
 
 def at_rest(connection: AbstractConnection) -> bool:
-    """Whether a pooled connection can be used as it is. If not, or if it is of another kind, its pool has to make sure of it.
+    """Whether a pooled connection can be used as it is. If not, or if it is of another kind, its pool must check it.
 
-    redis-py makes sure each time, by an asynchronous read of nothing: a tenth of the time between an arrival and the wire.
+    redis-py checks each time, by an asynchronous read: that takes a tenth of the time from an arrival to the sending of
+    its report.
     """
     return isinstance(connection, StoreConnection) and connection.at_rest
 
 
 def store_connection(made: type[AbstractConnection], standing: Standing | None = None) -> type[AbstractConnection]:
-    """The same kind of connection, sending promptly; one that has its own way of sending is left as it is.
+    """The same class of connection, but with the sending of `StoreConnection`. A class with its own way of sending is left as it is.
 
-    With a `standing`, unless it is of a kind that takes none.
+    The class gets the `standing`, unless it takes none.
     """
     if made.send_packed_command is AbstractConnection.send_packed_command:
         made = type(f"Store{made.__name__}", (StoreConnection, made), {})

@@ -1,7 +1,7 @@
-"""Why a store could not be connected to, where its own words do not tell: the other side is asked, once, what it is.
+"""Finds out why connecting failed, if the error does not say it: this asks the other side, once, what it is.
 
-A plain connection to a port that speaks TLS is reset; a TLS connection to a plain one waits for ever; a sentinel does not know what a cluster
-is. Whoever meets that wants the URL's right form, and not the symptom.
+A plain connection to a port that speaks TLS is reset. A TLS connection to a plain port waits for ever. A sentinel does
+not know the commands of a cluster. In these cases the error should give the right form of the URL, and not the symptom.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ async def diagnosed(error: StoreError, pool: Any, seconds: float) -> StoreError:
     """The same error, or one that says more.
 
     Args:
-        error: what connecting ended with.
+        error: the error of the attempt to connect.
         pool: the pool whose connection it was.
         seconds: how long one question may take.
     """
@@ -101,7 +101,7 @@ async def _first_line(host: str, port: int, seconds: float) -> bytes:
 
 
 async def _speaks_tls(host: str, port: int, seconds: float) -> bool:
-    """Whether it answers a handshake as TLS does; who it is does not matter, since nothing is sent to it."""
+    """Whether it answers a TLS handshake. Its certificate is not checked, since nothing is sent to it."""
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname = False
     anybody.verify_mode = ssl.CERT_NONE

@@ -1,6 +1,7 @@
-"""Whether a store can do what it is asked for: what kind of server answers, which commands it knows, and which this user may send.
+"""Checks a store: which kind of server answers, which commands it knows, and which commands this user may send.
 
-What is missing is told when a program connects, and not hours later by the first call that needs it.
+This is done when a program connects. So a missing command is reported then, and not hours later by the first call that
+needs it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ __all__ = [
 Role: TypeAlias = Literal["planner", "rank", "observer"]
 
 _WAY_ROUND = frozenset({"eval_ro", "evalsha_ro"})
-"""Where these are missing, EVAL and EVALSHA do the same."""
+"""If these are missing, EVAL and EVALSHA do the same."""
 
 _ELSEWHERE = frozenset({"info", "ping", "select", "role", "cluster|slots", "asking"})
-"""Of what every client sends: what only some kinds of store need, and what is asked anyway."""
+"""Commands of every client that are not checked: only some kinds of store need them, or they are sent anyway."""
 
 _ANY_KEYS = Keys("rankgate", "any")
 _SESSION = frozenset(SESSION) - _ELSEWHERE
@@ -47,13 +48,13 @@ PLANNER = (planner_user("rankgate").allowed - _ELSEWHERE - _WAY_ROUND) | _SESSIO
 RANK = (rank_user(_ANY_KEYS, None).allowed - _ELSEWHERE - _WAY_ROUND) | _SESSION
 OBSERVER = (observer_user("rankgate").allowed - _ELSEWHERE - _WAY_ROUND) | _SESSION
 NEEDS: dict[Role, frozenset[str]] = {"planner": PLANNER, "rank": RANK, "observer": OBSERVER}
-"""What each of them sends to some key, or without one."""
+"""The commands that each role sends, with or without a key."""
 
 _EVERYTHING = PLANNER | RANK | OBSERVER
 _PLANNERS_OWN = frozenset({"hset", "hsetnx", "hdel", "xdel"})
-"""Who may send one of these is no rank and no observer."""
+"""A user who may send one of these is no rank and no observer."""
 _RANKS_OWN = frozenset({"set", "xadd"})
-"""Who may send one of these is no observer."""
+"""A user who may send one of these is no observer."""
 
 _OURS = re.compile(r"[a-z0-9-]+\.(planner|admin|observer|[a-z0-9-]+\.(observer|ranks|rank-\d+))")
 """Users that `barrier.acl` makes: their rights are known, and asking for more would fill the server's ACL log."""
@@ -72,7 +73,7 @@ def is_fake(pool: Any) -> bool:  # noqa: ANN401  any library's pool
 
 
 def check_kind(info: dict[str, Any], where: str, *, in_cluster: bool = False) -> None:
-    """Refuse a server that another form of URL is for: a cluster's node, or a sentinel.
+    """Refuse a server that needs another form of URL: a cluster's node, or a sentinel.
 
     Args:
         info: what INFO said.
@@ -101,9 +102,10 @@ def sentinel_form(addresses: str, names: Sequence[str]) -> str:
 
 
 async def check_commands(store: Store) -> None:
-    """Refuse a server that does not know a command: renamed, or hidden by a proxy.
+    """Refuse a server that does not know a command, because it was renamed or a proxy hides it.
 
-    Every command is sent without its arguments, so it is refused whatever the user may do: as unknown, or as wrong.
+    Every command is sent without its arguments. So the server refuses each, whatever the user's rights: as unknown, or
+    as wrong.
 
     Raises:
         StoreUnsuitable: with the commands.
@@ -126,12 +128,12 @@ async def check_commands(store: Store) -> None:
 
 
 async def check_rights(store: Store, user: str | None, role: Role | None = None) -> None:
-    """Refuse a user who cannot do the work of this role; without one, who can do nobody's.
+    """Refuse a user who lacks a command that this role needs. Without a role, the user's rights decide which role is checked.
 
-    Somebody who could write as a planner does and lacks a command is a planner who lacks it.
+    A user who may write as only a planner does is checked as a planner.
 
-    Every command is queued in a transaction that is then discarded, so nothing is carried out. The server's ACL log keeps a line of
-    what was refused; so the users that `barrier.acl` makes, whose rights are known, are not asked.
+    Every command is queued in a transaction that is then discarded, so nothing is carried out. The server's ACL log gets
+    a line for each refusal, so the users that `barrier.acl` makes are not checked: their rights are known.
 
     Raises:
         StoreRefused: with the commands that are missing, and for what.
@@ -166,7 +168,7 @@ def _likely_role(denied: set[str]) -> Role:
 
 
 def _command_denied(reply: object) -> bool:
-    """Whether the command is what is refused. A key that is refused says nothing: other keys may be allowed."""
+    """Whether the server refuses the command itself. A refused key proves nothing: other keys may be allowed."""
     return isinstance(reply, driver.NoPermissionError) and "run the" in str(reply)
 
 

@@ -13,7 +13,7 @@ __all__ = ["SPARE_SEATS", "Keys", "NamespaceKeys"]
 
 
 SPARE_SEATS = 16
-"""How many of those who wait for a rank can be seen."""
+"""How many spares can be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ class Keys:
 
     @property
     def requests(self) -> str:
-        """Stream: what clients have asked for and nobody has answered yet. Capped.
+        """Stream: requests of clients that nobody has answered yet. Capped.
 
-        Lifetime: the longest that a client waits, and at least `Settings.output_lifetime`, since it holds prompts.
+        Lifetime: the longest wait of a client, but at least `Settings.output_lifetime`. Short, since it holds prompts.
         """
         return f"{self.tag}:requests"
 
@@ -83,7 +83,7 @@ class Keys:
         return f"{self.tag}:spare:{seat}"
 
     def spares(self) -> list[str]:
-        """The keys of all seats of those who wait."""
+        """The keys of all seats for spares."""
         return [self.spare(seat) for seat in range(SPARE_SEATS)]
 
     def out(self, task_id: str) -> str:
@@ -91,7 +91,7 @@ class Keys:
         return f"{self.tag}:out:{valid_step(task_id)}"
 
     def once(self, step: str) -> str:
-        """String: that a repeatable task was dispatched, and where. Lifetime: `Settings.output_lifetime`."""
+        """String: the log id of a repeatable task that was dispatched. Lifetime: `Settings.output_lifetime`."""
         return f"{self.tag}:once:{valid_step(step)}"
 
     def ranks(self, world_size: int) -> list[str]:

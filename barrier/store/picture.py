@@ -1,4 +1,4 @@
-"""What the store's replies say: the record, the reports, the leader, as one `Snapshot`. Pure; `barrier.store.verbs` asks for them.
+"""Decodes the store's replies (the record, the reports, the leader) into one `Snapshot`. Pure; `barrier.store.verbs` asks the store.
 
 What cannot be read counts as missing, and the picture says so.
 """
@@ -22,7 +22,7 @@ __all__ = ["DAY_MS", "as_fields", "as_words", "read_record", "read_snapshot"]
 
 _LONGEST_VERSION = 10
 DAY_MS = 86_400_000
-"""How far above the store's clock an epoch's number may be that no planner is known to have given; as in lua/prelude.lua."""
+"""How far an epoch's number may be above the store's clock, unless a planner is known to have given it; as in lua/prelude.lua."""
 
 
 def as_words(reply: Sequence[Any]) -> list[str]:
@@ -36,7 +36,7 @@ def read_snapshot(group: str, world_size: int, floor: int, reply: Sequence[Any])
     Args:
         group: the group's name.
         world_size: how many ranks were looked at.
-        floor: the highest number of an epoch that the caller knows to have been given.
+        floor: the highest epoch number that a planner has given, as far as the caller knows.
         reply: the store's clock in milliseconds, the record, the leader, the ends of the task log and of the hints, then a report and
             what is left of its lease in milliseconds for each rank.
     """
@@ -87,7 +87,7 @@ def _view(rank: int, raw: bytes, left_ms: int) -> RankView:
 
 
 def _believed(view: RankView, now_ms: int, highest: int) -> RankView:
-    """The view, without a report that says a higher number than this: nobody is to adopt it, and people are told whose it is."""
+    """The view, without a report that names a number above `highest`: nobody may take the number over, and the view says whose it is."""
     report = view.report
     said = 0 if report is None else max(report.floor, report.epoch.number if report.epoch else 0)
     if said <= highest:

@@ -1,4 +1,4 @@
-"""The commands of one rank's reports, packed as far as they are the same each time: a report lies between an arrival and the dispatch."""
+"""The commands of one rank's reports. The parts that never change are packed once, because the dispatch after an arrival waits for a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Event: TypeAlias = Mapping[str, str]
 
 
 class ReportFrames:
-    """What one rank sends to report.
+    """Makes the commands that one rank sends for a report.
 
     Args:
         keys: the group's keys.
@@ -44,7 +44,7 @@ class ReportFrames:
         claim, lease_ms = keys.claim(rank), round(settings.lease * 1000)
         self.holder: bytes = pack(("GET", claim))
         self.look: tuple[bytes, bytes, bytes, bytes] = (
-            pack(("SET", claim, incarnation, "PX", lease_ms, "NX")),  # heals a flushed claim
+            pack(("SET", claim, incarnation, "PX", lease_ms, "NX")),  # sets a claim that was flushed
             pack(("PEXPIRE", claim, lease_ms)),
             pack(("HMGET", keys.epoch, *LOOK_FIELDS)),
             pack(("XREVRANGE", keys.tasks, "+", "-", "COUNT", 1)),
@@ -55,21 +55,21 @@ class ReportFrames:
         self._keep_signals = pack(self._keep(keys.signals))
 
     def report(self, report: Report) -> bytes:
-        """Write the report."""
+        """The command that writes the report."""
         return self._report.fill(report.encode())
 
     def hints(self, report: Report, *, alarm: bool) -> list[bytes]:
-        """Wake the planners."""
+        """The commands that wake the planners."""
         hint = self._alarm if alarm else self._hint
         return [hint.fill(str(report.epoch or "-").encode(), report.status.encode()), self._keep_signals]
 
     def farewell(self, report: Report) -> list[Command]:
-        """Wake the planners with the last word of a rank that leaves; not packed, for a pipeline."""
+        """The commands that wake the planners when a rank leaves; not packed, for a pipeline."""
         hint = self._hint_command(str(report.epoch or "-"), report.status, alarm=True)
         return [hint, self._keep(self._keys.signals)]
 
     def history(self, events: Sequence[Event]) -> list[Command]:
-        """Tell the history; nothing where there is none."""
+        """The commands that append to the history; none if there are no events."""
         if not events:
             return []
         mine = ("source", "rank", "rank", self.rank, "inc", self._incarnation)
@@ -83,10 +83,10 @@ class ReportFrames:
         return append(self._keys.signals, said, self._settings.signal_entries)
 
     def _keep(self, key: str) -> Command:
-        """Keep a stream's lifetime."""
+        """The command that renews a stream's lifetime."""
         return ("PEXPIRE", key, round(self._settings.record_lifetime * 1000))
 
 
 def append(key: str, entry: Sequence[str | int | bytes], cap: int) -> Command:
-    """Append names and values, in turn, to a capped stream. To be followed by what keeps its lifetime."""
+    """The command that appends names and values, in turn, to a capped stream. The caller then renews the stream's lifetime."""
     return ("XADD", key, "MAXLEN", "~", cap, "*", *entry)

@@ -1,6 +1,6 @@
 """A verb's script: its text, its header, and how it is called. The only module that knows KEYS and ARGV.
 
-Arguments are passed by name and put in the order of the script's own header, so a header that lies breaks at once.
+Arguments are passed by name and put in the order of the script's own header, so a wrong header fails at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["VERBS", "Script", "call", "not_understood", "run", "script"]
 
 
 _READ_ONLY = ("check", "inspect")
-"""Verbs that write nothing: sent as such where the server knows how, so that they need no right to write."""
+"""Verbs that write nothing. They are sent as read-only scripts if the server knows these: then they need no right to write."""
 
 VERBS = ("lead", "open", "restore", "dispatch", "check", "conclude", "inspect")
 
@@ -117,5 +117,5 @@ def _ordered(names: tuple[str, ...], values: Mapping[str, Any]) -> list[str | Ar
 
 
 def not_understood(name: str, words: object) -> StoreUnavailable:
-    """Somebody between us and the store, perhaps: what is not known may pass."""
+    """The error for an answer that is not known. It may pass: perhaps a proxy answered."""
     return StoreUnavailable(f"verb {name} was answered with {str(words)[:80]}, which this version does not understand")

@@ -17,7 +17,7 @@ __all__ = ["MasterConnection"]
 
 
 class MasterConnection(StoreConnection):
-    """Mixed in before a connection of redis-py that asks Sentinel for the master: talks to a master, and to the present one.
+    """Mixed in before redis-py's Sentinel connection, which asks for the master: makes sure that it talks to the present master.
 
     A new connection asks the server for its role, since a sentinel may name a master that has just been demoted. An old one asks the
     sentinels from time to time: a master that was cut off from them does not know that it has been replaced, and a reader that never

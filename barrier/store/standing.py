@@ -1,9 +1,9 @@
-"""What the connections of one store know together: that they lead to the right server, and until when that may be believed.
+"""What the connections of one store share: whether they still lead to the right server.
 
-An address stays and what is behind it changes: a Service or a managed store fails over, a proxy finds another server, a secret is
-renewed. Old connections stay open meanwhile, to a server that refuses what is asked of it. So whatever reply says that something is
-wrong with the server, and not with the question, ends all connections of that store: for the next call the address is asked
-anew, files with secrets are read anew, and the server is judged anew.
+The server behind an address may change: a Service or a managed store fails over, a proxy finds another server, a secret
+is renewed. Old connections stay open, to a server that refuses calls. So a reply that says that the server is wrong,
+and not the call, ends all connections of that store. The next call resolves the address anew, reads the files with
+secrets anew, and judges the server anew.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ __all__ = ["IDLE_SECONDS", "PasswordFile", "Standing", "facts_of", "is_about_the
 
 
 IDLE_SECONDS = 4.5
-"""How long a connection may lie unused and be used again. A balancer or a firewall forgets what is idle, some after 5 s and without
-a word; a call that uses such a connection fails. To make one anew costs two round trips."""
+"""A connection that was idle for longer is made anew before its next use. Balancers and firewalls drop idle
+connections, some after 5 s and silently; a call that uses such a connection fails. To make one anew costs two round
+trips.
+"""
 
 _ORDINARY: tuple[type[driver.ResponseError], ...] = (
     driver.NoScriptError,
@@ -55,7 +57,7 @@ _ORDINARY_TEXTS = (
 
 
 def is_about_the_server(error: BaseException) -> bool:
-    """Whether a reply says that this is the wrong server now, or not ready: every one that is not known to be about the question."""
+    """Whether an error reply says that this server is wrong or not ready. True for every reply that is not known to be about the call."""
     if isinstance(
         error, driver.AuthenticationError | driver.BusyLoadingError
     ):  # replies, though redis-py counts them among broken connections
@@ -69,10 +71,10 @@ def is_about_the_server(error: BaseException) -> bool:
 
 
 class _Hanging(Protocol):
-    """A connection, as far as it matters here."""
+    """The part of a connection that is used here."""
 
     def hang_up(self) -> None:
-        """Close at once, whoever waits for a reply."""
+        """Close at once, also while a task waits for a reply."""
 
 
 class Standing:
@@ -91,7 +93,7 @@ class Standing:
         self._connected: WeakSet[_Hanging] = WeakSet()
 
     def connected(self, connection: _Hanging) -> None:
-        """Know of one more."""
+        """Add a connection."""
         self._connected.add(connection)
 
     def doubt(self, finder: _Hanging) -> None:
@@ -114,7 +116,7 @@ def facts_of(info: bytes | str) -> dict[str, str]:
 
 
 def signature_of(*paths: str | None) -> tuple[tuple[int, int, int] | None, ...]:
-    """Changes when one of the files does, also where a link is set to another one, as Kubernetes renews a secret."""
+    """A value that changes when one of the files changes, also when a link gets another target: so Kubernetes renews a secret."""
     found: list[tuple[int, int, int] | None] = []
     for path in paths:
         try:
@@ -126,7 +128,7 @@ def signature_of(*paths: str | None) -> tuple[tuple[int, int, int] | None, ...]:
 
 
 def user_of(kwargs: Mapping[str, Any]) -> str | None:
-    """The user's name among a connection's arguments; with a password's file it is where that is read."""
+    """The user's name among a connection's arguments; with a password's file, the `PasswordFile` has it."""
     provider = kwargs.get("credential_provider")
     return provider.username if isinstance(provider, PasswordFile) else kwargs.get("username")
 
@@ -147,7 +149,7 @@ class PasswordFile(CredentialProvider):
         """The user, if any, and the password as it is now. Raises `StoreRefused` while the file is not readable."""
         try:
             password = self._read()
-        except ValueError as error:  # InvalidSettings is one; it may be just being written
+        except ValueError as error:  # InvalidSettings is one; perhaps the file is being written now
             raise StoreRefused(str(error)) from None
         return (self.username, password) if self.username else (password,)
 

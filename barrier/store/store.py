@@ -1,4 +1,4 @@
-"""What the barrier asks of its store, and the one place where a driver's error becomes ours."""
+"""The connected store, and the one place that turns a driver's error into one of ours."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def raw_entries(reply: Any) -> list[StreamEntry]:  # noqa: ANN401  a server's un
 class translated:  # noqa: N801  used as a function, like contextlib's
     """Turn a driver's error into one of ours; `where` names the store without its password.
 
-    A class, since every report goes through it before it leaves, and a generator takes three times as long.
+    A class, because every report goes through it, and a generator takes three times as long.
     """
 
     __slots__ = ("_where",)
@@ -74,7 +74,7 @@ class translated:  # noqa: N801  used as a function, like contextlib's
         ours = _translation(error, self._where)
         if ours is not None:
             if isinstance(error, driver.ResponseError):
-                error.args = (scrubbed(str(error)),)  # whoever logs it with its cause must not log what was sent
+                error.args = (scrubbed(str(error)),)  # a log of the error with its cause must not show what was sent
             raise ours from error
         return False
 
@@ -93,7 +93,7 @@ def _translation(error: BaseException | None, where: str) -> StoreError | None:
         case driver.BusyLoadingError() | driver.MaxConnectionsError():
             return StoreUnavailable(f"the store at {where} cannot answer now: {said(error)}")
         case TimeoutError() if error.errno is None:
-            return None  # somebody's own deadline around a command: it is not the store that is late. The kernel's has a number
+            return None  # a caller's own deadline, and no late store: the kernel's error has a number
         case driver.ConnectionError() | driver.TimeoutError() | OSError() | asyncio.IncompleteReadError():
             return _no_answer(error, where)
         case driver.OutOfMemoryError():
@@ -130,7 +130,7 @@ def _slot_elsewhere(error: driver.AskError, where: str) -> StoreUnavailable:
 
 
 def _from_reply(error: driver.ResponseError, where: str) -> StoreError:
-    """What a reply means. Only our own scripts' findings and a key of the wrong type are permanent; what is not known may pass."""
+    """The error for an error reply. Only what our scripts find and a key of the wrong type are permanent; an unknown reply may pass."""
     text = scrubbed(str(error))
     if "RANKGATE_CORRUPT" in text:
         return StoreCorrupt(text.split("RANKGATE_CORRUPT", 1)[1].strip() + "; move or delete that key, then try again")
@@ -162,9 +162,9 @@ class Store:
         commands: for commands that answer at once; retries are off, so nothing is sent twice.
         settings: the times that the clients were built for.
         where: the address without user and password, for messages.
-        read_only_scripts: whether the server is known to take a script that writes nothing as such (Redis 7.0, any Valkey).
+        read_only_scripts: whether the server is known to have EVAL_RO and EVALSHA_RO (Redis 7.0, any Valkey).
         spread: whether groups lie on several servers, as in a cluster.
-        belongings: clients that were made for this store and go with it, such as those that ask the sentinels.
+        belongings: clients that were made for this store and are closed with it, such as those that ask the sentinels.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Store:
         return self._make_reader()
 
     def place_of(self, key: str) -> str:
-        """Which keys one command may touch together: those of which this says the same."""
+        """A text that is the same for keys that one command may touch together."""
         return key[: key.find("}") + 1] if self.spread else ""
 
     async def local_address(self) -> str:
@@ -220,10 +220,10 @@ class Store:
         return translated(self.where)
 
     async def exchange(self, commands: Sequence[Sequence[Any] | bytes]) -> list[Any]:
-        """Send commands, or what `pack` made of them, in one go and read one reply each: raw, and an error reply as a value.
+        """Send commands, or what `pack` made of them, in one go, and read one raw reply for each; an error reply is a value.
 
-        A report sent through the driver's pipeline costs two to three times the CPU, mostly for its many replies, and that is felt
-        between the last arrival and the dispatch. One deadline covers all replies; nothing is sent twice.
+        A report sent through the driver's pipeline costs two to three times the CPU, mostly for its many replies, and
+        the dispatch after the last arrival waits for it. One deadline covers all replies; nothing is sent twice.
         """
         packed = b"".join([command if isinstance(command, bytes) else pack(command) for command in commands])
         pool = self.commands.connection_pool
@@ -252,14 +252,15 @@ class Store:
     ) -> tuple[Any, Any]:
         """Send a blocking read and, right behind it, a command that the server runs at the instant at which the read ends.
 
-        With `settled`, the command is run once before the read as well; where this says of its reply that there is nothing to wait for,
-        nothing is waited for: the first reply is then ``None``, and the second is this one.
+        With `settled`, the command also runs once before the read. If `settled` is true for that reply, this does not
+        wait: the first reply is then ``None``, and the second is that reply.
 
-        A server carries out what one client sends in its order, and takes up what waits behind a blocked command as soon as that is
-        over (``processUnblockedClients`` in Redis and Valkey). So no round trip lies between a push and what is done about it.
+        A server runs the commands of one client in their order, and runs the command behind a blocked one as soon as
+        that is over (``processUnblockedClients`` in Redis and Valkey). So no round trip lies between a push and the
+        command.
 
-        Returns both replies, raw, an error reply as a value; ``None`` for the second where a test's clock ended the read. Where this is
-        cancelled the connection goes, and the command may have run all the same.
+        Returns both replies, raw; an error reply is a value. The second is ``None`` if a test's clock ended the read. A
+        cancellation closes the connection, and the command may still have run.
         """
         pool = reader.connection_pool
         connection = await pool.get_connection()
@@ -280,12 +281,12 @@ class Store:
             await pool.release(connection)
 
     async def transact(self, commands: Sequence[Sequence[Any] | bytes], *, may_fail: Container[int] = ()) -> list[Any]:
-        """Run commands in one MULTI, in one round trip; their raw replies. Raises the driver's error for the first that failed.
+        """Run commands in one MULTI, in one round trip; return their raw replies. Raises the driver's error for the first that failed.
 
         Args:
             commands: the commands, or what `pack` made of them.
-            may_fail: the places of those whose failure stops nothing: where the server takes the transaction, what it says of these is
-                a value.
+            may_fail: the places of commands that may fail. If the server takes the transaction, their error replies are
+                values.
         """
         queued = await self.exchange([_MULTI, *commands, _EXEC])
         results: Any = queued.pop()
@@ -297,8 +298,10 @@ class Store:
         return results
 
     async def append_answer(self, key: str, entries: Sequence[Sequence[Any]]) -> None:
-        """Append an answer's pieces, in one MULTI. Where a rank has taken the stream's last id, it is begun anew: a text is lost, and nobody
-        waits for ever to write it.
+        """Append an answer's pieces, in one MULTI.
+
+        If a rank has taken the stream's last possible id, the stream is begun anew: its text is lost, but the writer
+        does not wait for ever.
 
         Raises:
             StoreError: it was not written.
@@ -312,10 +315,11 @@ class Store:
         await self.append_if_possible(key, entries)
 
     async def append_if_possible(self, key: str, entries: Sequence[Sequence[Any] | bytes]) -> None:
-        """Append hints or history, by commands that are ready to be sent, to a stream that took none; never raises a store's error.
+        """Append hints or history to a stream that refused them, after it was deleted. Raises no error of the store.
 
-        Every rank may append to these streams, and whoever takes the last id that there is leaves none for others. Such a stream, or
-        another type in its place, is taken away first; by its lifetime, since that is a right that everybody has who appends.
+        Every rank may append to these streams, and a rank that takes the last possible id leaves none for the others.
+        Such a stream, or a key of another type in its place, is deleted first. PEXPIRE deletes it: everybody who may
+        append has the right to that command.
         """
         try:
             with self.errors():
@@ -343,8 +347,8 @@ class Store:
                     info: dict[str, Any] = await self.commands.info()
                 except driver.ResponseError as error:
                     if not re.search(r"unknown command\W+info", str(error), re.IGNORECASE):
-                        raise  # a database that does not exist, for one
-                    _say_unchecked()  # fakeredis, for one, has no INFO; a server that hides it cannot be judged
+                        raise  # for example, the database does not exist
+                    _say_unchecked()  # fakeredis has no INFO; a server that hides it cannot be judged
                     info = {}
             check_kind(info, self.where, in_cluster=self.spread)
             kind, version = check_info(info, self.where)
@@ -368,7 +372,7 @@ async def _reply(connection: Any) -> Any:  # noqa: ANN401  redis-py's connection
 
 
 def is_spoiled(reply: object) -> bool:
-    """Whether a reply says that a stream takes nothing more: its last id is taken, or it is no stream."""
+    """Whether a reply says that the stream takes no more entries: its last possible id is taken, or it is no stream."""
     return isinstance(reply, driver.ResponseError) and any(word in str(reply) for word in ("exhausted", "WRONGTYPE"))
 
 
@@ -381,12 +385,12 @@ def _raise_error(command: Sequence[Any] | bytes, reply: object) -> None:
 
 @cache
 def _say_unchecked() -> None:
-    """Once a process, not once a client."""
+    """Logged once for each process, not for each client."""
     logger.warning("the store does not answer INFO: its version, role and eviction policy are unchecked")
 
 
 def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
-    """Judge what INFO said; raise `StoreUnsuitable` with the value, the limit and the way out.
+    """Judge what INFO said; raise `StoreUnsuitable` with the value, the limit and what to do.
 
     Returns:
         ``redis`` or ``valkey``, and major and minor version; empty where INFO did not say.

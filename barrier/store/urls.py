@@ -1,4 +1,4 @@
-"""What a store's URL may say, and a sentence for everything else: what is not understood must not be taken in silence.
+"""Checks a store's URL: a part that is not understood is refused with a sentence, and never ignored.
 
 redis-py ignores a database that is no number, reads ``/0/7`` as database 7, and takes ``ssl_check_hostname=flase`` for yes.
 """
@@ -29,7 +29,7 @@ __all__ = ["NO", "OURS", "YES", "check_tls_files", "options"]
 
 
 OURS = ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file", "sentinel_tls")
-"""What a URL may say after its ``?`` that is not redis-py's."""
+"""The options after a URL's ``?`` that are ours and not redis-py's."""
 
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 _CERTIFICATES = ("none", "optional", "required")
@@ -52,7 +52,7 @@ _CHOSEN_HERE = frozenset(
     {"socket_timeout", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options", "retry_on_timeout"}
     | {"health_check_interval", "decode_responses", "protocol", "max_connections", "timeout", "legacy_responses"}
 )
-"""What rankgate sets itself, because a guarantee hangs on it."""
+"""The options that rankgate sets itself, because a guarantee depends on them."""
 
 
 def options(parts: SplitResult) -> dict[str, str]:
@@ -149,7 +149,7 @@ def _unknown(name: str, before: Mapping[str, str], scheme: str, known: frozenset
 
 
 def _named(name: str, before: Mapping[str, str]) -> str:
-    """The option's name if it surely is one: what follows a password with an & in it is a part of that password."""
+    """The option's name, or "something" if it may be a part of a password that has an & in it."""
     looks_like_one = name.isascii() and name.replace("_", "").isalpha() and name.islower() and len(name) <= 40
     return name if looks_like_one and not any(one.endswith("password") for one in before) else "something"
 
@@ -169,7 +169,7 @@ def _known(scheme: str) -> frozenset[str]:
 
 
 def check_tls_files(kwargs: Mapping[str, Any]) -> None:
-    """Refuse certificates and keys that cannot be used, each with its name: what OpenSSL says names no file.
+    """Refuse certificates and keys that cannot be used, each with its name: OpenSSL's own errors name no file.
 
     Raises:
         InvalidSettings: a file cannot be read, is not what it should be, or a key is not that of its certificate.
@@ -199,7 +199,7 @@ def check_tls_files(kwargs: Mapping[str, Any]) -> None:
 def _check_pair(context: ssl.SSLContext, certificate: str, key: str | None, password: str | None) -> None:
     asked = False
 
-    def secret() -> str:  # else OpenSSL asks at the terminal, and waits
+    def secret() -> str:  # without this, OpenSSL asks at the terminal, and waits
         nonlocal asked
         asked = True
         return password or ""

@@ -63,7 +63,7 @@ _HINTS = 2_000
 
 @lru_cache(maxsize=64)
 def _rank_keys(keys: Keys, world_size: int) -> Arguments:
-    """The keys of all reports. Remembered: to make and pack 4,096 of them takes a millisecond, in each call."""
+    """The keys of all reports. Cached: to make and pack 4,096 of them takes a millisecond."""
     return Arguments.of(keys.ranks(world_size))
 
 
@@ -161,7 +161,7 @@ async def restore(
 
 
 class DispatchArgs(TypedDict, total=False):
-    """What `dispatch` is told; see `barrier.Barrier.dispatch` and the script's header."""
+    """The arguments of `dispatch`; see `barrier.Barrier.dispatch` and the script's header."""
 
     leadership: Required[Leadership]
     epoch: Required[EpochId]
@@ -193,18 +193,19 @@ async def dispatch_when_pushed(
     try_first: bool,
     **args: Unpack[DispatchArgs],
 ) -> tuple[list[StreamEntry], DispatchOutcome | None]:
-    """Leave a dispatch with the server, which runs it when the next hint comes; returns the hints and the answer.
+    """Send a dispatch that the server runs when the next hint comes; return the hints and the answer.
 
     Args:
         store: the store.
         keys: the group's.
         reader: a client of `Store.reader`, used for nothing else.
         hints_after: the id of the last hint that is known.
-        seconds: how long to wait for a hint; the dispatch is tried then too. At most `Settings.reader_block` is waited.
-        try_first: try it at once as well, so that the server has the script, and what that reads, at hand when the hint comes.
+        seconds: how long to wait for a hint, at most `Settings.reader_block`; then the dispatch is tried without one.
+        try_first: try the dispatch at once as well: then the server has the script and its data at hand when the hint
+            comes.
         args: as `dispatch`'s.
 
-    The answer is ``None`` where there is none: the server has lost the script, or the connection.
+    The answer is ``None`` if there is none: the script or the connection was lost.
     """
     loaded = script("dispatch")
     block = min(_milliseconds(seconds), _milliseconds(store.settings.reader_block))
@@ -222,7 +223,7 @@ async def dispatch_when_pushed(
 
 
 def _settles(reply: object) -> bool:
-    """Whether a dispatch that answered so need not be tried again when the next hint comes."""
+    """Whether this answer of a dispatch is final: the dispatch need not be tried again at the next hint."""
     return not isinstance(reply, list) or reply[:1] != [b"NOT_READY"]
 
 
@@ -279,7 +280,7 @@ async def check(store: Store, keys: Keys, *, epoch: EpochId, requirement: Requir
 async def conclude(
     store: Store, keys: Keys, *, leadership: Leadership, epoch: EpochId, verdict: Verdict, seen_n: int
 ) -> ConcludeOutcome:
-    """Latch the verdict; the first one wins."""
+    """Set the verdict; the first one wins."""
     args = _under(leadership) | _caps(store.settings, "log", "signal", "event") | _naming(epoch)
     args |= {"verdict": verdict.model_dump_json(exclude=None if verdict.code else {"code"}), "seen_n": seen_n}
     words = as_words(await run(store, "conclude", _named(keys), args))
@@ -293,13 +294,13 @@ async def conclude(
 
 
 async def inspect(store: Store, keys: Keys, *, world_size: int, floor: int = 0) -> Snapshot:
-    """Read one consistent picture. A rank that says an epoch's number that nobody can have given it is shown without its report.
+    """Read one consistent picture. A rank that reports an epoch number that no planner can have given is shown without its report.
 
     Args:
         store: the store.
         keys: the group's.
         world_size: how many ranks to look at.
-        floor: the highest number of an epoch that the caller knows to have been given.
+        floor: the highest epoch number that a planner has given, as far as the caller knows.
     """
     named = {"epoch": keys.epoch, "leader": keys.leader, "tasks": keys.tasks, "signals": keys.signals}
     reply = await run(store, "inspect", named | {"rank": _rank_keys(keys, world_size)}, {})
@@ -307,9 +308,9 @@ async def inspect(store: Store, keys: Keys, *, world_size: int, floor: int = 0) 
 
 
 async def look(store: Store, keys: Keys, *, world_size: int, floor: int = 0) -> Snapshot:
-    """The picture that `inspect` gives, by plain reads in one MULTI: for those who may run no script, as whoever only looks.
+    """The picture that `inspect` gives, by plain reads in one MULTI: for users who may run no scripts, such as observers.
 
-    It does not read the task log, which holds prompts: where that ends is told by the record.
+    It does not read the task log, which holds prompts: the record says where the log ends.
     """
     fixed = [
         ("TIME",),
@@ -323,7 +324,7 @@ async def look(store: Store, keys: Keys, *, world_size: int, floor: int = 0) -> 
         for command in (("GETRANGE", key, 0, MAX_REPORT_BYTES), ("PTTL", key))  # one byte more than a report may have
     ]
     with store.errors():
-        # A key of the wrong type in a rank's place is a rank that is missing; hints are nobody's truth.
+        # A rank whose key has the wrong type counts as missing. The hints may be unreadable: they are not the truth.
         time, record, leader, newest, *reports = await store.transact(
             [*fixed, *ranks], may_fail=range(3, len(fixed) + len(ranks))
         )

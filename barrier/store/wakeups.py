@@ -1,7 +1,7 @@
 """Wake-up hints: one connection waits for every group of a process; on a cluster, one for each group.
 
-A hint is never the truth: it may be lost, doubled or early. Whoever waits takes `Snapshot.signals_end` from the picture that it
-looked at, waits from there, and has a slow backstop.
+A hint is never the truth: it may be lost, doubled or early. A waiter takes `Snapshot.signals_end` from its picture,
+waits for hints after it, and looks again after `Settings.backstop` even without a hint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BATCH = 2_000
 _BUFFERED = 20_000
 _FIRST_PAUSE = 0.05  # seconds
 _TURNS = 4
-"""Turns of the event loop from a hint to what a planner sends because of it. Asking for the next hints takes its turn after that."""
+"""How many turns of the event loop a planner needs to act on a hint. The next hints are asked for after that."""
 
 
 _trace = logger.opt(lazy=True).trace
@@ -63,7 +63,7 @@ class Subscription:
         self._arrived.set()
 
     def rewind(self, to: str) -> None:
-        """Read again from an earlier place: the stream went back, so what is behind the cursor was never seen."""
+        """Read again from an earlier id: the stream went back, so the entries from there on are new."""
         self._wakeups.rewind(self._key, parse_id(to))
 
     async def next(self, seconds: float, *, after: tuple[int, int] = (0, 0)) -> list[Hint]:
@@ -106,18 +106,18 @@ class Wakeups:
         return self._cursors.get(key, (0, 0))
 
     def keep(self, key: str, start: str) -> Subscription:
-        """Keep a stream being read, from `start` on, between those who wait for its hints; holds none itself."""
+        """Keep the reading of a stream going, from `start` on, while nobody waits; this subscription holds no hints."""
         return self._subscribe(key, start, Subscription(self, key, self._clock, buffered=0))
 
     def subscribe(self, key: str, start: str) -> Subscription:
-        """Wait for the hints of a stream that come after the id `start` (never ``$``: take it from the picture looked at).
+        """Subscribe to the hints of a stream after the id `start` (never ``$``: take it from the picture).
 
-        Where the stream is being read already, hints past `start` that others were given before are given again.
+        If the stream is being read already, hints after `start` that others got before are given again.
         """
         return self._subscribe(key, start, Subscription(self, key, self._clock))
 
     def kept(self, key: str) -> int:
-        """How many hints of a stream are held for those who looked before these came: at most those of one lease."""
+        """How many hints of a stream are held for waiters with an older picture: at most those of one lease."""
         return len(self._recent.get(key, ()))
 
     def _subscribe(self, key: str, start: str, subscription: Subscription) -> Subscription:
@@ -132,7 +132,7 @@ class Wakeups:
         return subscription
 
     def rewind(self, key: str, to: tuple[int, int]) -> None:
-        """Set a stream's cursor and ask anew. What was read before is read again, or is gone from the stream."""
+        """Set a stream's cursor and read on from there."""
         self._cursors[key] = self._origins[key] = to
         self._recent[key] = deque()
         self._restart(self._store.place_of(key))
@@ -149,7 +149,7 @@ class Wakeups:
         self._recent.pop(key, None)
         place = self._store.place_of(key)
         if any(self._store.place_of(other) == place for other in self._subscriptions):
-            return  # the stream drops out of the next read
+            return  # the next read leaves this stream out
         await self._end([self._reading.pop(place)] if place in self._reading else [])
 
     async def close(self) -> None:
@@ -176,7 +176,7 @@ class Wakeups:
         return [key for key in self._cursors if self._store.place_of(key) == place]
 
     def _look_for_yourselves(self, streams: Iterable[str]) -> None:
-        """Hints may be missing: whoever waits looks itself."""
+        """Hints may be missing: make every waiter look again."""
         for key in streams:
             self._push(key, Hint(self.cursor(key), "lost"))
 
@@ -206,7 +206,7 @@ class Wakeups:
             await reader.aclose()
 
     async def _take_away_what_is_no_stream(self, keys: Iterable[str]) -> None:
-        """One such key would keep the hints of all groups of this process back. Hints are to be lost."""
+        """Delete keys that are no streams: one would stop the hints of all groups of this process. Hints may be lost."""
         try:
             for key in keys:
                 with self._store.errors():
@@ -214,7 +214,7 @@ class Wakeups:
                 if kind not in (b"none", b"stream"):
                     await self._store.append_if_possible(key, ())
         except StoreError:
-            pass  # it is said where the read is tried again
+            pass  # the next read reports it
 
     def _hand_out(self, reply: Any) -> None:  # noqa: ANN401  the driver's shape: [[key, [(id, fields)]]]
         for key, entries in stream_entries(reply):
@@ -227,7 +227,7 @@ class Wakeups:
                 self._push(key, hint)
 
     def _remember(self, key: str, hint: Hint) -> None:
-        """Hold a hint for whoever looked before it came. Who looked longer ago than a lease has the stream read again instead."""
+        """Hold a hint for waiters with an older picture. For a picture that is older than a lease, the stream is read again instead."""
         recent, oldest = self._recent[key], hint.id[0] - round(self._store.settings.lease * 1000)
         recent.append(hint)
         while len(recent) > _BUFFERED or recent[0].id[0] < oldest:

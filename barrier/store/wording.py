@@ -1,7 +1,7 @@
-"""A driver's or a server's error in a person's words: the cause, and never an argument of a command.
+"""Puts a driver's or a server's error into plain words: the cause, and never an argument of a command.
 
 redis-py and servers quote commands with their arguments, which are reports, prompts and answers; Python puts tuples and names of classes into
-its texts. None of that belongs into a sentence or a log.
+its texts. None of that may get into a message or a log.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LONGEST = 300
 _DRIVERS_OWN = re.compile(
     r"Error .*connecting to |Error while (reading|writing)|Timeout |Connection closed|Multiple exceptions|Connection (lost|reset)"
 )
-"""How redis-py tells of the network; the exception below it knows more."""
+"""The words of redis-py's own errors about the network; the exception below says more."""
 
 _REPLIES = (
     ("Authentication required", "it wants a password"),
@@ -32,7 +32,7 @@ _REPLIES = (
     ("max number of clients reached", "it has no connection left for another client"),
     ("running in protected mode", "it takes local connections only: protected mode is on, and no password is set"),
 )
-"""Part of what a server says, and the same in words."""
+"""Part of what a server says, and our words for it."""
 
 
 def said(error: BaseException) -> str:
@@ -86,7 +86,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _network(error: BaseException) -> str | None:
-    """What the operating system says; ``None`` where this is not the operating system's."""
+    """The words for an error of the operating system; ``None`` for another error."""
     match error:
         case driver.RedisError():
             return None

@@ -1,6 +1,6 @@
 """Conformance: the same calls against a store and against the reference model must give the same answers and leave the same state.
 
-For anybody who puts a store of another kind behind the barrier, or another version of a server::
+For a store of another kind, or another version of a server::
 
     from barrier.testing import conformance
 
@@ -11,9 +11,8 @@ For anybody who puts a store of another kind behind the barrier, or another vers
 `SEQUENCES` are scripted histories, each with a name that says what it shows. `Twins` carries out one call at a time, for histories of
 your own (random ones, for example).
 
-The reference is told the time at which the store may have carried a call out: between two readings of the store's clock, one
-before and one after. It is right if it gives the store's answer for a moment in between. So nothing here waits, and a slow machine makes
-no difference. Leases end by hand (`lapse`, `unlead`), not by waiting.
+The store's clock is read before and after each call. The answers agree if the reference gives the store's
+answer for one moment in between. So nothing here waits, and a slow machine makes no difference. Leases end by hand (`lapse`, `unlead`), not by waiting.
 """
 
 from __future__ import annotations
@@ -77,8 +76,8 @@ class Call:
             keys are lost), ``forget`` (the epoch's record alone is).
         rank: which rank says something or lapses; ``None`` for all.
         status: what it says, or what `restore` claims.
-        bound: whether it says it in an epoch, the one that `epoch` chooses.
-        life: which of two incarnations says it.
+        bound: whether the report is in an epoch: the one that `epoch` chooses.
+        life: which of two incarnations reports it.
         holder: who leads or resigns.
         term: which leadership is claimed: 0 the newest that was given, 1 the one before, and so on; the oldest was never given.
         epoch: which epoch is meant, counted in the same way.

@@ -1,8 +1,8 @@
-"""fakeredis' server, at a fraction of its time: simulations play thousands of histories against it.
+"""A faster server of fakeredis: simulations run thousands of histories on it.
 
-The frequent commands skip what nobody here uses (rights, subscribers, notifications), scripts are compiled once, and a write wakes those
-who are blocked on that stream, and nobody else. What a command *does* stays fakeredis' own; the contract tests hold the whole
-against real servers.
+The frequent commands skip what nobody here uses (rights, subscribers, notifications). Scripts are compiled once. A
+write wakes only those who are blocked on that stream. What a command *does* is fakeredis' own code; the contract tests
+compare the whole with real servers.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -31,7 +31,7 @@ __all__ = ["Replies", "ServerSocket", "WatchedDatabase"]
 
 
 _PLAIN = frozenset((bytes, int, list, type(None)))
-"""What a reply is that is handed on as it is, when nothing is decoded."""
+"""Types of replies that are passed on as they are, if nothing is decoded."""
 
 
 _QUICK = frozenset(
@@ -40,7 +40,7 @@ _QUICK = frozenset(
         "set", "time", "type", "xadd", "xdel", "xlen", "xrange", "xread", "xrevrange",
     )
 )  # fmt: skip
-"""Commands that are run straight: no database of others, no subscribers, no rights and no notifications come into it."""
+"""Commands that are run directly: they need no other database, no subscribers, no rights and no notifications."""
 
 _SIMPLE = frozenset((bytes, int, SimpleString, NoResponse, type(None)))
 """Types that need no conversion for any client."""
@@ -74,7 +74,7 @@ class WatchedDatabase(Database):
 
 
 class _CompilingRuntime:
-    """A Lua runtime that compiles each script once, where fakeredis compiles it, and collects all garbage, at each call."""
+    """A Lua runtime that compiles each script once. fakeredis compiles it, and collects all garbage, at each call."""
 
     def __init__(self, runtime: Any) -> None:  # noqa: ANN401  lupa is untyped
         self._runtime = runtime
@@ -124,7 +124,7 @@ class _ServerSide(Protocol):
 
 
 class ServerSocket(AsyncFakeSocket):
-    """The server's end of one connection. Does what fakeredis does, at a fraction of its time, which simulations live on."""
+    """The server's end of one connection. It does what fakeredis does, but faster, for simulations."""
 
     def __init__(self, store: _ServerSide, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as fakeredis
         super().__init__(*args, **kwargs)
@@ -135,7 +135,7 @@ class ServerSocket(AsyncFakeSocket):
         self._again: Callable[[], Any] | None = None
 
     def take(self, packed: bytes) -> None:
-        """Take complete commands, and carry out at once what does not come behind a blocked read."""
+        """Take complete commands, and run those at once that are not behind a blocked read."""
         if not self._server.connected or self._killed:
             self.sendall(packed)  # which raises
         self._behind.extend(unpack_commands(packed))
@@ -153,7 +153,7 @@ class ServerSocket(AsyncFakeSocket):
             self._store.wake_readers()
 
     def _process_command(self, fields: list[bytes]) -> None:
-        """Run one command and queue its reply: the frequent ones straight, all others as fakeredis does."""
+        """Run one command and queue its reply: the frequent commands directly, all others as fakeredis does."""
         name = fields[0].decode("ascii", "replace").lower()
         if name not in _QUICK:
             super()._process_command(fields)
@@ -204,7 +204,7 @@ class ServerSocket(AsyncFakeSocket):
         return result
 
     def _item(self, name: bytes, key: Key, sig: Any) -> CommandItem:  # noqa: ANN401  as fakeredis
-        """What stands under a key, or will. Raises fakeredis' error where it is of another type than the command is for."""
+        """The item of a key, or a new one. Raises fakeredis' error where it is of another type than the command is for."""
         item, default = self._db.get(name), None
         if key.type_ is not None:
             if item is not None:
@@ -238,7 +238,7 @@ class ServerSocket(AsyncFakeSocket):
     def _blocking(
         self, timeout: float | None, func: Callable[[bool], Any], shape: Callable[[Any], Any] | None = None
     ) -> Any:  # noqa: ANN401  as fakeredis
-        """Answer a blocking read now, or when one of its streams is written to; `end_block` ends it without."""
+        """Answer a blocking read now, or when one of its streams is written to; `end_block` ends it without entries."""
         words = [word.upper() for word in self._command]
         if b"STREAMS" not in words or self._in_transaction:
             return super()._blocking(timeout, func, shape)

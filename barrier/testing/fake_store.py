@@ -90,7 +90,7 @@ class FakeStore:
 
         Args:
             name: for `partition` and `sent`.
-            faults: what shall go wrong on its connections.
+            faults: the faults on its connections.
         """
         self._names[name] = None
         pool = ConnectionPool(
@@ -270,7 +270,7 @@ class FakeStore:
 
 
 class _Delivery(StoreConnection):
-    """The last part of the way to the server: hands commands over unpacked, where fakeredis would parse them in Python."""
+    """The last step to the server: passes commands on unpacked, because fakeredis would parse them in Python."""
 
     takes_standing = False
 

@@ -1,7 +1,7 @@
 """Faults between a client and its server, planned one by one: each fires once, where the test says, and is counted.
 
-The faults live in the connection, outside the code under test: `barrier.connect.adopt` builds its clients from the given client's
-pool, so they come along. After torchft's failure injection, which counts its firings.
+The faults are in the connection, outside the code under test: `barrier.connect.adopt` builds its clients from the given
+client's pool, so they have the same faults. The idea is from torchft's failure injection, which counts its firings.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ class _Fault:
 
 
 class FaultPlan:
-    """What shall go wrong, said fluently, each fault once::
+    """A list of faults, each of which fires once::
 
         plan = FaultPlan().lose_reply("dispatch").refuse("exec", nth=3, touching=":rank:1")
         barrier = Barrier(store.client(faults=plan), "demo")
         ...
         plan.assert_fired()
 
-    A command is a Redis command (``"exec"`` for any MULTI, ``"xadd"`` also for a MULTI with an XADD in it, ``"xread"``) or a verb of
-    the barrier (``"dispatch"``), which means its script, however it is sent. `nth` counts the matching calls from the moment at which the fault was planned.
-    A name that is neither is refused. `touching` narrows it down to calls with a key or another argument that contains this text. Several faults may meet in one
-    call.
+    A command is a Redis command (``"exec"`` for any MULTI, ``"xadd"`` also for a MULTI with an XADD in it, ``"xread"``)
+    or a verb of the barrier (``"dispatch"``), which means its script, however it is sent. Any other name is refused.
+    `nth` counts the matching calls from the moment at which the fault was planned. `touching` limits the fault to calls
+    with a key or another argument that contains this text. Several faults may fire in one call.
 
     Use `FakeStore.client(faults=plan)`, or `wrap` for a client of a real server.
     """
@@ -155,7 +155,7 @@ class FaultPlan:
         return Redis.from_pool(ConnectionPool(connection_class=made, **kwargs))
 
     def take(self, batch: Sequence[_Command]) -> tuple[list[_Fault], list[_Fault]]:
-        """Count one call; return the faults that it sets off, and all that it counted for."""
+        """Count one call; return the faults that fire now, and all faults that counted it."""
         counted = [fault for fault in self._faults if not fault.fired and fault.matches(batch)]
         due: list[_Fault] = []
         for fault in counted:
@@ -194,7 +194,7 @@ class FaultyConnection(StoreConnection):
         super().__init__(**kwargs)  # pyright: ignore[reportUnknownMemberType]  redis-py leaves some of it untyped
 
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
-        """Send one call, unless the plan has it otherwise."""
+        """Send one call, with the faults that the plan has for it."""
         if not self.is_connected:
             await self.connect()  # its handshake comes through here too, so it must not come in the middle
         if check_health:

@@ -70,7 +70,7 @@ class ManualClock:
         return self._sleepers[0][0] if self._sleepers else None
 
     async def advance(self, seconds: float) -> None:
-        """Move time forward, stopping at every sleeper's deadline on the way, in order, for all tasks to come to rest.
+        """Move time forward. At every sleeper's deadline on the way, in order, let all tasks come to rest.
 
         Raises:
             ValueError: seconds is below 0.

@@ -1,4 +1,4 @@
-"""Names that a test types: one that is mistyped is an error where it stands, and not a test that is green for ever."""
+"""Checks the names that a test types: a mistyped name is an error at once, and not a test that always passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
 
 
 def command_name(value: str) -> str:
-    """Return the name, in lower case, of a command of the server's or a verb of the barrier's.
+    """Return the name, in lower case, of a command of the server or a verb of the barrier.
 
     Raises:
         ValueError: there is none of that name.

@@ -1,7 +1,7 @@
-"""The barrier's verbs in plain Python, small enough to read in one sitting: what `barrier/lua` must do, and the oracle in tests.
+"""The barrier's verbs in plain Python: what `barrier/lua` must do. Tests compare the scripts with it.
 
-A state is a value: every verb takes one and returns the next with the answer, which is the outcome that `barrier.store.verbs`
-returns for the same call. States are hashable, so that a search can visit each once. Time is an argument, in milliseconds.
+A state is a value. Every verb takes a state and returns the next state and the answer, which is the outcome that
+`barrier.store.verbs` returns for the same call. States are hashable, so a search can visit each state once. Time is an argument, in milliseconds.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class ReferenceState:
         return report if report is not None and report.until_ms > now_ms else None
 
     def say(self, rank: int, report: ReferenceReport) -> ReferenceState:
-        """A rank's report; the whole of it, as every heartbeat rewrites it."""
+        """Write a rank's whole report, as every heartbeat does."""
         return replace(self, reports=(*self.reports[:rank], report, *self.reports[rank + 1 :]))
 
 
@@ -142,7 +142,7 @@ DAY_MS = 86_400_000
 
 
 def highest_epoch(now_ms: int, *known: int) -> int:
-    """The highest number of an epoch that a rank can have promised: of those that planners are known to have given, and the clock's."""
+    """The highest epoch number that a rank can have promised: the highest known number, or the clock and a day, whichever is more."""
     return max(now_ms + DAY_MS, *known)
 
 
@@ -332,7 +332,7 @@ def dispatch(
 def conclude(
     state: ReferenceState, *, leadership: Leadership, epoch: EpochId, verdict: Verdict, seen_n: int = 0
 ) -> tuple[ReferenceState, ConcludeOutcome]:
-    """Latch the verdict; the first one wins, and is announced on the log."""
+    """Set the verdict; the first one wins, and is announced in the log."""
     fenced = _fenced(state, leadership)
     if fenced is not None:
         return state, fenced
@@ -361,7 +361,7 @@ def _fenced(state: ReferenceState, leadership: Leadership) -> Fenced | None:
 
 
 def _not_current(state: ReferenceState, epoch: EpochId) -> Refusal | None:
-    """Only the stored epoch, number and nonce, may be acted in, and only while it has no verdict. Missing means unknown."""
+    """Only in the stored epoch (number and nonce) may anybody act, and only while it has no verdict. A missing record means unknown."""
     record = state.record
     if record is None:
         return Unknown("the store has no epoch record")

@@ -26,7 +26,7 @@ _lives = itertools.count(1)
 
 
 class ScriptedRank:
-    """One rank in a test, without an engine and without a will of its own::
+    """One rank in a test, without an engine. It does only what the test says::
 
         async with ScriptedRank(store, "demo", 0) as rank:   # claims the rank
             await rank.arrive("Connected")                    # promises the open epoch if need be, and reports
@@ -157,7 +157,8 @@ class ScriptedRank:
         """Become a new, later life of this rank.
 
         Args:
-            give_back: whether the old life leaves politely; otherwise it vanishes, and the new one waits for its claim to lapse.
+            give_back: whether the old life gives the rank back; otherwise it vanishes, and the new one waits for its
+                claim to lapse.
         """
         await self._stop_reading()
         if give_back:

@@ -26,7 +26,8 @@ async def wait_until(
 ) -> T:
     """Look again and again until the predicate, which may be a coroutine function, gives something true; return that.
 
-    Other tasks run between two looks. Nothing is slept through while they are what is waited for.
+    Other tasks run between two looks. This sleeps only after many looks, when the condition seems to depend on another
+    process.
 
     Args:
         predicate: the condition.
@@ -51,7 +52,7 @@ async def wait_until(
 
 
 async def settle() -> None:
-    """Let every other task run until none of them can go on without time, or news from outside, coming to it.
+    """Let every other task run until each of them waits for time to pass, or for something from outside.
 
     After Trio's ``wait_all_tasks_blocked``. Gives up silently after 10,000 turns: a task that spins never comes to rest.
     """

@@ -574,7 +574,7 @@ async def test_bad_arguments_are_refused_and_nothing_is_sent(group: Group) -> No
     attempts: list[tuple[Awaitable[object], str]] = [
         (group.barrier.dispatch(epoch, "lo}ad", "{}", "Connected"), "is not a step name"),
         (group.barrier.dispatch(epoch, "load", "{}", "Not Ready"), "is not a status name"),
-        (group.barrier.dispatch(epoch, "load", "{}", []), "no statuses"),
+        (group.barrier.dispatch(epoch, "load", "{}", []), "names no status"),
         (
             group.barrier.dispatch(epoch, "load", "é" * 131_073, "Connected"),
             "the payload has 262,146 bytes; at most 262,144",
