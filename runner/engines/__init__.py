@@ -1,3 +1,3 @@
-"""Engines that a runner can drive. Each is named by a factory, ``package.module:name``, and is imported only where it runs."""
+"""Engines that a runner can drive. A factory names each one (``package.module:name``). An engine is imported only in the process that runs it."""
 
 __all__: list[str] = []

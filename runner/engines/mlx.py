@@ -1,22 +1,21 @@
 """A real engine: one rank's share of a language model on MLX (github.com/ml-explore/mlx-lm), on Apple silicon or a Linux processor.
 
-One rank loads the whole model. Several form a ring over TCP and share every layer among them (tensor parallelism, as mlx-lm's own
-``sharded_load`` does it), so the model's architecture must know how to share its layers, and its attention heads must divide
+A single rank loads the whole model. Several ranks form a ring over TCP and share every layer (tensor parallelism, as mlx-lm's own
+``sharded_load`` does it). So the model's architecture must know how to share its layers, and its attention heads must divide
 evenly among the ranks.
 
-What to know before running it:
+What to know before you run it:
 
-- MLX's ring neither encrypts nor authenticates: the ranks' ports belong on a network that is trusted.
-- A ring has no identity: MLX takes whoever comes to its port for a neighbour. So every attempt binds other ports, and the first thing
-  that goes round the ring is `EngineGroup.token`, which names the attempt.
-- A process can enter one ring in its life, and leaves it only by ending; while it waits for the others to come, MLX holds the
-  interpreter, without an end. So the host is to be a `runner.host.ProcessHost`, which ends the process at the group's deadline,
-  whatever it does.
-- A model that is not on this machine is downloaded while loading. As long as its files grow, the load counts as moving; one that
-  stands still for longer than the planner's ``load_stall`` ends the attempt, and what has been downloaded stays.
+- MLX's ring neither encrypts nor authenticates. The ranks' ports belong on a trusted network.
+- A ring has no identity: MLX takes any process that connects to its port for a neighbour. So every attempt binds other ports, and the
+  ranks first compare `EngineGroup.token`, which names the attempt.
+- A process can enter one ring in its life, and leaves it only when it ends. While it waits for the other ranks, MLX holds the
+  interpreter, for ever if they do not come. So use a `runner.host.ProcessHost`, which kills the process at the group's deadline.
+- A model that is not on this machine is downloaded during the load. While its files grow, the load counts as moving. A download that
+  stands still for longer than the planner's ``load_stall`` ends the attempt. The downloaded files stay.
 - Decoding is greedy (temperature 0): the same prompt gives the same text.
 
-MLX is imported when the first call needs it; this module needs nothing beyond the runner's own dependencies.
+The first call that needs MLX imports it. This module needs nothing but the runner's own dependencies.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ __all__ = ["MlxConfig", "MlxEngine", "T", "listening_address", "mlx_engine", "ri
 
 _WARM_UP_TOKENS = 2
 _LOOK_SECONDS = 1.0
-"""How often a load that has completed no layer is looked at: does it move?"""
+"""Seconds between two checks whether a load moves that has completed no further layer."""
 
 _HEAD_START_SECONDS = 0.1
-"""By how much the last rank, which is the first to call, is behind the others, which listen first: MLX that finds nobody listening tries
-again only after a second. Nothing depends on it but that second."""
+"""Seconds by which the last rank begins later than the others. It calls first, and the others listen first. If it finds nobody who listens,
+MLX tries again only after a second. Only that second depends on this value."""
 
 _HEAD_COUNTS = ("n_heads", "n_kv_heads", "num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads")
 
@@ -61,15 +60,15 @@ class MlxConfig(BaseModel):
     """How an MLX engine runs; the same for every rank. Reads JSON with ``model_validate_json``.
 
     Attributes:
-        model: a directory or a Hugging Face id to load instead of the one that the instance names, for machines that keep their
+        model: a directory or a Hugging Face id to load instead of the model that the instance names, for machines that keep their
             models in different places.
-        ports: the first and the last port on which the ring may listen, for machines behind a firewall; each rank takes one that is free,
-            and any free one of the machine where this is ``None``. An engine has one, its spare another, and each attempt takes another
-            than the last: allow three for each rank of the machine. Best are ports that the machine gives to no outgoing connection,
-            which are those below 32768 on Linux.
+        ports: the first and the last port on which the ring may listen, for machines behind a firewall. Each rank takes a free one;
+            ``None`` takes any free port of the machine. Allow three for each rank of the machine: the engine has one, its spare has
+            another, and each attempt takes another one than the last. Prefer ports that the machine does not use for outgoing
+            connections: those below 32768 on Linux.
         use_chat_template: put a prompt into the model's own chat template, if it has one.
-        prefill_step_size: how many tokens of a prompt are read at a time; a generation can be stopped only between two such parts,
-            and one that takes longer than the host's grace to stop costs the loaded model. mlx-lm's own default is 2,048.
+        prefill_step_size: how many tokens of a prompt are read at a time. A generation can be stopped only between two such parts. If
+            that takes longer than the host's grace, the engine is killed with the loaded model. mlx-lm's own default is 2,048.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -140,13 +139,13 @@ class MlxEngine:
         return f":{self._port}"
 
     async def connect(self, group: EngineGroup) -> None:
-        """Enter the ring, and compare with all ranks in which attempt this is.
+        """Enter the ring, and compare the attempt with all ranks.
 
-        MLX's ring knows no identity: whoever connects to a port is a neighbour. So the port is another one in each attempt, and the
-        first thing that goes round the ring is `EngineGroup.token`.
+        MLX takes any process that connects to the port for a neighbour. So each attempt binds another port, and the first collective
+        compares `EngineGroup.token`.
 
         Raises:
-            EngineFailure: permanent: an endpoint that MLX cannot use. Otherwise: a neighbour did not come or is in another attempt, a
+            EngineFailure: permanent: MLX cannot use an endpoint. Otherwise: a neighbour did not come or is in another attempt, a
                 port is taken, or the call is out of order.
         """
         self._check_open("connect")
@@ -183,13 +182,13 @@ class MlxEngine:
     async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
         """Load this rank's share, layer by layer.
 
-        A layer counts as loaded once its weights are in memory: reading is what takes the time, and MLX puts it off until they are
-        asked for. Where the model has more or fewer layers than ``model.total_layers`` says, the count is scaled to end there.
+        A layer counts as loaded when its weights are in memory. Most of the time goes into reading them, and MLX reads them only when they
+        are needed. If the model has more or fewer layers than ``model.total_layers``, the count is scaled, so that it ends there.
 
         Raises:
-            EngineFailure: permanent: MLX is not installed, there is no such model, its files are damaged, its architecture is
-                unknown or cannot be shared among so many ranks. Otherwise: not enough memory, the hub cannot be reached, or the
-                call is out of order.
+            EngineFailure: permanent: MLX is not installed, there is no such model, its files are damaged, or its architecture is
+                unknown or cannot be shared among so many ranks. Otherwise: there is not enough memory, the hub cannot be reached, or
+                the call is out of order.
         """
         self._check_open("load")
         if self._place is None:
@@ -226,7 +225,7 @@ class MlxEngine:
         self._loaded = True
 
     async def warm_up(self) -> None:
-        """Meet the other ranks, then generate a few tokens together, so that what is made at first use is made now.
+        """Meet the other ranks, then generate a few tokens together: what MLX makes at the first use, it makes now.
 
         Raises:
             EngineFailure: no model is loaded, or another rank was lost.
@@ -240,12 +239,12 @@ class MlxEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
         """Generate; yields text on rank 0 and nothing on the others.
 
-        Leaving early stops the generation between two tokens, or between two parts of a long prompt. All ranks stop at the same
-        one, whichever of them was asked, so that nobody is left alone in the collective.
+        A caller that leaves early stops the generation between two tokens, or between two parts of a long prompt. All ranks stop at
+        the same place, whichever of them was asked. So no rank is left alone in the collective.
 
         Raises:
-            EngineFailure: not warmed up.
-            RuntimeError: MLX's, if another rank was lost.
+            EngineFailure: the engine is not warmed up.
+            RuntimeError: from MLX, if another rank was lost.
         """
         self._check_open("generate")
         if not self._warm:
@@ -257,12 +256,12 @@ class MlxEngine:
                 if piece and self._share.rank == 0:
                     yield piece
         finally:
-            # On the other ranks the collective goes on until all have agreed to stop, so this one takes part until then.
+            # The collective goes on until all ranks have agreed to stop. This rank takes part until then.
             stop.set()
             await self._thread.run(lambda: deque(pieces, maxlen=0))
 
     async def close(self) -> None:
-        """Give up the model and its memory; idempotent. The ring is left when the process ends: MLX knows no other way."""
+        """Give up the model and its memory; idempotent. The engine leaves the ring when its process ends; MLX has no other way."""
         if not self._closed:
             self._closed = True
             self._give_up_port()
@@ -280,21 +279,21 @@ class MlxEngine:
 
 
 def _share_port(bound: socket.socket) -> None:
-    """Let MLX bind the port that this socket keeps, while it keeps it: so there is no moment at which nobody has it.
+    """Let MLX bind the port that this socket still holds, so that the port is never free.
 
-    MLX sets SO_REUSEADDR and SO_REUSEPORT before it binds. Where both sides have set them, and one does not listen, the second bind
-    succeeds (tried on Linux). Until now the port was this socket's alone; from now on another program could bind it as well, if it
-    named just this port and set the same options. Then MLX may meet a stranger, and the attempt ends; the next one binds another port.
+    MLX sets SO_REUSEADDR and SO_REUSEPORT before it binds. If both sides have set them, and one side does not listen, the second bind
+    succeeds (tried on Linux). From now on another program could bind the port too, if it named this port and set the same options.
+    Then MLX may meet a stranger, and the attempt ends. The next attempt binds another port.
     """
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def listening_address(endpoint: str) -> str:
-    """Where a rank itself listens, whose endpoint for the others is this one.
+    """The address at which a rank listens, from the endpoint at which the other ranks reach it.
 
-    It is the same address, if that is one of this machine. Otherwise it is the port on all of them: a name may lead to loopback here,
-    and to the right place elsewhere; and a machine does not know the address that a router or a container's host has for it.
+    It is the same address, if this machine has it. Otherwise it is the port on all addresses of this machine: a host name may resolve to
+    loopback here and to the right address elsewhere, and a machine does not know its address behind a router or a container's host.
     """
     host, _, port = endpoint.rpartition(":")
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
@@ -305,10 +304,10 @@ def listening_address(endpoint: str) -> str:
 
 
 def ring_addresses(group: EngineGroup) -> list[str]:
-    """Where every rank can be reached, as ``host:port`` in rank order.
+    """The endpoint of every rank, as ``host:port`` in rank order.
 
     Raises:
-        EngineFailure: permanent: a rank has no endpoint, or one with an IPv6 address.
+        EngineFailure: permanent: a rank has no endpoint, or has one with an IPv6 address.
     """
     for rank, endpoint in enumerate(group.endpoints):
         if not endpoint or endpoint.startswith("["):
@@ -326,14 +325,14 @@ def _listed(ranks: list[int]) -> str:
 
 
 def scaled_progress(done: int, layers: int, total: int) -> int:
-    """How many of `total` layers to report when `done` of the `layers` that a model really has are loaded; `total` at the end."""
+    """How many of `total` layers to report when `done` of the model's `layers` layers are loaded; `total` at the end."""
     return done * total // layers
 
 
 class _OneThread:
-    """One thread that does one job after the other: MLX's streams belong to the thread that made them.
+    """One thread that does one job after the other, because MLX's streams belong to the thread that made them.
 
-    A daemon, which concurrent.futures cannot offer: a collective that waits for a rank that is gone must not keep the process.
+    It is a daemon thread, so that a collective that waits for a lost rank does not keep the process alive. concurrent.futures has none.
     """
 
     def __init__(self) -> None:
@@ -357,9 +356,9 @@ class _OneThread:
             value, error = None, None
             try:
                 value = job()
-            except BaseException as caught:  # noqa: BLE001 - whatever it is, it is the caller's and not this thread's
+            except BaseException as caught:  # noqa: BLE001 - the caller gets every error; this thread goes on
                 error = caught
-            with suppress(RuntimeError):  # the loop may be closed: then nobody waits
+            with suppress(RuntimeError):  # if the loop is closed, nobody waits
                 loop.call_soon_threadsafe(settle, value, error)
 
         if self._thread is None:
@@ -369,7 +368,7 @@ class _OneThread:
         return await result
 
     def end(self) -> None:
-        """Let the thread end after the jobs that it has."""
+        """Let the thread end after the jobs that wait."""
         self._jobs.put(None)
 
     def _work(self) -> None:
@@ -382,9 +381,9 @@ class _Stopped(Exception):
 
 
 class _Share:
-    """This rank's share of the model: everything that touches MLX. Every method, and every step of a generator, on one thread.
+    """This rank's share of the model: all code that touches MLX. One thread runs every method and every step of a generator.
 
-    MLX's modules are held as Any: they are not installed where the types are checked.
+    MLX's modules have the type Any, because MLX is not installed where the types are checked.
     """
 
     def __init__(self, *, use_chat_template: bool, prefill_step_size: int) -> None:
@@ -411,7 +410,7 @@ class _Share:
             ) from error
 
     def join_ring(self, addresses: list[str], rank: int) -> None:
-        """Enter the ring as one rank. MLX takes its arguments from the environment and from a file."""
+        """Enter the ring as one rank. MLX reads its arguments from the environment and from a file."""
         names = ("MLX_HOSTFILE", "MLX_RANK")
         before = {name: os.environ.get(name) for name in names}
         own = listening_address(addresses[rank])
@@ -442,10 +441,10 @@ class _Share:
         self.rank, self._world_size, self._group = rank, len(addresses), group
 
     def compare_tokens(self, group: EngineGroup) -> None:
-        """The first collective: every rank gets every rank's token and place, and compares them with what must be there.
+        """The first collective: every rank gets the token and the rank number of all ranks, and compares them with the expected ones.
 
-        MLX does not notice where two ranks are of rings of different sizes: then somebody waits for numbers that never come, and the
-        host ends it at the group's deadline.
+        MLX does not notice that two ranks belong to rings of different sizes. Then one of them waits for numbers that never come, and the
+        host kills it at the group's deadline.
         """
         mx = self._mx
         wanted = [[*group.token, *rank.to_bytes(4, "big")] for rank in range(group.world_size)]
@@ -465,22 +464,22 @@ class _Share:
             )
 
     def footprint(self, name: str) -> tuple[int, ...]:
-        """What grows while a load moves: the files of a download, in number and bytes, and what MLX holds in memory. Any thread may call it."""
+        """What grows while a load moves: number and bytes of the downloaded files, and MLX's memory in bytes. Any thread may call it."""
         sizes: list[int] = []
-        with suppress(Exception):  # a convenience: whatever keeps it from looking must not end a load
+        with suppress(Exception):  # an error in this check must not end a load
             if not Path(name).expanduser().exists():
                 cache = Path(importlib.import_module("huggingface_hub.constants").HF_HUB_CACHE)
                 for folder, _, files in os.walk(cache / f"models--{name.replace('/', '--')}"):
                     for file in files:
-                        # A download may make room for the whole file first and fill it then, so the blocks count as well.
-                        with suppress(OSError):  # it was renamed, because it is complete
+                        # A download may first make a file of the full size and then fill it, so the blocks count too.
+                        with suppress(OSError):  # the file was renamed, because it is complete
                             status = os.lstat(os.path.join(folder, file))
                             sizes += (status.st_size, status.st_blocks)
         held = 0 if self._mx is None else int(self._mx.get_active_memory())
         return len(sizes), sum(sizes), held
 
     def load(self, name: str) -> Generator[tuple[int, int], None, None]:
-        """Load; yields how many layers are in memory, and of how many."""
+        """Load; yields how many layers are in memory, and how many there are."""
         self.import_mlx()
         try:
             model, tokenizer = self._mlx_lm.load(_located(name), lazy=True)
@@ -490,9 +489,9 @@ class _Share:
             for done, layer in enumerate(layers[:-1], start=1):
                 self._mx.eval(layer.parameters())
                 yield done, len(layers)
-            # With the last one comes what belongs to no layer: embeddings, norm, head.
+            # The last layer comes together with the parts outside of all layers: embeddings, norm, head.
             self._mx.eval(model.parameters())
-        except Exception as error:  # loading runs code of many origins; each failure is classed, and raised on
+        except Exception as error:  # loading runs code of many libraries; `_classed` names each error
             raise _classed(error, name) from error
         self._model, self._tokenizer = model, tokenizer
         yield len(layers), len(layers)
@@ -509,7 +508,7 @@ class _Share:
         after = _head_counts(model)
         for place, count in before.items():
             # mlx-lm divides and drops the remainder, which gives a wrong model and no error. Some architectures repeat heads
-            # until there are enough, so it is the outcome that is looked at.
+            # until there are enough. So the check looks at the result.
             if after.get(place, count) * self._world_size < count:
                 raise EngineFailure(
                     f"{name} has {place.rpartition('.')[2]} = {count}, which cannot be shared evenly among {self._world_size} ranks; "
@@ -518,16 +517,16 @@ class _Share:
                 )
 
     def warm_up(self) -> None:
-        """Meet, then generate a little."""
+        """Meet the other ranks, then generate a few tokens."""
         if self._group is not None:
-            # On the processor's stream, as in mlx-lm: a graphics processor is not to wait, for it has a watchdog.
+            # On the CPU's stream, as in mlx-lm: a GPU must not wait, because it has a watchdog.
             met = self._mx.distributed.all_sum(self._mx.array(1), group=self._group, stream=self._mx.cpu).item()
             if met != self._world_size:
                 raise EngineFailure(f"{met} ranks met in the warm-up of {self._world_size}")
         deque(self._tokens([0, 0], _WARM_UP_TOKENS, threading.Event()), maxlen=0)
 
     def generate(self, prompt: str, max_tokens: int, stop: threading.Event) -> Generator[str, None, None]:
-        """Generate until the end of the text, `max_tokens`, or until `stop` is set on any rank; a step is one token."""
+        """Generate until the end of the text, until `max_tokens`, or until `stop` is set on any rank; yields once per token."""
         yield from self._tokens(self._prompt_ids(prompt), max_tokens, stop)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
@@ -535,16 +534,16 @@ class _Share:
         if self._use_chat_template and tokenizer.has_chat_template:
             messages = [{"role": "user", "content": prompt}]
             return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        # As stream_generate does it: a prompt that brings its own first token gets no second one.
+        # As in stream_generate: a prompt that has the first token already gets no second one.
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        # An empty prompt of a model without a first token would have nothing to go on from.
+        # An empty prompt of a model without a first token would have no token at all.
         return list(tokenizer.encode(prompt, add_special_tokens=special)) or [tokenizer.eos_token_id or 0]
 
     def _tokens(self, ids: list[int], max_tokens: int, stop: threading.Event) -> Generator[str, None, None]:
-        """The text of each token. Several ranks follow rank 0's choice and stop together.
+        """Yield the text of each token. With several ranks, all take rank 0's choice, and all stop together.
 
-        Each rank computes the same numbers up to rounding, which may differ between kinds of machines. A rank that chose
-        another token, or stopped at another one, would hang the rest: so tokens and wishes to stop go round with every token.
+        All ranks compute the same numbers, except for rounding, which may differ between kinds of machines. A rank that chose
+        another token, or stopped at another one, would hang the rest. So the ranks exchange choices and wishes to stop at every token.
         """
         mx = self._mx
         ballots: deque[Any] = deque()
@@ -575,7 +574,7 @@ class _Share:
                 prompt_progress_callback=between_parts,
             ):
                 yield response.text
-                # What was agreed with this token, and not what is wished by now: all ranks must read the same.
+                # Use the agreement of this token, and not a later wish: all ranks must read the same value.
                 if ballots.popleft()[1].item() if self._group is not None else stop.is_set():
                     return
         except _Stopped:
@@ -588,14 +587,14 @@ class _Share:
         return bool(self._mx.distributed.all_sum(wishes, group=self._group).item())
 
     def release(self) -> None:
-        """Drop the model; what MLX keeps for reuse goes back to the system."""
+        """Drop the model, and give the memory that MLX keeps for reuse back to the system."""
         self._model = self._tokenizer = self._group = None
         if self._mx is not None:
             self._mx.clear_cache()
 
 
 def _head_counts(model: Any) -> dict[str, int]:  # noqa: ANN401 - MLX has no types here
-    """How many attention heads each part of a model says that it has, by where it says so."""
+    """The number of attention heads that each part of a model names, by the path of that attribute."""
     return {
         f"{index}.{path}.{name}": count
         for index, layer in enumerate(model.layers)
@@ -606,7 +605,7 @@ def _head_counts(model: Any) -> dict[str, int]:  # noqa: ANN401 - MLX has no typ
 
 
 def _located(name: str) -> str:
-    """A model's directory, or its id on the hub. What can only be a path never reaches the network."""
+    """A model's directory, or its id on the hub. A name that can only be a path is never looked up in the network."""
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -621,7 +620,7 @@ def _located(name: str) -> str:
 
 
 def _classed(error: Exception, name: str) -> EngineFailure:
-    """A failure to load, and whether trying again can help."""
+    """Turn an error of a load into an `EngineFailure`, permanent if another attempt would fail too."""
     if isinstance(error, EngineFailure):
         return error
     hub: Any = importlib.import_module("huggingface_hub.errors")  # mlx-lm depends on it
@@ -629,14 +628,14 @@ def _classed(error: Exception, name: str) -> EngineFailure:
     said = f"the model {name} could not be loaded: {type(error).__name__}: {text}"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _about_memory(text)):
         return EngineFailure(f"{said}; free memory on this machine, or share the model among more ranks")
-    if isinstance(error, hub.LocalEntryNotFoundError):  # before FileNotFoundError, which it is too
+    if isinstance(error, hub.LocalEntryNotFoundError):  # a subclass of FileNotFoundError, so it comes first
         return EngineFailure(f"{said}; it is not on this machine, and the hub cannot be reached")
     if isinstance(error, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError)):
         return EngineFailure(
             f"{said}; name a directory with the model, or an id that exists on the hub", permanent=True
         )
     if isinstance(error, (FileNotFoundError, LookupError, TypeError, ValueError)):
-        # A file that is missing, or contents that this version of mlx-lm does not understand: the same at every attempt.
+        # A file is missing, or this version of mlx-lm does not understand it. Every attempt would fail.
         return EngineFailure(said, permanent=True)
     if isinstance(error, RuntimeError) and "safetensors" in text:
         return EngineFailure(f"{said}; fetch its files again", permanent=True)

@@ -1,9 +1,9 @@
-"""Where the simulated engines of one attempt really meet: a ring of TCP connections, each rank to the next one's endpoint.
+"""The ring in which the simulated engines of one attempt meet: each rank has a TCP connection to the endpoint of the next rank.
 
-It is what a real engine's collective library does, as small as it can be: every rank says who it is and in which attempt, refuses
-whoever is not its neighbour in the same attempt, and returns from `Ring.join` only when a token has gone round all ranks, compared by
-each of them, and the news of that as well. `Ring.keep_pace` is its second collective: no rank makes the next token of a text before
-the rank in front of it has made this one.
+It does the least that the collective library of a real engine does. Every rank says which rank it is, and in which attempt. It refuses
+all but its neighbour in the same attempt. `Ring.join` returns when two messages have gone round all ranks: the token, which each rank
+compares, and the news that the token has come round. `Ring.keep_pace` is a second collective: no rank makes the next token of a text
+before the rank before it has made this one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _GREETING_SECONDS = 5.0
 _RETRY_SECONDS = 0.05
 _TEXTS_HEARD_OF = 64
 _OWN_SHARE = 0.9
-"""The part of the group's deadline after which the ring gives up by itself, with a sentence that says whom it waited for."""
+"""The fraction of the group's deadline after which the ring itself gives up, and says which rank it waited for."""
 
 
 class Ring:
     """One rank's place in the ring.
 
     Args:
-        ports: the range to bind a port of; any free one where ``None``.
+        ports: the first and the last port that it may bind; ``None`` takes any free port.
     """
 
     def __init__(self, ports: tuple[int, int] | None = None) -> None:
@@ -48,7 +48,7 @@ class Ring:
         self._reached = False
 
     def bind(self) -> str:
-        """Bind a port for the next attempt, another than before; returns the endpoint, without a host."""
+        """Bind a port for the next attempt, another one than for the last; returns the endpoint, without a host."""
         if self._bound is not None:
             self._bound.close()
         self._bound = bind_endpoint(self._ports, avoid=self._port)
@@ -73,7 +73,7 @@ class Ring:
         try:
             async with asyncio.timeout(group.deadline * _OWN_SHARE):
                 self._before = asyncio.get_running_loop().create_future()
-                # Its connections inherit it: the port can be bound again as soon as this engine has gone.
+                # The connections inherit this option. So the port can be bound again as soon as this engine is gone.
                 bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 self._server = await asyncio.start_server(
                     lambda reader, writer: self._greet(group, reader, writer), sock=bound, limit=_LONGEST_LINE
@@ -89,10 +89,10 @@ class Ring:
             ) from error
 
     async def keep_pace(self, text: str, index: int) -> None:
-        """Say that a token is made, and wait until the rank before this one has made it, too. Nothing before `join`.
+        """Say that a token is made, and wait until the rank before this one has made it too. Before `join` it does nothing.
 
-        Where that rank has stopped or is gone, this waits for ever, as a collective does. A text that is cancelled here may go on
-        there for a while, and the next one may have begun there: so it is remembered how far each text is.
+        If that rank has stopped or is gone, the call waits for ever, as a collective does. That rank may still work on a text that is
+        cancelled here, or may have begun the next text already. So the ring remembers how far each text is.
         """
         if self._after is None or self._before is None:
             return
@@ -102,7 +102,7 @@ class Ring:
         while self._heard.get(name, -1) < index:
             try:
                 said, _, place = (await self._before.result().readuntil(b"\n")).decode("ascii").partition(" ")
-                self._heard.pop(said, None)  # the text that was heard of last stands last
+                self._heard.pop(said, None)  # moves the text to the end: the oldest is dropped first
                 self._heard[said] = int(place)
             except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
                 await asyncio.get_running_loop().create_future()
@@ -120,7 +120,7 @@ class Ring:
             writer.close()
 
     async def _greet(self, group: EngineGroup, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer somebody who has connected: the rank before this one, in the same attempt, is let in, and nobody else."""
+        """Answer a new connection. Accept only the rank before this one, in the same attempt."""
         self._writers.add(writer)
         refusal = "this is no greeting of a ring"
         with suppress(OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
@@ -179,7 +179,7 @@ class Ring:
         return writer
 
     async def _go_round(self, group: EngineGroup, before: asyncio.StreamReader, after: asyncio.StreamWriter) -> None:
-        """The collective: the token goes round once and every rank compares it; then the news that it has come round."""
+        """The collective: the token goes round once, and every rank compares it. Then the news goes round that the token came round."""
         for news in (group.token, bytes(len(group.token))):
             if group.rank == 0:
                 after.write(news)

@@ -1,12 +1,11 @@
 """A simulated engine: the timing, the order and the failures of a real one, without a model.
 
-It is honest about being one: its text begins with ``[simulated text]`` and is drawn from a short word list. In a process of its own
-it really meets the other ranks when it connects (`runner.engines.ring`), compares with them in which attempt they are, and makes the
-tokens of a text at one pace with them: where one rank stands still, all do. Where ranks share a process, they do not talk to one
-another. It knows its own state, and there it is as strict as a collective: a call
-out of order fails, as the real thing would crash.
+Its text says that it is simulated: it begins with ``[simulated text]``, and its words come from a short list. If the engine has a process
+of its own, it really connects to the other ranks (`runner.engines.ring`), compares the attempt with them, and makes the tokens of a text
+at the same pace. If one rank stands still, all do. Engines that share a process do not connect to one another. A call that is out of
+order fails; in a real engine it would crash.
 
-Everything is derived from the seed by BLAKE2b, so two runs agree to the letter, on any machine and any version of Python.
+All delays and texts follow from the seed by BLAKE2b. So two runs are equal, on any machine and any version of Python.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ __all__ = [
 
 
 MARK = "[simulated text]"
-"""What every simulated text begins with."""
+"""The beginning of every simulated text."""
 
 FaultPhase: TypeAlias = Literal["prepare", "connect", "load", "warmup", "generate"]
 FaultAction: TypeAlias = Literal["refuse", "raise", "hang", "die", "block"]
@@ -65,15 +64,15 @@ _LONGEST_TEXT = 48
 
 
 class SimulatedFault(BaseModel, metaclass=Worded):
-    """One thing that goes wrong.
+    """One fault of a simulated engine.
 
     Attributes:
-        phase: the call that it strikes.
-        action: ``refuse`` fails for good and ``raise`` fails for now, both as an `EngineFailure`; ``hang`` waits for ever and
-            can be cancelled; ``block`` holds the thread for ever, so that only a host with a process can end it; ``die`` kills
-            the engine's process with SIGKILL or, where the process is not the engine's own, raises `EngineDied`.
-        rank: the rank that it strikes; None for every rank.
-        times: how often it strikes each rank, counted by a `FaultLedger`; None for always.
+        phase: the call in which it strikes.
+        action: ``refuse`` raises a permanent `EngineFailure`, and ``raise`` one that is not permanent; ``hang`` waits for ever and
+            can be cancelled; ``block`` holds the thread for ever, and only a `ProcessHost` can end it; ``die`` kills the engine's
+            process with SIGKILL, or raises `EngineDied` if the engine has no process of its own.
+        rank: the rank that it strikes; ``None`` for every rank.
+        times: how often it strikes each rank, counted by a `FaultLedger`; ``None`` for always.
         after_layers: for ``load``, how many layers are loaded before it strikes.
     """
 
@@ -103,13 +102,13 @@ class SimulatedConfig(BaseModel, metaclass=Worded):
         layer_seconds: mean time to load one layer.
         warmup_seconds: mean time to warm up.
         token_seconds: mean time to make one token.
-        jitter: how far a delay may be from its mean, as a fraction of it, 0 to 1; fixed by (seed, rank, phase).
-        faults: what goes wrong. Where several could strike, the first one does.
-        meet: whether ranks in processes of their own really connect to one another, at the endpoints that they bind; ranks that
+        jitter: how far a delay may be from its mean, as a fraction of the mean, 0 to 1; it follows from (seed, rank, phase).
+        faults: the faults. If several could strike, the first one does.
+        meet: whether engines in processes of their own really connect to one another, at the endpoints that they bind. Engines that
             share a process never do.
-        ports: the first and the last port that such a rank may bind; any free one where ``None``.
-        fault_ledger: the file that counts strikes, which faults with ``times`` need in an engine that has a process of its own;
-            removing it starts the count anew.
+        ports: the first and the last port that such an engine may bind; ``None`` takes any free port.
+        fault_ledger: the file that counts strikes. Faults with ``times`` need it if the engine has a process of its own. To count anew,
+            remove the file.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -134,12 +133,12 @@ class SimulatedConfig(BaseModel, metaclass=Worded):
 class FaultLedger:
     """Counts how often each fault has struck each rank.
 
-    An engine lives for one attempt, and its process no longer than that, while ``times`` is meant across attempts. So the count
-    lives here: in memory, for engines that share one process and one ledger, or in a file, which outlives any process. Each
-    strike appends one line before it strikes, so that one that kills the process is counted, too.
+    An engine and its process last for one attempt at most, but ``times`` counts over all attempts. So the ledger keeps the count: in
+    memory for engines that share one process and one ledger, or in a file, which outlives every process. Each strike is written down
+    before it strikes, so a strike that kills the process counts too.
 
     Args:
-        path: the file; None to count in memory.
+        path: the file; ``None`` counts in memory.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -170,16 +169,16 @@ class SimulatedEngine:
 
     Args:
         config: delays and faults.
-        rank: this engine's rank, 0 to world_size - 1; `prepare` and `connect` refuse another. ``None`` takes what they say.
-        world_size: number of ranks; with one, `load` needs no `connect`. ``None`` as for `rank`. An engine that nobody told whether it is
-            alone loads nothing.
-        sleep: waits that many seconds; tests pass one that only takes note.
+        rank: this engine's rank, 0 to world_size - 1; `prepare` and `connect` refuse another. ``None`` takes the rank that they name.
+        world_size: number of ranks; with one, `load` needs no `connect`. ``None`` as for `rank`. An engine that does not know the number
+            of ranks refuses to load.
+        sleep: waits so many seconds; tests pass a function that only notes the call.
         ledger: counts the strikes of faults; by default one on the configuration's file.
-        owns_process: whether this process is the engine's own, so that it may kill or block it.
-        report: is told each strike of a fault, in one sentence; by default a warning in the log.
+        owns_process: whether this process is the engine's own. Then the engine may kill or block it.
+        report: gets one sentence for each strike of a fault; by default it logs a warning.
 
     Raises:
-        ValueError: a rank outside the world; a fault that can never strike; ``times`` with nothing that counts beyond this
+        ValueError: a rank outside the world; a fault that can never strike; ``times`` without a ledger that outlives this
             engine; ``block`` in a process that is not the engine's own.
     """
 
@@ -217,11 +216,11 @@ class SimulatedEngine:
         self._closed = False
 
     async def prepare(self, rank: int, world_size: int) -> str | None:
-        """Bind an endpoint, if ranks really meet.
+        """Bind an endpoint, if the ranks really meet.
 
         Raises:
-            EngineFailure: permanent: this engine was made for another rank or size. Otherwise: connected already, closed, or no port of
-                the range is free.
+            EngineFailure: permanent: this engine was made for another rank or world size. Otherwise: it is connected already or closed,
+                or no port of the range is free.
         """
         self._check_open("prepare")
         self._take_place("prepare", rank, world_size)
@@ -232,11 +231,11 @@ class SimulatedEngine:
         return self._ring.bind() if self._ring is not None and world_size > 1 else None
 
     async def connect(self, group: EngineGroup) -> None:
-        """Take the time that entering a group takes, and meet the other ranks, if they really meet.
+        """Meet the other ranks, if they really meet, and wait for the configured time.
 
         Raises:
-            EngineFailure: permanent: this engine was made for another rank or size. Otherwise: it was prepared for another one, is connected
-                already, or closed.
+            EngineFailure: permanent: this engine was made for another rank or world size. Otherwise: it was prepared for another rank
+                or world size, is connected already, or is closed.
         """
         self._check_open("connect")
         if self._prepared_as not in (None, (group.rank, group.world_size)):
@@ -246,17 +245,17 @@ class SimulatedEngine:
             raise self._out_of_order("connect", "the engine is in a group already")
         if self._ring is not None and group.world_size > 1:
             await self._ring.join(group)
-        # After they have met, so that a rank that is slow or fails here is the only one.
+        # After the ranks have met, so that a delay or a fault here concerns this rank only.
         await self._strike("connect")
         await self._pause("connect", self._config.connect_seconds)
         self._connected = True
 
     async def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
-        """Yield 1 to ``model.total_layers``, one layer's time apart.
+        """Yield 1 to ``model.total_layers``, and wait the time of one layer before each.
 
         Raises:
-            EngineFailure: not connected though the world has more than one rank, or nobody has said how many it has; loaded already, or
-                closed.
+            EngineFailure: the engine is one of several ranks and not connected, does not know the number of ranks, has loaded already, or
+                is closed.
         """
         self._check_open("load")
         if self._place is None:
@@ -273,10 +272,10 @@ class SimulatedEngine:
         self._model = model
 
     async def warm_up(self) -> None:
-        """Take the time that a warm-up takes.
+        """Wait for the time of a warm-up.
 
         Raises:
-            EngineFailure: no model is loaded, or closed.
+            EngineFailure: no model is loaded, or the engine is closed.
         """
         self._check_open("warm_up")
         if self._model is None:
@@ -286,10 +285,10 @@ class SimulatedEngine:
         self._warm = True
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[str, None]:
-        """Yield the text that `simulated_text` gives, one piece per token; ranks above 0 take the same time and yield nothing.
+        """Yield the text of `simulated_text`, one piece per token; ranks above 0 take the same time and yield nothing.
 
         Raises:
-            EngineFailure: not warmed up, or closed.
+            EngineFailure: the engine is not warmed up, or is closed.
         """
         self._check_open("generate")
         if self._model is None or not self._warm:
@@ -297,7 +296,7 @@ class SimulatedEngine:
         await self._strike("generate")
         pieces = simulated_text(self._config.seed, self._model.model_id, request.prompt, request.max_tokens)
         for index, piece in enumerate(pieces):
-            # A collective runs at one pace, so this delay is the same on every rank.
+            # In a collective all ranks have the same pace, so this delay is the same on every rank.
             await self._pause(f"generate {index}", self._config.token_seconds, rank=0)
             if self._ring is not None:
                 await self._ring.keep_pace(request.task_id, index)
@@ -341,7 +340,7 @@ class SimulatedEngine:
         await self._sleep(mean_seconds * (1 + spread))
 
     async def _strike(self, phase: FaultPhase, *, layers_loaded: int = 0, total_layers: int = 0) -> None:
-        """Let the first fault strike that is due here, if any."""
+        """Let the first fault strike that is due at this point, if there is one."""
         for index, fault in enumerate(self._config.faults):
             if fault.phase != phase or fault.rank not in (None, self._rank):
                 continue
@@ -380,9 +379,9 @@ class SimulatedEngine:
 
 
 def simulated_text(seed: int, model_id: str, prompt: str, max_tokens: int) -> list[str]:
-    """The text of one simulated generation as its pieces, which are its tokens: `MARK`, then words from a fixed list.
+    """The text of one simulated generation, as a list of its tokens: `MARK`, then words from a fixed list.
 
-    Its length is fixed by the same four values: 12 to 48 tokens, cut off at ``max_tokens``.
+    Its length follows from the four arguments: 12 to 48 tokens, cut off at ``max_tokens``.
     """
     prompt_hash = hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).hexdigest()
     key = json.dumps([seed, model_id, prompt_hash, max_tokens])
@@ -397,7 +396,7 @@ def simulated_spec(config: SimulatedConfig, *, rank: int | None = None, world_si
     """What a `ProcessHost` needs to run this engine as one rank.
 
     Raises:
-        ValueError: as `SimulatedEngine` does; here already, so that a wrong configuration starts no process.
+        ValueError: as `SimulatedEngine` does. It is checked here, so that a wrong configuration starts no process.
     """
     SimulatedEngine(config, rank=rank, world_size=world_size, owns_process=True)
     return EngineSpec(
@@ -407,7 +406,7 @@ def simulated_spec(config: SimulatedConfig, *, rank: int | None = None, world_si
 
 
 def simulated_engine_in_own_process(config: dict[str, JsonValue]) -> SimulatedEngine:
-    """The factory that `simulated_spec` names: an engine that may kill and block its process, and tells stderr of its faults.
+    """The factory that `simulated_spec` names: its engine may kill and block its process, and writes its faults to stderr.
 
     Raises:
         EngineFailure: permanent, if the configuration is wrong.
@@ -448,14 +447,14 @@ def _check_fault(fault: SimulatedFault, *, world_size: int | None, has_ledger: b
 
 
 def _fraction(key: str) -> float:
-    """A number from 0 up to, but not, 1 that is fixed by the key; uniform over keys."""
+    """A number from 0 to below 1 that follows from the key; uniform over keys."""
     # 53 bits, the most that a float holds exactly: with 64 the division can round up to 1.
     return (int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 11) / 2**53
 
 
 def _block() -> NoReturn:
     while True:
-        time.sleep(3600)  # the fault is that nothing else runs: C code that does not return looks like this
+        time.sleep(3600)  # nothing else can run, as in C code that does not return
 
 
 def _warn(sentence: str) -> None:

@@ -1,15 +1,15 @@
-"""A host behind which an engine can be killed, whatever it is doing.
+"""A host keeps an engine, and can kill it at any time.
 
 An engine is foreign code: it may raise, wait for ever for a rank that is gone, hold the interpreter, or crash. The runner
-must outlive all of that, so it never calls an engine directly but through a host:
+must outlive all of that. So it never calls an engine directly, but through a host:
 
-- `ProcessHost` keeps the engine in a child process of its own. Killing it is a SIGKILL, which nothing can block.
-- `InlineHost` keeps it in this process, for tests and for many ranks in few processes. It can only cancel, so an engine
-  that blocks its thread blocks the whole process: `ProcessHost` is the one for real engines.
+- `ProcessHost` keeps the engine in a child process. It kills the engine with SIGKILL, which nothing can block.
+- `InlineHost` keeps the engine in this process, for tests and for many ranks in few processes. It can only cancel, so an engine
+  that blocks its thread blocks the whole process. Use `ProcessHost` for real engines.
 
-Both obey one contract, that of `EngineHost`. The idea that a worker which may hang belongs behind a process boundary, with a
-supervisor that neither shares its fate nor trusts it, is Erlang's; the details (bootstrap over the pipe, parent's
-``sys.path`` handed on) follow CPython's ``multiprocessing.spawn``.
+Both follow one contract, `EngineHost`. The idea is Erlang's: a worker that may hang runs in another process, and its supervisor
+does not end with it and does not trust it. The details (bootstrap over the pipe, the parent's ``sys.path`` for the child) follow
+CPython's ``multiprocessing.spawn``.
 
 The pipes carry frames: four bytes of length, big-endian, then that many bytes of ASCII JSON. Never pickle.
 """

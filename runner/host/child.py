@@ -27,26 +27,26 @@ __all__ = ["child_command", "child_environment", "child_main"]
 def child_command(rank: int) -> list[str]:
     """The command line of an engine's process; it holds no configuration and no prompt.
 
-    ``-c`` and not ``-m``, since the latter runs this module twice if the package has imported it; ``-P``, so that nothing in
-    the working directory is imported by surprise; ``-u``, so that the last words before a crash are not lost in a buffer.
+    ``-c`` and not ``-m``: the latter runs this module twice if the package has imported it. ``-P``: nothing in the working
+    directory is imported by mistake. ``-u``: the last output before a crash is not lost in a buffer.
     """
     start = "from runner.host.child import child_main; child_main()"
     return [sys.executable, "-P", "-u", "-c", start, str(os.getpid()), f"engine-of-rank-{rank}"]
 
 
 def child_environment(mark: str = "") -> dict[str, str]:
-    """The environment of an engine's process: this one, a mark, and ``sys.path`` so that it finds what this process finds.
+    """The environment of an engine's process: that of this process, a mark, and ``sys.path``, so that it finds the same modules.
 
-    The child puts PYTHONPATH back as it was before any engine code runs. For the mark see `runner.host.leftovers`; without one, helpers
-    that leave the process group are not found again.
+    The child restores PYTHONPATH before any engine code runs. `runner.host.leftovers` explains the mark; without one, helpers that leave
+    the process group are not found again.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return {**os.environ, "PYTHONPATH": path, MARK: mark}
 
 
 def child_main() -> None:
-    """Serve one engine on stdin and stdout until told to close, or until stdin ends. The whole of the child process."""
-    # The pipes move to numbers that no one else writes to: what the engine prints goes to stderr, and cannot look like a frame.
+    """Serve one engine on stdin and stdout until told to close, or until stdin ends. It is the main function of the child process."""
+    # The pipes move to other numbers, which nobody else writes to. What the engine prints goes to stderr, and cannot look like a frame.
     commands, replies = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -58,9 +58,9 @@ def child_main() -> None:
 
 
 def _leave() -> NoReturn:
-    """End this process without taking the interpreter apart, which takes half a second where much is imported, and waits for threads.
+    """End this process without the interpreter's own shutdown, which takes half a second after many imports, and waits for threads.
 
-    The engine has closed, and everybody waits for its process to be gone. What was registered with `atexit` is still called.
+    The engine has closed, and the runner waits for the end of its process. Functions that were registered with `atexit` are still called.
     """
     try:
         sys.stdout.flush()
@@ -77,13 +77,13 @@ def _die_with_parent(parent: int) -> None:
         pr_set_pdeathsig = 1
         if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    # The parent may have ended before the kernel was told.
+    # The parent may have ended before the call of prctl.
     if os.getppid() != parent:
         os._exit(1)
 
 
 def _end_by(mistake: BaseException) -> NoReturn:
-    """End this process after a mistake of ours, which is told by its type and its frames: its text may quote a prompt."""
+    """End this process after a mistake of ours. Print its type and its frames, and not its text, which may quote a prompt."""
     frames = [
         f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in walk_tb(mistake.__traceback__)
     ]
@@ -122,7 +122,7 @@ class _EngineServer:
             await self._engine.close()
 
     def _read_commands(self, loop: asyncio.AbstractEventLoop) -> None:
-        # A thread, so that the end of the runner is noticed while the engine blocks the loop.
+        # In a thread, so that it notices the end of the runner even while the engine blocks the loop.
         buffer = FrameBuffer()
         try:
             while data := os.read(self._commands, 1 << 20):
@@ -131,11 +131,11 @@ class _EngineServer:
         except Exception as mistake:  # noqa: BLE001 - whatever it is
             _end_by(mistake)
         finally:
-            # The runner is gone, or talks nonsense: nobody is left to close for.
+            # The runner is gone, or sends what is no frame. Nobody waits for a close any more.
             os._exit(1)
 
     def _receive_or_end(self, frame: dict[str, Any]) -> None:
-        # A call that is never taken up would be waited for until somebody gives up; an engine that has died is noticed at once.
+        # The runner would wait long for a call that never begins. It notices at once that an engine has died.
         try:
             self._receive(frame)
         except Exception as mistake:  # noqa: BLE001 - whatever it is
@@ -171,10 +171,10 @@ class _EngineServer:
             async with aclosing(perform(engine, work)) as values:
                 async for value in values:
                     if work.name == "generate":
-                        # Also what lets the loop see a cancellation, where the engine itself never really awaits.
+                        # It also lets the loop see a cancellation if the engine itself never really awaits.
                         await self._room.acquire()
                     self._send({"kind": "value", "call": call, "value": value})
-        except BaseException as error:  # noqa: BLE001 - an engine may raise anything, a panic of its Rust code included
+        except BaseException as error:  # noqa: BLE001 - an engine may raise anything, even a panic of its Rust code
             if was_cancelled(error):
                 self._send({"kind": "done", "call": call})
                 return

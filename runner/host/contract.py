@@ -1,4 +1,4 @@
-"""What a host promises, and how an engine for a process of its own is named."""
+"""The contract of a host, and the name and configuration of an engine that runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ __all__ = ["CHUNK_WINDOW", "PROGRESS_WINDOW", "EngineHost", "EngineSpec"]
 
 
 CHUNK_WINDOW = 16
-"""How many pieces of text may be under way before the consumer has taken them; the engine waits at the next one."""
+"""How many pieces of text may wait for the consumer; the engine waits before the next piece."""
 
 PROGRESS_WINDOW = 64
-"""How many steps of load progress are kept for a consumer that is behind; older ones make room, the newest is never lost."""
+"""How many values of load progress are kept for a slow consumer. The oldest are dropped first, and the newest never is."""
 
 
 class EngineHost(Protocol):
-    """An engine that can be taken away. The same calls as `runner.engine.Engine`, one at a time and in the same order.
+    """An engine that can be killed at any time. The same calls as `runner.engine.Engine`, one at a time and in the same order.
 
     Life of an engine:
-        ``start``, ``prepare``, ``connect`` and ``load`` start one if there is none; ``warm_up`` and ``generate`` do not, and say so.
-        After `kill`, after `close` and after a death, the next of these starts a fresh one: a new incarnation of the engine. It
-        never starts before the old one is gone, or has been given up on after a grace. A host may keep a spare: a second engine
-        that is started and prepared while the first one serves, and takes its place when that one is gone.
+        ``start``, ``prepare``, ``connect`` and ``load`` start an engine if there is none; ``warm_up`` and ``generate`` fail then.
+        After `kill`, `close` or a death, the next call of the first four starts a fresh engine: a new incarnation of it. It
+        starts when the old one is gone, or was given up after a grace. A host may keep a spare: a second engine that is
+        started and prepared while the first one serves, and takes its place when the first one is gone.
 
     Failures:
-        Whatever a call raises is an `EngineFailure` (asyncio.CancelledError aside). `EngineDied` means that the engine is
+        A call raises only `EngineFailure` (and asyncio.CancelledError). `EngineDied` means that the engine is
         gone: it ended by itself, or was killed or closed while the call ran. The text never quotes a prompt.
 
     Cancellation:
-        A cancelled ``prepare`` goes on, and the next one waits for it: it concerns no other rank, and may be a long download. A
-        cancelled ``connect``, ``load`` or ``warm_up`` kills the engine, because half a collective is of no use. A
-        cancelled ``generate`` asks the engine to stop that generation and keeps the model; only an engine that has not
-        stopped within the grace is killed. The tidying goes on by itself if it is cancelled too, and the next call waits
+        A cancelled ``prepare`` goes on, and the next one waits for it, because it needs no other rank and may be a long download.
+        A cancelled ``connect``, ``load`` or ``warm_up`` kills the engine, because half a collective is of no use. A
+        cancelled ``generate`` asks the engine to stop that generation and keeps the model; the host kills the engine only if it
+        has not stopped within the grace. If the caller is cancelled once more, this work goes on, and the next call waits
         for it. A consumer that leaves ``load`` or ``generate`` early must close it: ``async with aclosing(...)``.
 
     Back-pressure:
-        ``generate`` holds at most `CHUNK_WINDOW` pieces; the engine waits. ``load`` never makes the engine wait: a consumer
-        that is behind by more than `PROGRESS_WINDOW` steps sees only the newest of them, since progress is a state.
+        ``generate`` holds at most `CHUNK_WINDOW` pieces; then the engine waits. ``load`` never makes the engine wait: a consumer
+        that is behind by more than `PROGRESS_WINDOW` values gets only the newest of them.
     """
 
     @property
     def pid(self) -> int | None:
-        """The process that the engine has for itself; None where it has none, or where no engine is running."""
+        """The engine's own process; ``None`` if it has none, or if no engine is running."""
         ...
 
     async def start(self) -> None:
-        """Start an engine, if there is none, and have its factory make it: what is wrong with the factory or its configuration is said now.
+        """Start an engine, if there is none, and call its factory, so that a wrong factory or configuration fails at once.
 
         Raises:
-            EngineFailure: permanent where the factory cannot be imported, refuses its configuration, or makes what is no engine.
+            EngineFailure: permanent if the factory cannot be imported, refuses its configuration, or returns an object that is no engine.
         """
         ...
 
     async def prepare(self, rank: int, world_size: int) -> str | None:
-        """Make an engine ready for an attempt; returns the endpoint that it has bound for it. See `runner.engine.Engine.prepare`."""
+        """Prepare an engine for an attempt; returns the endpoint that it has bound for the attempt. See `runner.engine.Engine.prepare`."""
         ...
 
     async def connect(self, group: EngineGroup) -> None:
-        """Enter the collective group; returns once all ranks are in it. An engine that takes longer than the group's deadline is killed."""
+        """Enter the collective group; returns once all ranks are in it. The host kills an engine that takes longer than the deadline."""
         ...
 
     def load(self, model: ModelSpec) -> AsyncGenerator[int, None]:
@@ -81,25 +81,25 @@ class EngineHost(Protocol):
         ...
 
     async def died(self) -> EngineDied:
-        """Wait until the engine ends though nobody asked it to, also between calls; returns how.
+        """Wait until the engine ends by itself, during or between calls; returns how it ended.
 
-        Returns at once if that has already happened and no fresh engine has been started since; never for a kill or a close.
+        It returns at once if that has happened already and no fresh engine was started since. It never returns for a kill or a close.
         """
         ...
 
     async def kill(self) -> None:
-        """Give the engine up at once, whatever it does; idempotent. A call under way ends with `EngineDied`. A spare stays.
+        """Kill the engine at once, whatever it does; idempotent. A call under way ends with `EngineDied`. A spare stays.
 
-        The engine is condemned before the first await, so that a cancelled kill has killed as well. Returns once the engine
-        is gone, or after the grace where the operating system cannot end it sooner.
+        The host kills before its first await, so a cancelled kill kills too. The call returns when the engine is gone, or after the
+        grace if the operating system cannot end it sooner.
         """
         ...
 
     async def close(self) -> None:
-        """Ask the engine to give up group, model and memory, and kill it if it has not within the grace; idempotent.
+        """Ask the engine to give up group, model and memory, and kill it if it has not done so within the grace; idempotent.
 
-        A call under way ends with `EngineDied`. A cancelled close becomes a kill. An engine that is at most prepared has nothing to
-        give up yet, and stays.
+        A call under way ends with `EngineDied`. A cancelled close kills the engine. An engine that was only started or prepared stays:
+        it has nothing to give up yet.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What an engine raised, as a sentence that is fit for a status and a log: it never quotes a prompt."""
+"""Describes what an engine raised, in a sentence for a status and a log. The sentence never quotes a prompt."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ __all__ = [
 
 
 MAX_FAILURE_CHARS = 1_900
-"""The longest failure sentence, in characters: it has to fit into a runner's Failed status, which holds 2,000."""
+"""The longest sentence about a failure, in characters. It must fit into a runner's Failed status, which holds 2,000."""
 
 _TRACEBACK_CHARS = 4_000
 
 UNFIT = (TypeError, ValueError, LookupError, AttributeError, NameError, ImportError, SyntaxError)
-"""What an engine's module or factory raises that cannot be used, or cannot use its configuration: the same at every attempt."""
+"""Errors of a module or factory that cannot be used, or cannot use its configuration. Every attempt would fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What an engine raised, without the prompt: no object of the engine's leaves its process."""
+    """What an engine raised, without the prompt. It is plain text, because no object of the engine leaves its process."""
 
     sentence: str
     permanent: bool
@@ -57,7 +57,7 @@ class Failure:
         )
 
     def as_exception(self) -> EngineFailure:
-        """As the runner sees it."""
+        """The exception that the runner gets."""
         return EngineFailure(self.sentence, permanent=self.permanent)
 
     def log(self, rank: int, work: Work) -> None:
@@ -68,7 +68,7 @@ class Failure:
 
 
 def sentence_of(error: BaseException) -> str:
-    """What was raised, in one sentence; an engine's own failures speak for themselves."""
+    """Describe an exception in one sentence. An `EngineFailure` is its own sentence."""
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - a foreign error may not even be able to say what it is
@@ -79,7 +79,7 @@ def sentence_of(error: BaseException) -> str:
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether trying again cannot help."""
+    """Whether another attempt would fail too."""
     return isinstance(error, EngineFailure) and error.permanent
 
 
@@ -93,16 +93,16 @@ _RUN = 12
 
 
 def without_prompt(text: str, prompt: str) -> str:
-    """Put ``<prompt>`` in the place of every part of the prompt in a text that goes to a log or a status.
+    """Replace every part of the prompt by ``<prompt>``, in a text for a log or a status.
 
-    A part is any run of 12 characters or more that the prompt holds, as it is or escaped as Python's ``repr`` or JSON do. A
-    prompt that is shorter than that is replaced as a whole, where no letter or digit adjoins it.
+    A part is any run of 12 or more characters of the prompt, as it is or escaped by Python's ``repr`` or by JSON. A shorter prompt is
+    replaced only as a whole, and only if no letter or digit is next to it.
     """
     forms = {prompt, repr(prompt)[1:-1], json.dumps(prompt)[1:-1]}
     for form in (form.strip() for form in forms if len(form) < _RUN):
         if form:
             text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "<prompt>", text)
-    # Linear in both lengths, since an exception's text can hold the whole of a long prompt.
+    # The time is linear in both lengths, because an exception's text can hold the whole of a long prompt.
     runs = {form[at : at + _RUN] for form in forms for at in range(len(form) - _RUN + 1)}
     parts: list[str] = []
     kept_to = 0

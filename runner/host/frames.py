@@ -1,4 +1,4 @@
-"""What passes between a host and its child: four bytes of length, big-endian, then that many bytes of ASCII JSON. Never pickle."""
+"""The frames between a host and its child: four bytes of length, big-endian, then that many bytes of ASCII JSON. Never pickle."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["MAX_FRAME_BYTES", "FrameBuffer", "decode_request", "encode_frame", "
 
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
-"""The longest frame that passes between a host and its child, in bytes. The longest prompt that a task may carry needs 2.4 MB."""
+"""The longest frame between a host and its child, in bytes. The longest prompt of a task needs 2.4 MB."""
 
 
 def encode_frame(frame: dict[str, Any]) -> bytes:
     """Write one frame; raises a permanent `EngineFailure` if it is longer than `MAX_FRAME_BYTES`."""
-    body = json.dumps(frame).encode("ascii")  # escaped, so that a lone surrogate in a text passes, too
+    body = json.dumps(frame).encode("ascii")  # escaped, so that a text may hold a lone surrogate
     if len(body) > MAX_FRAME_BYTES:
         raise EngineFailure(
             f"a frame of {len(body):,} bytes does not pass between runner and engine; at most {MAX_FRAME_BYTES:,} do, so send less",

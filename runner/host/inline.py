@@ -15,13 +15,13 @@ __all__ = ["InlineHost"]
 
 
 class InlineHost(BaseHost):
-    """Hosts an engine in this process. To kill it is to cancel its call and to forget it, without a call to its ``close``.
+    """Hosts an engine in this process. A kill cancels the engine's call and forgets the engine; it does not call its ``close``.
 
-    One piece passes at a time: the engine is asked for the next one only when the last has been taken. An engine that
-    swallows cancellation is left behind after the grace; one that blocks its thread blocks this process.
+    The host asks the engine for the next piece only when the last one was taken. An engine that ignores cancellation is given up
+    after the grace, and goes on. An engine that blocks its thread blocks this process.
 
     Args:
-        factory: makes one engine; called anew for every incarnation.
+        factory: makes one engine; called for every incarnation.
         rank: for the texts of failures.
         grace_seconds: how long a cancelled call, a kill and a close may take.
     """
@@ -91,7 +91,7 @@ class _InlineLife(Life):
                 async for value in values:
                     taken.clear()
                     call.put(value)
-                    if not call.work.prepares:  # what it says may be for nobody any more, and it must end all the same
+                    if not call.work.prepares:  # a preparation must end even if nobody takes its value
                         await taken.wait()
         except EngineDied as error:
             self._death = EngineDied(Failure.of(error, call.work, self._rank).sentence)
@@ -103,7 +103,7 @@ class _InlineLife(Life):
             failure = Failure.of(error, call.work, self._rank)
             failure.log(self._rank, call.work)
             call.finish(failure.as_exception())
-            if isinstance(error, KeyboardInterrupt):  # it was for this process, and only struck here
+            if isinstance(error, KeyboardInterrupt):  # it is meant for the whole process
                 raise
         else:
             call.finish()
@@ -114,6 +114,6 @@ class _InlineLife(Life):
             await asyncio.wait({self._task})
         try:
             await self._engine.close()
-        except Exception as error:  # noqa: BLE001 - an engine that cannot close is dropped all the same
+        except Exception as error:  # noqa: BLE001 - an engine that cannot close is dropped too
             engine_log().warning("engine of rank {} failed while closing: {}", self._rank, type(error).__name__)
         self._is_gone()

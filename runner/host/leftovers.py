@@ -1,12 +1,12 @@
-"""Ends what an engine left behind: helpers that it started, also those in sessions of their own.
+"""Ends the helpers that an engine started and left behind, also those in sessions of their own.
 
-A signal to the engine's process group misses a helper that has left the group. But every process inherits the environment, and the
-engine's has a mark in it that nobody else's has. So whoever carries the mark, whatever its parent and its session, is the engine's.
-Linux shows a process's environment in ``/proc/<pid>/environ``; elsewhere nothing is found, and only the process group is ended.
+A signal to the engine's process group misses a helper that has left the group. But every process inherits the environment, and each
+engine has its own mark in it. So a process with the mark belongs to the engine, whatever its parent and its session are.
+Linux shows a process's environment in ``/proc/<pid>/environ``. Elsewhere no helper is found, and only the process group is ended.
 
-While the runner lives, it ends an engine's helpers when the engine has ended. A runner that is killed can do nothing any more; so a
-watcher, a small process that holds the end of a pipe from the runner, does it then. This file is the watcher's program, too: it
-imports nothing but the standard library, and little of that.
+While the runner lives, it ends an engine's helpers when the engine has ended. If the runner is killed, a watcher does it: a small
+process that reads from a pipe which only the runner holds open. This file is also the watcher's program, so it imports only a little
+of the standard library.
 
 A helper that clears its environment is not found.
 """
@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 class _Watch:
-    """The watcher of one process, while that has engines; a forked process has a watch of its own."""
+    """The watcher of one process, while that process has engines. A forked process has its own."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -48,9 +48,9 @@ _watch_of_this_process: _Watch | None = None
 
 
 def begin() -> str:
-    """Watch over one more engine of this process; returns its mark, to be put into its environment as `MARK`.
+    """Watch over one more engine of this process; returns the mark, which the caller puts into the engine's environment as `MARK`.
 
-    From now on the engine's processes end when this process does, however that happens (on Linux). Call `end` when it has ended.
+    From now on the engine's processes end when this process ends, in whatever way (on Linux). Call `end` when the engine has ended.
     """
     global _watch_of_this_process  # noqa: PLW0603 - one watcher a process is the point
     with _lock:
@@ -58,7 +58,7 @@ def begin() -> str:
         if watch is None or watch.pid != os.getpid():
             watch = _watch_of_this_process = _Watch()
         if sys.platform == "linux" and (watch.watcher is None or watch.watcher.poll() is not None):
-            # -I -S: nothing of this process's environment and no packages, so that it starts in some ten milliseconds.
+            # -I -S: without this process's environment and without packages it starts in about ten milliseconds.
             watch.watcher = subprocess.Popen(
                 [sys.executable, "-I", "-S", __file__, f"{watch.name}."],
                 stdin=subprocess.PIPE,
@@ -72,7 +72,7 @@ def begin() -> str:
 
 
 def end(mark: str) -> None:
-    """End what an engine left behind; and the watcher, where that was the last engine of this process. Blocks, as `end_marked` does."""
+    """End an engine's helpers, and the watcher too if this was the last engine of this process. Blocks, as `end_marked` does."""
     end_marked(mark)
     with _lock:
         watch = _watch_of_this_process
@@ -82,9 +82,9 @@ def end(mark: str) -> None:
         if watch.marks or watch.watcher is None or watch.watcher.stdin is None:
             return
         watcher, watch.watcher = watch.watcher, None
-    # Outside of the lock, which the event loop takes to begin another engine.
+    # Without the lock, because the event loop takes it to begin another engine.
     if watcher.stdin is not None:
-        watcher.stdin.close()  # it sees the end of its pipe, finds nothing more to do, and ends
+        watcher.stdin.close()  # the watcher sees the end of its pipe, finds nothing to do, and ends
     try:
         watcher.wait(_PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -93,22 +93,21 @@ def end(mark: str) -> None:
 
 
 def end_marked(mark: str) -> None:
-    """Kill every process whose mark is this one, or begins with it where it ends in a dot. Blocks for milliseconds, at the most seconds."""
+    """Kill every process with this mark; if `mark` ends in a dot, every process whose mark begins with it. Blocks for at most 5 seconds."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     wanted = f"{MARK}={mark}".encode()
     while (found := _carriers(wanted)) and time.monotonic() < deadline:
         for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
-            except OSError:  # gone meanwhile, or another user's, which has been given up by its owner
+            except OSError:  # it is gone, or belongs to another user
                 continue
-        time.sleep(
-            _PAUSE_SECONDS
-        )  # in a thread or in the watcher: one that was just killed needs a moment, and may have had a child
+        # A killed process needs a moment to end, and may have had a child. This runs in a thread or in the watcher.
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _carriers(wanted: bytes) -> list[int]:
-    """The processes that carry such a mark; those that have ended and wait for their parent have no environment any more."""
+    """The processes with such a mark. A process that has ended and waits for its parent has no environment any more."""
     found: list[int] = []
     for name in os.listdir("/proc") if sys.platform == "linux" else ():
         if not name.isdecimal() or int(name) == os.getpid():
@@ -125,7 +124,7 @@ def _carriers(wanted: bytes) -> list[int]:
 
 
 def _watch() -> None:
-    """The watcher: wait for the end of the pipe, which is the end of the process that started it."""
+    """The watcher: wait until the pipe ends, which it does when the process that started the watcher ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when its work is done
         signal.signal(number, signal.SIG_IGN)
     while os.read(0, 1024):

@@ -1,4 +1,4 @@
-"""What both hosts share: one call at a time, one engine's life at a time, and the tidying between them."""
+"""The common part of both hosts: one call at a time, one engine at a time, and the cleaning up between them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ __all__ = ["BaseHost", "Call", "Life"]
 
 
 class Call:
-    """One call under way: values pass from whoever does the work to the one who awaits it."""
+    """One call under way: it passes values from the engine to the caller."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.on_taken: Callable[[], None] = lambda: None
         self.on_done: Callable[[], None] = lambda: None
-        """Called when it ends well, whether or not somebody still waits for it."""
+        """Called when the call succeeds, even if nobody waits for it any more."""
         self.over: bool = False
         self.left = False
-        """Whether whoever asked for it has gone."""
+        """Whether the caller no longer waits."""
         self._failure: EngineFailure | None = None
         self._values: deque[Value] = deque(maxlen=PROGRESS_WINDOW if work.name == "load" else None)
         self._news = asyncio.Event()
 
     @property
     def failed(self) -> bool:
-        """Whether it is over, and has failed."""
+        """Whether the call is over and has failed."""
         return self._failure is not None
 
     def put(self, value: Value) -> None:
@@ -46,7 +46,7 @@ class Call:
             self._news.set()
 
     def finish(self, failure: EngineFailure | None = None) -> None:
-        """End the call; the first end counts. Values that came before it are still handed out."""
+        """End the call; only the first end counts. The consumer still gets the values that came before."""
         if not self.over:
             self.over = True
             self._failure = failure
@@ -55,7 +55,7 @@ class Call:
             self._news.set()
 
     async def take(self) -> Value | None:
-        """Take the next value; None at the end. Raises the failure that ended the call."""
+        """Take the next value; ``None`` at the end. Raises the failure that ended the call."""
         while not self._values:
             if self.over:
                 if self._failure is not None:
@@ -68,7 +68,7 @@ class Call:
         return value
 
     async def wait_over(self) -> None:
-        """Wait for the end and throw the values away as they come, unacknowledged: nobody wants them any more."""
+        """Wait for the end, and drop the values as they come, without `on_taken`: nobody wants them any more."""
         while not self.over:
             self._values.clear()
             self._news.clear()
@@ -76,7 +76,7 @@ class Call:
 
 
 class Life(ABC):
-    """One incarnation of an engine. Everything but `start` returns at once."""
+    """One incarnation of an engine. All methods but `start` return at once."""
 
     def __init__(self, on_gone: Callable[[Life], None]) -> None:
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -86,29 +86,29 @@ class Life(ABC):
         self.preparing: float = 0.0
         """Seconds that its start and its preparations have taken."""
         self.used = False
-        """Whether it was asked for more than to be prepared: it may be in a group, or hold a model."""
+        """Whether it had any call but to start or prepare: it may be in a group, or hold a model."""
 
     @property
     @abstractmethod
     def pid(self) -> int | None:
-        """The process that the engine has for itself, if it has one."""
+        """The engine's own process; ``None`` if it has none."""
         ...
 
     @abstractmethod
     async def start(self) -> None:
-        """Start; raises if that is not possible."""
+        """Start the engine; raises if that is not possible."""
 
     @abstractmethod
     def begin(self, call: Call) -> None:
-        """Take up a call; a failure to do so is the call's failure."""
+        """Begin a call. If that fails, the call fails."""
 
     @abstractmethod
     def cancel(self, call: Call) -> None:
-        """Ask for the end of that call; it ends soon, or never."""
+        """Ask the engine to end the call. It may never do so."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ask for the end of the engine; it is gone soon, or never."""
+        """Ask the engine to end. It may never do so."""
 
     @abstractmethod
     def kill(self) -> None:
@@ -125,8 +125,8 @@ class Life(ABC):
 
 
 def _not_connected(group: EngineGroup) -> str:
-    """What to say of a group that did not come together in time."""
-    from barrier.plain import number  # noqa: PLC0415 - the engine's own process does without until something fails
+    """The sentence about a group that did not connect in time."""
+    from barrier.plain import number  # noqa: PLC0415 - the engine's own process imports it only for a failure
 
     after = (group.rank + 1) % group.world_size
     return (
@@ -153,7 +153,7 @@ class BaseHost(ABC):
         self._watchers: set[asyncio.Future[EngineDied]] = set()
         self._spare_after = spare_after
         self._costly: Place | None = None
-        """For whom engines are prepared, once one has taken longer than `spare_after` to be ready."""
+        """The rank and world size to prepare a spare for, once an engine took longer than `spare_after` to be ready."""
         self._longest_preparing = 0.0
         self._spare: Life | None = None
         self._preparing_spare = Call(Work("prepare"))
@@ -184,7 +184,7 @@ class BaseHost(ABC):
         return endpoint or None
 
     def _count_preparing(self, life: Life) -> None:
-        """Add the call that has just ended to what the engine's start and preparations took."""
+        """Add the time of the call that has just ended to the time of the engine's start and preparations."""
         life.preparing += asyncio.get_running_loop().time() - life.asked_at
         self._longest_preparing = max(self._longest_preparing, life.preparing)
 
@@ -201,7 +201,7 @@ class BaseHost(ABC):
         return cast("AsyncGenerator[int, None]", self._values(Work("load", model)))
 
     async def warm_up(self) -> None:
-        """See `EngineHost`. An engine that was slow to prepare gets a spare now, when its own work is done."""
+        """See `EngineHost`. If the engine was slow to prepare, the host starts a spare now, when the engine is warm."""
         await self._run(Work("warm_up"))
         if self._costly is not None and self._spare is None:
             from barrier import supervise  # noqa: PLC0415 - see `engine_log`
@@ -229,7 +229,7 @@ class BaseHost(ABC):
 
     async def kill(self) -> None:
         """See `EngineHost`."""
-        if self._life is None and self._active_call() is not None:  # who waits for an engine waits for the spare
+        if self._life is None and self._active_call() is not None:  # the call under way waits for the spare
             self._give_up_spare()
         self._end("was killed on request")
         await self._until_gone()
@@ -237,7 +237,7 @@ class BaseHost(ABC):
     async def shut_down(self) -> None:
         """See `EngineHost`."""
         if self._starting_spare is not None:
-            self._starting_spare.cancel()  # one that has not begun yet must not begin after this
+            self._starting_spare.cancel()  # a start that has not begun must not begin after this
             await asyncio.wait({self._starting_spare})
         self._give_up_spare()
         self._end("was killed on request")
@@ -276,7 +276,7 @@ class BaseHost(ABC):
             )
         call = self._call = Call(work)
         try:
-            if call.work.prepares:  # a task of its own: whoever waits for it may leave, and it goes on
+            if call.work.prepares:  # in a task of its own, because it goes on if the caller leaves
                 from barrier import supervise  # noqa: PLC0415 - see `engine_log`
 
                 self._handing_over = supervise.background(
@@ -295,7 +295,7 @@ class BaseHost(ABC):
                     call.left = True
                     await self._abandon(call)
             finally:
-                # One that is not over yet is still being tidied up after, and its end concerns the engine.
+                # A call that is not over yet is still being ended, and the host needs it until then.
                 if self._call is call and call.over:
                     self._call = None
 
@@ -318,40 +318,40 @@ class BaseHost(ABC):
                 life = self._life = self._new_life()
                 life.used = not call.work.prepares
                 await life.start()
-            except Exception as error:  # noqa: BLE001 - whatever keeps a foreign engine from starting is one failed task
+            except Exception as error:  # noqa: BLE001 - whatever a foreign engine raises at its start is one failed task
                 failure = EngineFailure(
                     f"engine of rank {self._rank} cannot be started: {sentence_of(error)}"[:MAX_FAILURE_CHARS],
                     permanent=is_permanent(error) or isinstance(error, UNFIT),
                 )
                 failure.__cause__ = error
                 call.finish(failure)
-                # It never lived, so nothing of it is waited for.
+                # It never started, so nobody waits for its end.
                 if (life := self._part_with("could not be started")) is not None:
                     self._ending.discard(life)
                 return
         else:
             life.asked_at = asyncio.get_running_loop().time()
         life.used = life.used or not call.work.prepares
-        if call.work.prepares:  # also where whoever asked for it leaves: it goes on, and took the time all the same
+        if call.work.prepares:  # also if the caller leaves: the call goes on, and its time counts
             call.on_done = lambda: self._count_preparing(life)
         if not call.over:  # killed while it was being started
             life.begin(call)
 
     async def _start_spare(self, place: Place) -> None:
-        """Start and prepare a second engine. It is a convenience: where it fails, the next attempt starts one of its own."""
+        """Start and prepare a second engine. If that fails, the next attempt starts an engine as usual."""
         life = self._spare = self._new_life()
         call = self._preparing_spare = Call(Work("prepare", place))
         try:
             await life.start()
             life.begin(call)
-        except BaseException as error:  # as in `_hand_over`; and cancelled by `shut_down`
+        except BaseException as error:  # as in `_hand_over`; `shut_down` may also cancel it
             call.finish(EngineFailure(f"no spare engine could be started: {type(error).__name__}"))
             self._give_up_spare()
             if not isinstance(error, Exception):
                 raise
 
     async def _spare_settled(self) -> None:
-        """Wait until the spare, if there is one, is prepared or has failed. One that takes longer than an engine ever did is given up."""
+        """Wait until the spare, if there is one, is prepared or has failed. Give it up if it takes far longer than any engine did."""
         try:
             async with asyncio.timeout(max(self._grace_seconds, 2 * self._longest_preparing)):
                 if self._starting_spare is not None:
@@ -364,7 +364,7 @@ class BaseHost(ABC):
             self._give_up_spare()
 
     def _take_spare(self) -> Life | None:
-        """The spare, which is prepared; ``None`` where there is none, or it failed."""
+        """The prepared spare; ``None`` if there is none, or if it failed."""
         if self._spare is not None and self._preparing_spare.failed:
             self._give_up_spare()
         life, self._spare = self._spare, None
@@ -390,7 +390,7 @@ class BaseHost(ABC):
             return  # it goes on; `_settle` waits for it
         if call.work.name != "generate":
             self._end("was killed because its caller gave up")
-        # A task of its own, so that a second cancellation (anyio's scopes repeat theirs) ends the waiting, not the tidying.
+        # In a task of its own: a second cancellation (anyio's scopes repeat theirs) ends the waiting, but not the cleaning up.
         from barrier import supervise  # noqa: PLC0415 - see `engine_log`
 
         self._tidying = supervise.background(
@@ -442,7 +442,7 @@ class BaseHost(ABC):
             life.kill()
 
     def _part_with(self, how: str) -> Life | None:
-        """Take the engine off the host and end the call under way; from here on its end is expected."""
+        """Take the engine off the host and end the call under way. From now on the engine's end is no death."""
         life, self._life = self._life, None
         self._last_death = None
         if life is not None and not life.gone.done():

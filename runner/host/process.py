@@ -30,25 +30,25 @@ _DRAIN_SECONDS = 0.5
 
 
 class ProcessHost(BaseHost):
-    """Hosts an engine in a child process, started by the first ``start``, ``prepare``, ``connect`` or ``load``.
+    """Hosts an engine in a child process. The first ``start``, ``prepare``, ``connect`` or ``load`` starts it.
 
-    No engine outlives its runner, not even a runner that was killed with SIGKILL: the child ends when its stdin does (as soon
-    as the interpreter's lock is free), and on Linux the kernel kills it as well (PR_SET_PDEATHSIG; it is tied to the thread
-    that runs the event loop, which therefore must live as long as the host). The child leads a session of its own, so that Ctrl-C in a terminal reaches the runner
-    alone. Helpers that the engine started are killed with it, on Linux also those in sessions of their own and also when the
-    runner was killed (`runner.host.leftovers`).
+    No engine outlives its runner, not even a runner that was killed with SIGKILL. The child ends when its stdin ends (as soon
+    as the interpreter's lock is free). On Linux the kernel kills it too (PR_SET_PDEATHSIG). That is tied to the thread that runs
+    the event loop, so this thread must live as long as the host. The child has a session of its own, so Ctrl-C in a terminal
+    reaches only the runner. Helpers of the engine are killed with it. On Linux that includes helpers in sessions of their own,
+    and holds even if the runner was killed (`runner.host.leftovers`).
 
     What the engine writes to stdout or stderr goes to the log at debug level, and the last lines into the text of an
-    `EngineDied`. Once the engine has been given a prompt, its output may quote that prompt, and is dropped and only counted.
+    `EngineDied`. After the engine's first prompt, its output may quote a prompt. Then it is dropped and only counted.
 
     Args:
         spec: which engine.
         rank: for the texts of failures and the child's command line.
         grace_seconds: how long the child may take to stop a cancelled generation, to close, and to be gone after a kill.
-        output_is_safe: the engine is known never to print a prompt, so its output is kept after a generation, too.
-        spare_after: where the start and the preparation of an engine took longer than so many seconds, a second engine is started and
-            prepared as soon as the first one is warm, and takes its place when that one is gone: recovery does not pay for
-            imports. ``math.inf`` keeps no spare, for machines that have not the memory for a second process.
+        output_is_safe: the engine never prints a prompt, so its output is kept after a generation too.
+        spare_after: seconds. If the start and the preparation of an engine took longer, the host starts and prepares a second engine
+            when the first one is warm. It takes the first one's place when that one is gone, so a recovery does not wait for imports.
+            ``math.inf`` keeps no spare, for machines without memory for a second process.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class ProcessHost(BaseHost):
 class _ProcessLife(Life, asyncio.SubprocessProtocol):
     """A child process.
 
-    The protocol, not streams: asyncio's own ``Process.wait`` also waits for the pipes' end, which a helper that the engine
-    has left behind can put off for ever.
+    It uses asyncio's protocol and not its streams. ``Process.wait`` also waits for the end of the pipes, and a helper that the
+    engine left behind can hold them open for ever.
     """
 
     def __init__(self, spec: EngineSpec, rank: int, output_is_safe: bool, on_gone: Callable[[Life], None]) -> None:
@@ -117,14 +117,14 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
             expected=(OSError,),
         )
         self._spawning.add_done_callback(self._spawned)
-        # Shielded, so that a cancelled start still learns what it started, kills it, and knows when it is gone.
+        # Shielded: after a cancellation it still learns which process it started, kills it, and knows when it is gone.
         await asyncio.shield(self._spawning)
 
     def _spawned(self, spawning: asyncio.Task[Any]) -> None:
         failed = spawning.cancelled() or spawning.exception() is not None
         if failed and self._ending_helpers is None:
             self._ending_helpers = asyncio.get_running_loop().run_in_executor(None, leftovers.end, self._mark)
-        # Otherwise `start` raises, or the process's own end will be told.
+        # Otherwise `start` raises, or the end of the process is noticed by itself.
         if failed and self._condemned:
             self._is_gone()
 
@@ -146,7 +146,7 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
 
     def close(self) -> None:
         if self._transport is None:
-            self.kill()  # it does not listen yet, and has nothing to give up
+            self.kill()  # the child does not listen yet, and has nothing to give up
         else:
             self._send({"kind": "close"})
 
@@ -184,9 +184,9 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
             for frame in self._replies.feed(data):
                 self._receive(frame)
         except ValueError as error:
-            self._stderr.remark(f"sent a reply that is none: {error}")
+            self._stderr.remark(f"sent an invalid reply: {error}")
             self.kill()
-        except Exception as mistake:  # noqa: BLE001 - the event loop would tell its text, and close the pipe
+        except Exception as mistake:  # noqa: BLE001 - the event loop would log its text, and close the pipe
             from barrier import supervise  # noqa: PLC0415 - see `engine_log`
 
             supervise.tell_mistake(f"reading what the engine of rank {self._rank} says", mistake)
@@ -196,14 +196,14 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         self._open_pipes.discard(fd)
         if fd == 1 and not self._exited:
-            # Without its replies the child is of no use. One that is already exiting keeps its exit code all the same.
+            # Without replies the child is of no use. If it is exiting already, it keeps its exit code.
             self._kill_group()
         self._finish_if_done()
 
     def process_exited(self) -> None:
         self._exited = True
-        # The child is reaped; its helpers, if any, hold its group, and maybe its pipes. A free number is not given out again
-        # this soon.
+        # The child is reaped. Its helpers, if any, are still in its group, and may hold its pipes. The system does not use the
+        # number of the group again so soon.
         self._kill_group()
         self._ending_helpers = asyncio.get_running_loop().run_in_executor(None, leftovers.end, self._mark)
         self._ending_helpers.add_done_callback(lambda _: self._finish_if_done())
@@ -223,9 +223,9 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
         self._is_gone()
 
     def _kill_group(self) -> None:
-        # By its own pid, which is also its group's. Not Popen.kill: that polls, and would take the exit code from asyncio.
+        # The child's pid is also its group's number. Not Popen.kill, which polls and would take the exit code from asyncio.
         if self.pid is not None:
-            with suppress(ProcessLookupError, PermissionError):  # nobody left; macOS says the latter for a zombie
+            with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS raises the latter for a zombie
                 os.killpg(self.pid, signal.SIGKILL)
 
     def _send(self, frame: dict[str, Any]) -> None:
@@ -233,9 +233,9 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
         self._write(encode_frame(frame))
 
     def _write(self, data: bytes) -> None:
-        # To a child that is gone or condemned nothing is said: its end is on its way.
+        # Nothing is sent to a child that is gone or is being killed.
         if self._transport is not None and not self._exited and not self._condemned:
-            # No flow control is needed: one call is under way at a time, and its prompt is in memory already.
+            # It needs no flow control: there is one call at a time, and its prompt is in memory already.
             cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0)).write(data)
 
     def _receive(self, frame: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ class _ProcessLife(Life, asyncio.SubprocessProtocol):
                     told.log(self._rank, self._call.work)
                 self._finish_call(number, told.as_exception())
             case _:
-                raise ValueError("neither a value nor an end of a call")
+                raise ValueError("a frame that is neither a value nor the end of a call")
 
     def _finish_call(self, number: int, failure: EngineFailure | None) -> None:
         if self._call is not None and number == self._call_number:
@@ -279,7 +279,7 @@ class _StderrTail:
         self._withheld = 0
 
     def withhold(self) -> None:
-        """From here on the lines may quote a prompt."""
+        """From now on the lines may quote a prompt."""
         self._withholding = not self._keep_all
 
     def remark(self, text: str) -> None:

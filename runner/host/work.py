@@ -1,4 +1,4 @@
-"""One piece of work for an engine: what it is, and how an engine is made to do it."""
+"""One piece of work for an engine: its name and request, and the call of the engine that does it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DOING: dict[CallName, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """For which rank of how many an engine is prepared."""
+    """The rank and the world size for which an engine is prepared."""
 
     rank: int
     world_size: int
@@ -46,27 +46,27 @@ class Work:
 
     @property
     def doing(self) -> str:
-        """What it is, as it is said in a sentence."""
+        """The work as a participle, for a sentence."""
         return _DOING[self.name]
 
     @property
     def prompt(self) -> str:
-        """The prompt that no text may quote; empty where there is none."""
+        """The prompt that no text may quote; empty if there is none."""
         return self.request.prompt if isinstance(self.request, GenerationRequest) else ""
 
     @property
     def starts_engine(self) -> bool:
-        """Whether this is work for which an engine is started."""
+        """Whether the host starts an engine for this work if there is none."""
         return self.name in ("start", "prepare", "connect", "load")
 
     @property
     def prepares(self) -> bool:
-        """Whether it concerns no other rank: the engine is in no group and holds no model after it."""
+        """Whether the work needs no other rank: after it, the engine is in no group and holds no model."""
         return self.name in ("start", "prepare")
 
 
 async def perform(engine: Engine, work: Work) -> AsyncGenerator[Value, None]:
-    """Have the engine do the work; yields what it yields."""
+    """Have the engine do the work; yields the values of the engine."""
     request = work.request
     if work.name == "start":
         _check_protocol(engine)
@@ -90,7 +90,7 @@ _CALLS = ("prepare", "connect", "load", "warm_up", "generate", "close")
 
 
 def _check_protocol(engine: object) -> None:
-    """Refuse an object that cannot be an engine, such as one that was written for the protocol before."""
+    """Refuse an object that cannot be an engine, for example one that was written for an older protocol."""
     missing = [name for name in _CALLS if not callable(getattr(engine, name, None))]
     if missing:
         raise EngineFailure(
@@ -101,7 +101,7 @@ def _check_protocol(engine: object) -> None:
 
 
 def _checked(value: object, wanted: type[Value], work: Work) -> Value:
-    """Refuse what an engine without a type checker may yield: it would fail later, and elsewhere."""
+    """Refuse a value of a wrong type, which an engine without a type checker may yield: it would fail later, and elsewhere."""
     if not isinstance(value, wanted):
         raise TypeError(f"yielded {type(value).__name__} while {work.doing}, where only {wanted.__name__} is expected")
     return value

@@ -1,11 +1,11 @@
-"""The test kit of the runner: unit-test a planner against ranks that follow the protocol, and deviate where you say.
+"""The test kit of the runner: unit-test a planner against ranks that follow the protocol, and deviate where your test says so.
 
-- `ScriptedRunner` and `scripted_runners`: real runners whose engine is scripted; they can refuse, fail, hang, ignore, die.
-- `ScriptedEngine`: an engine whose every phase the test controls, and that notes what was asked of it.
-- `check_engine`: whether an engine of yours does what the runner relies on.
-- `ScriptedHost`: the host of one, which can also lose its engine while that has nothing to do.
+- `ScriptedRunner` and `scripted_runners`: real runners with a scripted engine. They can refuse, fail, hang, ignore a task, and die.
+- `ScriptedEngine`: an engine in which the test controls every phase. It notes the calls.
+- `check_engine`: checks that your own engine does what the runner relies on.
+- `ScriptedHost`: the host of a `ScriptedEngine`. It can also lose its engine while the engine has nothing to do.
 
-Together with `barrier.testing` no test needs a server, a process or a pause. Nothing here is a pytest plugin. It needs fakeredis:
+With it and `barrier.testing`, no test needs a server, a process or a pause. Nothing here is a pytest plugin. The kit needs fakeredis:
 ``pip install 'rankgate[testing]'``.
 """
 

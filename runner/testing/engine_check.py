@@ -1,4 +1,4 @@
-"""What every engine must do, as a check that the test of an engine can call."""
+"""A check that an engine follows the protocol, for the tests of an engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["EngineMisbehaves", "check_engine"]
 
 
 class EngineMisbehaves(AssertionError):
-    """An engine does not do what `runner.Engine` asks for; the sentence says what."""
+    """An engine does not do what `runner.Engine` asks for; the error's text says what."""
 
 
 async def check_engine(
@@ -39,17 +39,17 @@ async def check_engine(
         make_host: makes the host of one rank's engine, a fresh one for every call; usually a `runner.ProcessHost`.
         model: a small model that all ranks can load.
         world_size: number of ranks, 2 or more.
-        address: under which the ranks reach one another.
-        deadline: seconds that a connect may take. A check that expects one to fail may take so long.
-        prompt: what is generated from.
-        max_tokens: how much is generated.
+        address: the address at which the ranks reach one another.
+        deadline: seconds that a connect may take. Where the check expects a connect to fail, it may wait so long.
+        prompt: the prompt of the text.
+        max_tokens: the most tokens to generate.
 
     Returns:
         The pieces of the text that rank 0 generated.
 
     Raises:
-        EngineMisbehaves: with a sentence that says what the engine did.
-        ValueError: a world size below 2: there is nobody to connect to.
+        EngineMisbehaves: the engine does not follow the protocol; the error's text says what it did.
+        ValueError: the world size is below 2, so there is nobody to connect to.
     """
     if world_size < 2:
         raise ValueError(f"world_size is {world_size}; the check needs 2 ranks or more, which connect to one another")
@@ -74,7 +74,7 @@ async def _hosts(make_host: Callable[[int], EngineHost], count: int) -> AsyncGen
 
 
 async def _groups(hosts: Sequence[EngineHost], address: str, deadline: float) -> list[EngineGroup]:
-    """Prepare all ranks, and say where each of them is, in one attempt."""
+    """Prepare all ranks for one attempt; returns the group of each rank."""
     said = await asyncio.gather(*(host.prepare(rank, len(hosts)) for rank, host in enumerate(hosts)))
     endpoints = tuple(f"{address}{one}" if one is not None and one.startswith(":") else one or "" for one in said)
     return [EngineGroup("check", f"8-{'a' * 32}", rank, endpoints, deadline) for rank in range(len(hosts))]

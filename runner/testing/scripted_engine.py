@@ -1,4 +1,4 @@
-"""An engine whose every phase the test controls."""
+"""An engine in which the test controls every phase."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["PHASES", "TEXT", "Phase", "ScriptedEngine"]
 
 
 Phase: TypeAlias = Literal["prepare", "connect", "load", "warm_up", "generate", "close"]
-"""The calls of an `runner.Engine`."""
+"""The calls of a `runner.Engine`."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 TEXT = ("All ", "ranks ", "agree.")
-"""What a scripted engine generates where the test says nothing else."""
+"""The text of a scripted engine, if the test names no other."""
 
 
 def _named(*phases: Phase) -> tuple[Phase, ...]:
-    """The same phases; raises ValueError for one that is mistyped, which would be waited for or held for ever."""
+    """Return the same phases; raises ValueError for a mistyped one, for which the test would wait for ever."""
     for phase in phases:
         one_of("phase", phase, PHASES)
     return phases
@@ -34,17 +34,17 @@ def _named(*phases: Phase) -> tuple[Phase, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Yield:
-    """Give this out and go on."""
+    """Yield this value and go on."""
 
     value: int | str
 
 
 _Order: TypeAlias = BaseException | _Yield | None
-"""What a call shall do next: raise, yield, or return."""
+"""What a call does next: raise, yield, or return."""
 
 
 class ScriptedEngine:
-    """An `runner.Engine` that does what the test says, and writes down what was asked of it::
+    """A `runner.Engine` that does what the test says, and notes its calls::
 
         engine = ScriptedEngine()
         host = InlineHost(engine.fresh)
@@ -52,16 +52,16 @@ class ScriptedEngine:
         await engine.called("connect")       # … which the test can wait for
         engine.finish("connect")             # now the rank is Connected
 
-    Every call blocks until the test lets it go, fails it, or its caller gives up. Orders given ahead of a call are kept for it, so
-    a test need not wait for the call first. With ``auto`` every phase succeeds at once, except those that `hold` names; so
-    do ``prepare`` and ``close`` in any case, unless they are held.
+    Every call blocks until the test finishes it or fails it, or its caller gives up. The engine keeps an order for a call that has not
+    come yet, so a test need not wait for the call first. With ``auto`` every phase succeeds at once, except those that `hold` names.
+    ``prepare`` and ``close`` always succeed at once, unless the test holds them.
 
-    One object stands for all incarnations of the engine: `calls` begins each with ``"start"`` if the host makes them with `fresh`.
+    One object stands for all incarnations of the engine. If the host makes them with `fresh`, each begins with ``"start"`` in `calls`.
 
     Args:
         auto: whether calls succeed at once.
-        text: what a generation yields, piece by piece, where the test does not `say` anything.
-        journal: where to write the calls down; share one to see their order among other things.
+        text: the pieces that a generation yields if the test does not call `say`.
+        journal: the list for the calls. Share it with other code to see the order of everything in it.
     """
 
     def __init__(self, *, auto: bool = False, text: tuple[str, ...] = TEXT, journal: list[str] | None = None) -> None:
@@ -85,18 +85,18 @@ class ScriptedEngine:
     # --- what the test says -------------------------------------------------------------------------------------------
 
     def hold(self, *phases: Phase) -> ScriptedEngine:
-        """From now on calls of these phases block until `finish` or `fail`, also where the engine is ``auto``."""
+        """From now on calls of these phases block until `finish` or `fail`, also with ``auto``."""
         self._held.update(_named(*phases))
         return self
 
     def release(self, *phases: Phase) -> ScriptedEngine:
-        """From now on calls of these phases succeed at once, and those that block go on. All phases where none is named."""
+        """From now on calls of these phases succeed at once, and blocked calls go on. Without an argument: all phases."""
         self._held.difference_update(_named(*phases) or PHASES)
         self._tell()
         return self
 
     def finish(self, phase: Phase) -> ScriptedEngine:
-        """Let one call of this phase succeed: the one that blocks, or the next."""
+        """Let one call of this phase succeed: the blocked call, or else the next."""
         _named(phase)
         self._orders[phase].append(None)
         self._tell()
@@ -105,13 +105,13 @@ class ScriptedEngine:
     def fail(
         self, phase: Phase, error: str | BaseException, *, permanent: bool = False, times: int | None = 1
     ) -> ScriptedEngine:
-        """Let calls of this phase fail: the one that blocks, or the next.
+        """Let calls of this phase fail: the blocked call, or else the next.
 
         Args:
-            phase: which.
+            phase: the phase.
             error: the sentence of an `EngineFailure`, or any exception to raise instead; `EngineDied` is the engine's death.
-            permanent: see `EngineFailure`; an exception says it itself.
-            times: how many calls; ``None`` for all from now on.
+            permanent: see `EngineFailure`; ignored for an exception.
+            times: how many calls fail; ``None`` for all from now on.
 
         Raises:
             ValueError: times is below 1.
@@ -128,23 +128,23 @@ class ScriptedEngine:
         return self
 
     def die(self, phase: Phase, how: str = "engine died (signal 9)") -> ScriptedEngine:
-        """Let one call of this phase end with the engine's death. See `ScriptedHost.die` for one that has nothing to do."""
+        """Let one call of this phase end with the engine's death. `ScriptedHost.die` ends an engine that has nothing to do."""
         return self.fail(phase, EngineDied(how))
 
     def progress(self, layers: int) -> ScriptedEngine:
-        """Let the ``load`` that blocks, or the next, say that so many layers are loaded, and block on."""
+        """Let the blocked ``load``, or else the next, yield this number of layers, and go on blocking."""
         self._orders["load"].append(_Yield(layers))
         self._tell()
         return self
 
     def say(self, *pieces: str) -> ScriptedEngine:
-        """Let the ``generate`` that blocks, or the next, yield these pieces, and block on; `finish` then adds nothing."""
+        """Let the blocked ``generate``, or else the next, yield these pieces, and go on blocking. `finish` then adds nothing."""
         self._orders["generate"].extend(_Yield(piece) for piece in pieces)
         self._tell()
         return self
 
     def forget(self) -> ScriptedEngine:
-        """Take back every order that no call has followed yet, and failures that were to last."""
+        """Take back all orders that no call has followed yet, and all lasting failures."""
         for orders in self._orders.values():
             orders.clear()
         self._always.clear()
@@ -158,7 +158,7 @@ class ScriptedEngine:
         return self._active[phase] > 0
 
     async def called(self, phase: Phase, times: int = 1) -> None:
-        """Wait until this phase was called so many times altogether; bounded by the test's own deadline."""
+        """Wait until this phase was called so many times in total. Only the test's own deadline limits the wait."""
         _named(phase)
         while self.calls.count(phase) < times:
             self._news.clear()
@@ -166,18 +166,18 @@ class ScriptedEngine:
 
     @property
     def lives(self) -> int:
-        """How many incarnations there were, where the host makes them with `fresh`."""
+        """How many incarnations there were, if the host makes them with `fresh`."""
         return self.calls.count("start")
 
     def fresh(self) -> ScriptedEngine:
-        """Begin a new incarnation; the factory for a host."""
+        """Begin a new incarnation. Give this method to a host as the factory."""
         self._note("start")
         return self
 
     # --- the engine ---------------------------------------------------------------------------------------------------
 
     async def prepare(self, rank: int, world_size: int) -> str | None:
-        """Be ready, at once unless the test holds it."""
+        """Succeed at once, unless the test holds it."""
         with self._call("prepare"):
             await self._end_of("prepare")
         return self.endpoint
@@ -213,7 +213,7 @@ class ScriptedEngine:
                 yield piece
 
     async def close(self) -> None:
-        """Close, at once unless the test holds it."""
+        """Close at once, unless the test holds it."""
         with self._call("close"):
             await self._end_of("close")
 

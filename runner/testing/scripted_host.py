@@ -15,7 +15,7 @@ __all__ = ["ScriptedHost"]
 
 
 class ScriptedHost:
-    """An `runner.EngineHost`: an `InlineHost` around a `ScriptedEngine`, plus `die` for an engine that has nothing to do.
+    """A `runner.EngineHost`: an `InlineHost` around a `ScriptedEngine`, plus `die` for an engine that has nothing to do.
 
     It writes ``host kill`` and ``host close`` into the engine's journal (`ScriptedEngine.calls`).
 
@@ -34,7 +34,7 @@ class ScriptedHost:
         self._burying: asyncio.Task[None] | None = None
 
     def die(self, how: str = "was killed by the system (signal 9)") -> None:
-        """The engine ends, whatever it does, though nobody asked it to. Noticed by whoever awaits `died`."""
+        """End the engine as if it died by itself, whatever it does. `died` then returns."""
         self._death = EngineDied(f"engine of rank {self._rank} {how}")
         for watcher in self._watchers:
             if not watcher.done():
@@ -84,7 +84,7 @@ class ScriptedHost:
                     yield piece
 
     async def died(self) -> EngineDied:
-        """Wait for a death that `die` brought, or that the engine brought upon itself in a call."""
+        """Wait until `die` ends the engine, or until the engine dies in a call."""
         if self._death is not None:
             return self._death
         watcher: asyncio.Future[EngineDied] = asyncio.get_running_loop().create_future()
@@ -121,7 +121,7 @@ class ScriptedHost:
 
     @contextmanager
     def _deadly(self) -> Generator[None]:
-        """A call that `die` ended says so, and not that it was killed on request."""
+        """Make a call that `die` ended raise that death, and not a kill on request."""
         if self._death is not None:
             raise EngineDied(str(self._death))
         try:

@@ -1,4 +1,4 @@
-"""Ranks for the test of a planner: real runners, whose engine is scripted, and which deviate where the test says."""
+"""Ranks for the test of a planner: real runners with a scripted engine, which deviate where the test says so."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["RankPhase", "ScriptedRunner", "scripted_runners"]
 
 
 RankPhase: TypeAlias = Literal["connect", "load", "warm_up", "generate"]
-"""What a planner can ask of a rank's engine."""
+"""The calls of a rank's engine that a planner can cause."""
 
 _KINDS: dict[str, str] = {row.call: row.task for row in LIFECYCLE.rows}
 _REFUSALS: dict[RejectionCode, type[Refusal]] = {"NotYet": NotYet, "Stale": Stale, "Invalid": Invalid}
@@ -58,21 +58,21 @@ class ScriptedRunner:
             ...                                  # the planner under test does its work
         assert runner.kinds == ["ConnectToGroup", "LoadModel", "LoadModel", "LoadModel", "StartWarmup"]
 
-    It is a real `runner.Runner` with a `ScriptedEngine` that succeeds at once: it claims its rank, promises, tears down, reports,
-    and judges every task as in production, so a planner that passes against it has passed against the protocol. What the
-    script says comes on top, once each unless told otherwise, and holds for all lives of the rank.
+    It is a real `runner.Runner` with a `ScriptedEngine` that succeeds at once. It claims its rank, promises, tears down, reports,
+    and judges every task as in production. So a planner that works with it works with the protocol. The test adds deviations. Each
+    applies once unless ``times`` says otherwise, and holds for all lives of the rank.
 
     Args:
-        redis: a `FakeStore`, whose clock is then used and whose client is called ``rank <r>``, or a client, or a store.
+        redis: a client, a store, or a `FakeStore`. A `FakeStore` also gives its clock, and a client with the name ``rank <r>``.
         group: the instance.
         rank: which rank.
-        world_size: number of ranks, where this rank is configured with one.
-        digest: digest of the spec that it is configured for.
+        world_size: number of ranks, if this rank is configured with one.
+        digest: digest of the spec with which the rank is configured.
         namespace: as the planner's.
         settings: as the planner's.
         clock: as the planner's.
-        node: name of its machine; ``node-<r>`` where not given.
-        text: what a generation yields, piece by piece.
+        node: name of its machine; ``node-<r>`` by default.
+        text: the pieces that a generation yields.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class ScriptedRunner:
             clock = clock or redis.clock
             redis = redis.client(f"rank {rank}")
         self.engine: ScriptedEngine = ScriptedEngine(auto=True, text=tuple(text))
-        """The engine of all its lives, to be scripted in more detail than here."""
+        """The engine of all its lives. Script it directly for more detail."""
         self.rank = rank
         self.received: list[Task] = []
-        """Every task that it has read from the log, of all its lives, also those that it refused or ignored."""
+        """Every task that it has read from the log in all its lives, also those that it refused or ignored."""
         self._redis, self._group, self._clock = redis, group, clock
         self._options: dict[str, Any] = {
             "rank": rank,
@@ -125,33 +125,33 @@ class ScriptedRunner:
     def reject(
         self, phase: RankPhase, *, code: RejectionCode = "NotYet", hint: str = "", times: int | None = 1
     ) -> ScriptedRunner:
-        """Refuse tasks of this phase that it would have accepted; ``times=None`` refuses all of them."""
+        """Refuse tasks of this phase; ``times=None`` refuses all of them."""
         one_of("phase", phase, _KINDS)
         sentence = hint or f"the test says that rank {self.rank} refuses {_KINDS[phase]}"
         one_of("code of a rejection", code, _REFUSALS)
         return self._deviate(phase, _REFUSALS[code](sentence), times)
 
     def ignore(self, phase: RankPhase, *, times: int | None = 1) -> ScriptedRunner:
-        """Read tasks of this phase and neither do nor answer them, as a rank that hangs; ``times=None`` ignores all."""
+        """Read tasks of this phase and neither do nor answer them, like a rank that hangs; ``times=None`` ignores all."""
         return self._deviate(phase, None, times)
 
     def fail(self, phase: RankPhase, error: str, *, permanent: bool = False, times: int | None = 1) -> ScriptedRunner:
-        """Accept, and fail at it: the task under way or the next; ``times=None`` fails all from now on."""
+        """Accept a task of this phase and fail: the task under way, or else the next; ``times=None`` fails all from now on."""
         self.engine.fail(phase, error, permanent=permanent, times=times)
         return self
 
     def hold(self, *phases: RankPhase) -> ScriptedRunner:
-        """Accept, and be busy with it until `let`."""
+        """Accept tasks of these phases, and be busy with them until `let`."""
         self.engine.hold(*phases)
         return self
 
     def let(self, *phases: RankPhase) -> ScriptedRunner:
-        """Go on with what `hold` holds, and hold it no more; all phases where none is named."""
+        """Go on with the tasks that `hold` holds, and hold these phases no more. Without an argument: all phases."""
         self.engine.release(*phases)
         return self
 
     def lose_engine(self, how: str = "was killed by the system (signal 9)") -> ScriptedRunner:
-        """The engine's process dies, whatever it is doing; the runner lives."""
+        """End the engine as if its process died, whatever it does; the runner lives."""
         self.host.die(how)
         return self
 
@@ -163,7 +163,7 @@ class ScriptedRunner:
         return self
 
     def next_deviation(self, task: Task) -> _Deviation | None:
-        """What the script says about a task that was read; counts it."""
+        """The deviation for a task that was read, if the test planned one; counts it."""
         return next((one for one in self._deviations if one.applies(task.kind)), None)
 
     # --- its life -----------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class ScriptedRunner:
         await self.stop()
 
     async def start(self) -> None:
-        """Claim the rank and begin to serve; returns once it has said hello. After `stop` or `die` this is a new incarnation.
+        """Claim the rank and begin to serve; returns when the claim is made. After `stop` or `die` this is a new incarnation.
 
         Raises:
             RankTaken: another process keeps holding the rank.
@@ -201,7 +201,7 @@ class ScriptedRunner:
             running.result()
 
     async def stop(self) -> None:
-        """Leave as on SIGTERM: tear down and give the rank back. Does nothing for a rank that is gone."""
+        """Leave as on SIGTERM: tear down and give the rank back. Does nothing if the rank is gone."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -212,7 +212,7 @@ class ScriptedRunner:
             await self._member.close()
 
     async def die(self) -> None:
-        """End as on SIGKILL: nothing is written any more, and claim and report stay until the lease is over."""
+        """End as on SIGKILL: the rank writes nothing more, and its claim and report stay until the lease is over."""
         running, self._running = self._running, None
         self._member.die()
         if running is not None:
@@ -221,7 +221,7 @@ class ScriptedRunner:
         await self._member.close()
 
     async def restart(self) -> None:
-        """Become a new incarnation. One that serves leaves first; one that died has to wait for its old claim to lapse."""
+        """Become a new incarnation. A rank that serves leaves first. A rank that died waits until its old claim lapses."""
         await self.stop()
         await self.start()
 
@@ -234,12 +234,12 @@ class ScriptedRunner:
 
     @property
     def incarnation(self) -> str:
-        """Its present life."""
+        """Its present incarnation."""
         return self._member.incarnation
 
     @property
     def status(self) -> RunnerStatus:
-        """Its status now, with progress or error where it has one."""
+        """Its status now, with its progress or error."""
         return self._runner.status
 
     @property
@@ -249,7 +249,7 @@ class ScriptedRunner:
 
     @property
     def outcomes(self) -> tuple[TaskOutcome, ...]:
-        """What became of its last few tasks, as its report says it."""
+        """The outcomes of its last few tasks, as in its report."""
         return self._member.report_now.outcomes
 
     @property
@@ -294,7 +294,7 @@ class _DeviatingRunner(Runner):
 
 
 class _MortalMember(Member):
-    """A rank's side of the barrier that can end as a killed process does."""
+    """A rank's side of the barrier that can end like a killed process."""
 
     def __init__(self, redis: Redis | Store, group: str, **options: Any) -> None:  # noqa: ANN401  as Member
         super().__init__(redis, group, **options)
@@ -302,7 +302,7 @@ class _MortalMember(Member):
         self._dead = False
 
     def die(self) -> None:
-        """From here on nothing leaves this process."""
+        """From now on, send nothing."""
         self._dead = True
 
     async def claim(
@@ -366,7 +366,7 @@ async def scripted_runners(
     settings: Settings | None = None,
     clock: Clock | None = None,
 ) -> AsyncGenerator[list[ScriptedRunner]]:
-    """All ranks of an instance, serving; they leave at the end. See `ScriptedRunner`."""
+    """Start all ranks of an instance; they leave at the end of the ``async with`` block. See `ScriptedRunner`."""
     async with AsyncExitStack() as stack:
         ranks = [
             ScriptedRunner(

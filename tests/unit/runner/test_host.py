@@ -925,7 +925,7 @@ async def test_an_engine_that_spoils_the_replies_is_ended_with_a_clear_reason(pr
     host = processes.of(Babbling)
     with pytest.raises(
         EngineDied,
-        match=r"\(signal 9\) while connecting; it sent a reply that is none: a frame of 4,294,967,295 bytes",
+        match=r"\(signal 9\) while connecting; it sent an invalid reply: a frame of 4,294,967,295 bytes",
     ):
         await asyncio.wait_for(host.connect(group()), 30)
 
