@@ -79,9 +79,9 @@ class Barrier:
         redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``, whose address, user and TLS are then
             used, with our timeouts and without retries.
         group: the group's name.
-        world_size: number of ranks; taken from the epoch's record where it is not given.
+        world_size: number of ranks; by default that of the epoch's record.
         namespace: keeps several clusters on one store apart.
-        settings: the times; those of the store where a store is given.
+        settings: the times; if `redis` is a store, by default its settings.
         clock: time, for tests.
         holder: this planner's name, unique for each planner; by default the host name and random digits.
         wakeups: a reader to share with other groups of this process.
@@ -177,7 +177,7 @@ class Barrier:
         return outcome
 
     async def resign(self) -> None:
-        """Give leadership back, so that a standby need not wait for the lease."""
+        """Give the leadership back: then a standby need not wait for the lease."""
         self.leadership = None
         await verbs.lead(self.store, self.keys, holder=self.holder, floor=0, lease=None)
 
@@ -284,7 +284,7 @@ class Barrier:
             step: the step's name.
             payload: the task, as text; at most `MAX_PAYLOAD_BYTES`.
             statuses: what must hold: one status, several, or a `Requirement`.
-            to: first and last rank that the task is for; all where ``None``.
+            to: first and last rank that the task is for; ``None`` for all ranks.
             attempt: 2, 3, … for a step that a rank refused and that is dispatched again.
             after: a step that must have been dispatched before in this epoch.
             repeatable: whether this is a step that may come any number of times, each time with a name of its own.
@@ -336,7 +336,11 @@ class Barrier:
                     start = f"({page[-1][0].decode()}"
         except StoreError as error:
             if not self._forget_refused:
-                logger.warning("group {}: what all ranks have read stays in the task log: {}", self.keys.group, error)
+                logger.warning(
+                    "group {}: tasks that all ranks have read cannot be deleted from the task log: {}",
+                    self.keys.group,
+                    error,
+                )
             self._forget_refused = True
         else:
             self._forgotten_to, self._forget_refused = last, False

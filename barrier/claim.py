@@ -146,7 +146,7 @@ class Claims:
             said = "; ".join(f"rank {rank}: {one.holder}" for rank, one in list(held.items())[:_SHOWN])
             raise RankTaken(
                 f"group {self._keys.group}: held by other processes ({said}{'; …' if len(held) > _SHOWN else ''}). "
-                "Stop one, or start fewer runners than ranks"
+                "Stop one, or start no more runners than there are ranks"
             )
         pause = max(min(until_look, left), 0)
         if seat is not None:
@@ -284,7 +284,7 @@ def _holder(raw: bytes | None, rank: int, incarnation: str) -> str:
     try:
         since = f"{datetime.fromtimestamp(int(incarnation[:12], 16) / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
     except (ValueError, OverflowError):  # a clock that is thousands of years ahead
-        since = "nobody knows when"
+        since = "an unknown time"
     return f"by node {shown(report.node)}, pid {report.pid}, {report.status}, since {since}"
 
 
@@ -295,7 +295,7 @@ def name_of(holder: bytes | None) -> str:
 
 
 def _lease_of(raw: bytes | None, rank: int) -> int:
-    """The lease that a report was written with, in milliseconds; 0 where none can be read."""
+    """The lease that a report was written with, in milliseconds; 0 if it cannot be read."""
     try:
         return Report.decode(raw or b"", rank).lease_ms
     except UndecodableReport:

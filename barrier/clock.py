@@ -1,4 +1,4 @@
-"""Time as an injected object, so that an hour-long timeout is tested in a millisecond."""
+"""Time as an object that is passed in: a test of an hour-long timeout takes a millisecond."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Life:
 
     @property
     def rank(self) -> int:
-        """The claimed rank; raises `RankTaken` where there is none."""
+        """The claimed rank; raises `RankTaken` if there is none."""
         if not self._claimed:
             raise RankTaken("no rank is claimed yet: await claim() first")
         return self._who.rank

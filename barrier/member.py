@@ -52,11 +52,11 @@ class Member:
         redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``; see `barrier.Barrier`.
         group: the group's name.
         rank: the rank, or ``None`` to claim any free one below `world_size`.
-        world_size: number of ranks, where this rank was configured with one.
-        digest: digest of the spec that this rank was configured for; empty where it was given none.
+        world_size: number of ranks, if this rank was configured with one.
+        digest: digest of the spec that this rank was configured for; empty if it has none.
         namespace: keeps several clusters on one store apart.
-        settings: the times; those of the store where a store is given.
-        node: name of the machine, for people; the host name where not given.
+        settings: the times; if `redis` is a store, by default its settings.
+        node: name of the machine, for people; by default the host name.
         address: host name or IP address under which the other ranks reach this machine; by default the one from which this
             process reaches the store.
         clock: time, for tests.
@@ -85,7 +85,7 @@ class Member:
         self.world_size: int | None = None if world_size is None else valid_world_size(world_size)
         if rank is None and world_size is None:
             raise InvalidName(
-                "neither rank nor world_size is given: say which rank this is, or how many there are to choose from"
+                "neither rank nor world_size is given: pass this process's rank, or a world_size to claim a free rank"
             )
         if rank is not None and not 0 <= rank < (world_size or 16_384):
             raise InvalidName(f"rank is {rank}; it must be from 0 to {(world_size or 16_384) - 1}")
@@ -189,7 +189,7 @@ class Member:
         await self._write()
 
     async def group_size(self) -> int | None:
-        """How many ranks the last attempt of the group had; ``None`` where none was ever opened.
+        """How many ranks the last attempt of the group had; ``None`` if none was ever opened.
 
         Raises:
             StoreError: could not find out.

@@ -160,7 +160,7 @@ class Reporter:
             self._check_holder(holder)
 
     def refuse_if_replaced(self) -> None:
-        """Raise `ClaimLost` where it is known that another incarnation holds the rank."""
+        """Raise `ClaimLost` if it is known that another incarnation holds the rank."""
         if self.replaced is not None:
             raise self.replaced
 

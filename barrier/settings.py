@@ -55,7 +55,9 @@ class Settings:
             if field.name.endswith("_entries") and not isinstance(value, int):
                 raise InvalidSettings(f"{field.name} is {plain(value)}; it counts entries and must be a whole number")
         if self.lease < 0.05:
-            raise InvalidSettings(f"lease is {typed(self.lease)} s; below 0.05 s no network keeps it up")
+            raise InvalidSettings(
+                f"lease is {typed(self.lease)} s; it must be at least 0.05 s, or no network can renew it in time"
+            )
         if self.heartbeat * 3 > self.lease * 1.00001:  # 0.2 × 3 is above 0.6 in binary, and advice is rounded
             raise InvalidSettings(
                 f"heartbeat is {typed(self.heartbeat)} s and lease is {typed(self.lease)} s; the heartbeat must be at most a third of the "
@@ -69,7 +71,7 @@ class Settings:
             )
         if self.record_lifetime < self.lease:
             raise InvalidSettings(
-                f"record_lifetime is {typed(self.record_lifetime)} s and lease is {typed(self.lease)} s; a record must outlive a lease"
+                f"record_lifetime is {typed(self.record_lifetime)} s and lease is {typed(self.lease)} s; record_lifetime must be at least the lease"
             )
 
     @property

@@ -193,7 +193,7 @@ async def alongside(
 
     Args:
         doing: what it does.
-        name: what it is, for the log; the coroutine's own name where not given.
+        name: what it is, for the log; by default the coroutine's own name.
         expected: exceptions that are no mistakes.
     """
     name = name or getattr(doing, "__qualname__", "a task")

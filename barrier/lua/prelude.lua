@@ -278,7 +278,7 @@ local function hint(signals_key, cap, lifetime_ms, kind)
   append_if_possible(signals_key, cap, lifetime_ms, 'kind', kind)
 end
 
--- History in the store's own order, so that a checker need not trust anybody's clock.
+-- The history is in the store's own order. So a checker need not trust a clock.
 local function history(events_key, cap, lifetime_ms, epoch, kind, ...)
   append_if_possible(events_key, cap, lifetime_ms, 'source', 'planner', 'epoch', epoch, 'kind', kind, ...)
 end

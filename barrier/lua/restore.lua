@@ -1,4 +1,4 @@
--- Write a lost record back as it was, if all ranks agree on it, so that a flush does not cost a loaded model.
+-- Write a lost record back as it was, if all ranks agree on it. So a loaded model survives a flush.
 -- KEYS: epoch leader tasks signals events rank...
 -- ARGV: term holder number nonce known_number status steps ordinal digest notes record_ms signal_cap event_cap
 -- Replies: RESTORED number nonce ordinal · NOT_READY rank... · SUPERSEDED number nonce · FENCED term holder

@@ -16,13 +16,14 @@ def explain(snapshot: Snapshot, requirement: Requirement) -> str:
     """
     group = f"{snapshot.group}"
     if snapshot.epoch is None:
-        why = f" that can be read ({printable(snapshot.unreadable)})" if snapshot.unreadable else ""
+        found = "no attempt has been opened"
+        if snapshot.unreadable:
+            found = f"the record of the attempt cannot be read ({printable(snapshot.unreadable)})"
         silent = [view for view in snapshot.ranks if view.report is None]
         if not silent:
-            return f"{group}: all {snapshot.world_size} ranks are here; no attempt{why} has been opened"
-        return (
-            f"{group}: no attempt{why} has been opened; {_count(len(silent), snapshot.world_size)} not here: "
-            + "; ".join(_describe(view, snapshot, requirement) for view in silent)
+            return f"{group}: all {snapshot.world_size} ranks are here; {found}"
+        return f"{group}: {found}; {_count(len(silent), snapshot.world_size)} not here: " + "; ".join(
+            _describe(view, snapshot, requirement) for view in silent
         )
     attempt = f"{group}, attempt {snapshot.epoch.ordinal}"
     if snapshot.epoch.verdict is not None:

@@ -23,7 +23,7 @@ class Verdict(BaseModel):
     Attributes:
         kind: ``Stopped`` (asked for) or ``Aborted``.
         reason: one sentence.
-        culprit: the rank that is charged with it; ``None`` where no rank is at fault.
+        culprit: the rank at fault; ``None`` if no rank is.
         failure: whether trying again may help; meaningful for ``Aborted``.
         code: the planner's word for what happened, if its policy needs one; the reason is for people only.
     """
@@ -117,9 +117,9 @@ class RankView:
 
     Attributes:
         rank: which.
-        report: its live report; ``None`` where there is none, or where `undecodable` says why it could not be read.
-        lease_left_ms: what is left of the report's lifetime, in milliseconds; 0 where there is no report.
-        undecodable: why the bytes found are not a report; empty otherwise.
+        report: its live report; ``None`` if there is none, or if it cannot be read (`undecodable` says why).
+        lease_left_ms: what is left of the report's lifetime, in milliseconds; 0 if there is no report.
+        undecodable: why the bytes in the rank's key are not a report; empty otherwise.
     """
 
     rank: int
@@ -129,7 +129,7 @@ class RankView:
 
     @property
     def age_ms(self) -> int:
-        """Milliseconds since the report was written; 0 where there is none. It needs no other machine's clock."""
+        """Milliseconds since the report was written; 0 if there is none. It needs no other machine's clock."""
         return max(0, self.report.lease_ms - self.lease_left_ms) if self.report else 0
 
 
@@ -141,7 +141,7 @@ class Snapshot:
         group: whose.
         world_size: how many ranks were looked at.
         now_ms: the store's clock, in milliseconds.
-        epoch: the epoch's record; ``None`` where the store has none that can be read.
+        epoch: the epoch's record; ``None`` if the store has none that can be read.
         unreadable: why a record that is there could not be read; empty otherwise.
         leader: who leads; ``None`` if nobody ever led, or if the store forgot.
         leader_left_ms: what is left of the leader's lease, in milliseconds.

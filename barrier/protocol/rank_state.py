@@ -101,7 +101,7 @@ class RankState(NamedTuple):
     # --- promises -----------------------------------------------------------------------------------------------------
 
     def refuses_any(self) -> NotPromised | None:
-        """Why this rank promises nothing now, whatever the record says; ``None`` where it may."""
+        """Why this rank promises nothing now, whatever the record says; ``None`` if it may."""
         if self.promised is not None:
             return NotPromised(f"still in epoch {self.promised}: retire from it first")
         return None

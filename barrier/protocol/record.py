@@ -37,9 +37,9 @@ class SeenRecord(NamedTuple):
 
     Attributes:
         epoch: which epoch.
-        verdict: how it ended; ``None`` where it goes on.
-        world_size: how many ranks it has; ``None`` where that was not read or is not readable.
-        named: the incarnation that the roster names for this rank; empty where it names nobody, or was not read.
+        verdict: how it ended; ``None`` while it goes on.
+        world_size: how many ranks it has; ``None`` if this was not read or is not readable.
+        named: the incarnation that the roster names for this rank; empty if it names nobody, or was not read.
         ordinal: which attempt of the group it is, for people.
     """
 

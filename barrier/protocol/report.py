@@ -95,7 +95,7 @@ def _fields(**said: object) -> str:
 
 @lru_cache(maxsize=64)
 def _who(rank: int, node: str, endpoint: str, pid: int, world_size: int | None, lease_ms: int) -> str:
-    """What is the same in all reports of a rank, within one epoch."""
+    """The fields that are the same in all reports of a rank, within one epoch."""
     rest = _fields(
         node=node[:255], endpoint=endpoint[:_MAX_ENDPOINT_CHARS], pid=pid, world_size=world_size, lease_ms=lease_ms
     )
@@ -115,17 +115,18 @@ class Report(NamedTuple):
     Attributes:
         rank: whose it is.
         incarnation: which life of the rank's process.
-        epoch: the epoch that the rank has promised and not retired from; ``None`` where it is in none.
+        epoch: the epoch that the rank has promised and not retired from; ``None`` if it is in none.
         status: a status name.
         applied: the highest log position of `epoch` that the rank has taken from the log.
         floor: the highest epoch number that the rank has ever promised; kept when a promise is spent.
-        digest: digest of the spec that the rank was configured for; empty where it was given none.
+        digest: digest of the spec that the rank was configured for; empty if it has none.
         seq: rises with every report of this incarnation.
         node: the machine, for people.
-        endpoint: ``host:port`` at which this rank's engine waits for the others in `epoch`; empty where it has none. A script copies
+        endpoint: ``host:port`` at which this rank's engine waits for the others in `epoch`; empty if it has none. A
+        script copies
             the endpoints of all ranks into the epoch's record (see `barrier.Barrier.dispatch`).
         pid: process id, for people.
-        world_size: the world size that the rank was configured for; ``None`` where it was given none.
+        world_size: the world size that the rank was configured for; ``None`` if it has none.
         lease_ms: lifetime that the report was written with, in milliseconds.
         status_ms: how long the rank has been in this status, in milliseconds, by its own clock.
         progress: (done, total) of the work in progress.
@@ -157,7 +158,7 @@ class Report(NamedTuple):
 
     @property
     def header(self) -> str:
-        """What scripts compare."""
+        """The part of the report that scripts compare."""
         return (
             f"{SCHEMA}|{self.epoch or '-'}|{valid_status(self.status)}|{self.applied:010d}"
             f"|{self.incarnation}|{self.floor:016d}|{self.digest or '-'}|"

@@ -49,7 +49,7 @@ def _rank_arrived(view: RankView, epoch: EpochRecord, requirement: Requirement) 
 
 
 def missing_ranks(snapshot: Snapshot, requirement: Requirement) -> tuple[int, ...]:
-    """The ranks that have not arrived; all of them where there is no epoch."""
+    """The ranks that have not arrived; all ranks if there is no epoch."""
     epoch = snapshot.epoch
     if epoch is None or len(snapshot.ranks) != epoch.world_size:
         return tuple(range(snapshot.world_size))
@@ -62,7 +62,7 @@ class Break:
 
     Attributes:
         reason: one sentence.
-        culprit: the rank at fault; ``None`` where the store is.
+        culprit: the rank at fault; ``None`` if the store is.
         failure: whether trying again may help.
         replaced: whether another process holds the culprit's rank now, and reports no error.
     """

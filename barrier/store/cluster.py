@@ -33,7 +33,7 @@ _KEYLESS = frozenset(
     {b"MULTI", b"EXEC", b"DISCARD", b"UNWATCH", b"INFO", b"PING", b"TIME", b"ROLE", b"SCRIPT", b"CONFIG", b"FLUSHALL"}
 )
 _KEY_PLACE = {b"EVAL": 3, b"EVALSHA": 3, b"EVAL_RO": 3, b"EVALSHA_RO": 3, b"XINFO": 2, b"MEMORY": 2, b"OBJECT": 2}
-"""Which word is the first key, where it is not the one after the command's name."""
+"""Which word is the first key, for commands whose first key does not follow the name."""
 
 _OWN = frozenset({"socket_timeout", "socket_connect_timeout", "retry", "decode_responses", "protocol"})
 """The arguments of a node's connection that this connection uses itself."""

@@ -71,7 +71,7 @@ async def connect(url: str, *, settings: Settings | None = None, role: Role | No
 
     Args:
         url: see the module's table.
-        settings: the times; defaults where ``None``.
+        settings: the times; ``None`` for the defaults.
         role: the role of the URL's user; it decides which commands must be allowed. By default the role that fits the
             user's rights.
 
@@ -149,7 +149,7 @@ def adopt(redis: Redis | Store, *, settings: Settings | None = None) -> Store:
 
 
 def _derive(redis: Redis, settings: Settings, standing: Standing, *, read_seconds: float) -> Redis:
-    """A client with a pool of its own: the given client's connection arguments, with ours on top."""
+    """A client with a pool of its own: the given client's connection arguments, some of them replaced by ours."""
     pool: Any = redis.connection_pool
     kwargs = {key: value for key, value in pool.connection_kwargs.items() if not key.startswith(_INTERNAL)}
     kwargs |= {
@@ -264,7 +264,7 @@ def _client(url: str, settings: Settings) -> Redis:
 
 
 def _checked(pool: ConnectionPool, scheme: str) -> Redis:
-    """A client of this pool; raises `InvalidSettings` where its connections cannot be made of what the URL says."""
+    """A client of this pool; raises `InvalidSettings` if a connection cannot be made from the URL."""
     check_tls_files(pool.connection_kwargs)
     try:
         pool.make_connection()

@@ -46,8 +46,8 @@ async def diagnosed(error: StoreError, pool: Any, seconds: float) -> StoreError:
             )
         if "unknown command" in text and "CLUSTER" in text.upper():
             return StoreUnsuitable(
-                f"what answers at {places} is no node of a cluster: it does not know CLUSTER. Where it is a sentinel, use the "
-                f"URL {sentinel_form(places, ())}; where it is one server, redis://{places.partition(',')[0]}/0"
+                f"what answers at {places} is no node of a cluster: it does not know CLUSTER. If it is a sentinel, use the "
+                f"URL {sentinel_form(places, ())}; if it is one server, redis://{places.partition(',')[0]}/0"
             )
         return error
     if isinstance(pool, SentinelConnectionPool):
@@ -87,7 +87,7 @@ async def _of_server(error: StoreError, kwargs: dict[str, Any], *, over_tls: boo
 
 
 async def _first_line(host: str, port: int, seconds: float) -> bytes:
-    """What it says to a PING in plain text; empty where it says nothing."""
+    """What it answers to a PING in plain text; empty if it answers nothing."""
     try:
         async with asyncio.timeout(seconds):
             reader, writer = await asyncio.open_connection(host, port)
@@ -146,5 +146,7 @@ async def _of_sentinels(error: StoreError, pool: Any) -> StoreError:  # noqa: AN
             f"use the URL {sentinel_form(','.join(answered), sorted(known))}"
         )
     if servers:
-        return StoreUnsuitable(f"no sentinel answers at {servers[0]}, but a server; use the URL redis://{servers[0]}/0")
+        return StoreUnsuitable(
+            f"what answers at {servers[0]} is a server and no sentinel; use the URL redis://{servers[0]}/0"
+        )
     return StoreUnavailable(f"no sentinel answers for the service {shown(service)} ({'; '.join(silent[:4])})")

@@ -123,7 +123,7 @@ async def check_commands(store: Store) -> None:
     if missing := unknown - _WAY_ROUND:
         raise StoreUnsuitable(
             f"the store at {store.where} does not know {_listed(missing)}, and rankgate needs "
-            f"{'it' if len(missing) == 1 else 'them'}: take out its rename-command, or use a server that has all commands"
+            f"{'it' if len(missing) == 1 else 'them'}: remove its rename-command, or use a server that has all commands"
         )
 
 

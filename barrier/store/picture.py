@@ -64,7 +64,7 @@ def read_snapshot(group: str, world_size: int, floor: int, reply: Sequence[Any])
 
 
 def _leader(fields: Mapping[str, str], now_ms: int) -> tuple[Leadership | None, int]:
-    """Who leads and for how many milliseconds more; what cannot be read counts as nobody, and `lead` writes it anew."""
+    """Who leads, and for how many milliseconds more. If this cannot be read, nobody leads, and `lead` writes it anew."""
     try:
         return Leadership(int(fields["term"]), fields["holder"]), max(0, int(fields["until_ms"]) - now_ms)
     except (KeyError, ValueError):
@@ -97,7 +97,7 @@ def _believed(view: RankView, now_ms: int, highest: int) -> RankView:
         None,
         0,
         f"rank {view.rank}: its report names epoch {said}, {(said - now_ms) / DAY_MS:,.0f} days above the store's clock: no planner "
-        "can have given that, so it counts for nothing; restart that runner",
+        "can have given that number, so the report is ignored; restart that runner",
     )
 
 
@@ -118,7 +118,10 @@ def read_record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord
         recorded_size = int(fields["world_size"])
         if recorded_size != world_size or len(joined) != recorded_size * INCARNATION_WIDTH:
             held = len(joined) / INCARNATION_WIDTH
-            return None, f"it is for {recorded_size} ranks with a roster of {number(held)}, {world_size} were asked for"
+            return (
+                None,
+                f"it is for {recorded_size} ranks, its roster has {number(held)}, and the caller asks for {world_size}",
+            )
         steps = {
             name.removeprefix("step:"): _step_record(value)
             for name, value in fields.items()

@@ -76,7 +76,7 @@ async def run(
     keys: Mapping[str, str | Arguments],
     args: Mapping[str, str | int | Sequence[str]],
 ) -> list[Any]:
-    """Run one verb: EVALSHA, and EVAL with the whole text where the server does not know it (it may have been flushed)."""
+    """Run one verb: EVALSHA; then EVAL with the whole text, if the server does not know the script (it may have been flushed)."""
     loaded = script(name)
     words = call(loaded, keys, args)
     suffix = "_RO" if name in _READ_ONLY and store.read_only_scripts else ""

@@ -30,7 +30,7 @@ trips.
 _ORDINARY: tuple[type[driver.ResponseError], ...] = (
     driver.NoScriptError,
     driver.OutOfMemoryError,
-    driver.ExecAbortError,  # what was queued has been refused with a reply of its own
+    driver.ExecAbortError,  # an earlier reply says why a queued command was refused
     driver.NoPermissionError,
     driver.AskError,  # MOVED is one too: `barrier.cluster` sees to them
     driver.TryAgainError,
@@ -138,7 +138,7 @@ class PasswordFile(CredentialProvider):
 
     Args:
         read: reads the file, or raises with a sentence.
-        username: the user, where there is one.
+        username: the user, if there is one.
     """
 
     def __init__(self, read: Callable[[], str], username: str | None) -> None:

@@ -40,7 +40,7 @@ StreamEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 
 def stream_entries(reply: Any) -> list[tuple[str, list[StreamEntry]]]:  # noqa: ANN401  the driver's untyped answer
-    """What XREAD answered, by stream; empty where nothing came in time. A deleted entry has no fields."""
+    """What XREAD answered, by stream; empty if nothing came in time. A deleted entry has no fields."""
     streams: list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes] | None]]]] = reply or []
     return [(key.decode(), [(entry_id, fields or {}) for entry_id, fields in entries]) for key, entries in streams]
 
@@ -80,7 +80,7 @@ class translated:  # noqa: N801  used as a function, like contextlib's
 
 
 def _translation(error: BaseException | None, where: str) -> StoreError | None:
-    """Ours for a driver's error; ``None`` where it is not one."""
+    """Our error for a driver's error; ``None`` if it is not a driver's."""
     match error:
         case None | StoreError():
             return None
@@ -327,9 +327,9 @@ class Store:
                 for command, reply in zip(entries, said[1:], strict=True):
                     _raise_error(command, reply)
         except StoreError as error:
-            logger.debug("{} takes nothing more: {}", key, error)
+            logger.debug("{} takes no more entries: {}", key, error)
         else:
-            logger.warning("{} took nothing more, so it was begun anew: what was in it is gone", key)
+            logger.warning("{} took no more entries, so it was begun anew: its old entries are lost", key)
 
     async def verify(self, *, again: bool = False) -> None:
         """Refuse a store on which the guarantees would not hold. Asks once, unless told to ask again.

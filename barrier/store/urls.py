@@ -99,13 +99,13 @@ def _check_place(parts: SplitResult, scheme: str, kind: str) -> None:
         return
     if "," in place:
         raise InvalidSettings(
-            f"the {parts.scheme}:// URL has several hosts, and they are for sentinels (redis+sentinel://a,b/service/0) or "
-            "a cluster (redis+cluster://a,b)"
+            f"the {parts.scheme}:// URL has several hosts: use redis+sentinel://a,b/service/0 for sentinels, or "
+            "redis+cluster://a,b for a cluster"
         )
     database = parts.path.removeprefix("/")
     if database and not (database.isascii() and database.isdigit()):
         raise InvalidSettings(
-            f"the {parts.scheme}:// URL ends with {shown(parts.path)}, and a database is a number: "
+            f"the {parts.scheme}:// URL ends with {shown(parts.path)}, and a database must be a number: "
             f"{parts.scheme}://host:port/0"
         )
 
@@ -129,7 +129,9 @@ def _check_option(name: str, value: str, before: Mapping[str, str], scheme: str)
         try:
             parser(value)
         except (ValueError, TypeError, AttributeError):
-            raise InvalidSettings(f"the {scheme}:// URL says {name}={shown(value)}, which is no value for it") from None
+            raise InvalidSettings(
+                f"the {scheme}:// URL says {name}={shown(value)}, which is not a valid value"
+            ) from None
 
 
 def _unknown(name: str, before: Mapping[str, str], scheme: str, known: frozenset[str]) -> str:

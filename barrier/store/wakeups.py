@@ -106,7 +106,7 @@ class Wakeups:
         return self._cursors.get(key, (0, 0))
 
     def keep(self, key: str, start: str) -> Subscription:
-        """Keep the reading of a stream going, from `start` on, while nobody waits; this subscription holds no hints."""
+        """Keep on reading a stream, from `start` on, while nobody waits; this subscription holds no hints."""
         return self._subscribe(key, start, Subscription(self, key, self._clock, buffered=0))
 
     def subscribe(self, key: str, start: str) -> Subscription:

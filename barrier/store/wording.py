@@ -26,7 +26,7 @@ _DRIVERS_OWN = re.compile(
 
 _REPLIES = (
     ("Authentication required", "it wants a password"),
-    ("without any password configured", "it has no password: leave the one in the URL out"),
+    ("without any password configured", "it has no password: remove the one in the URL"),
     ("invalid username-password pair", "wrong user or password, or the user is disabled"),
     ("DB index is out of range", "it has no database of that number"),
     ("max number of clients reached", "it has no connection left for another client"),

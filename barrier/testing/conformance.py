@@ -12,7 +12,8 @@ For a store of another kind, or another version of a server::
 your own (random ones, for example).
 
 The store's clock is read before and after each call. The answers agree if the reference gives the store's
-answer for one moment in between. So nothing here waits, and a slow machine makes no difference. Leases end by hand (`lapse`, `unlead`), not by waiting.
+answer for one moment in between. So nothing here waits, and a slow machine makes no difference. Calls end the
+leases (`lapse`, `unlead`), not time.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class Twins:
 
     Args:
         store: where; any other group of it is left alone.
-        keys: whose. A name of its own, if none is given.
+        keys: the group's keys; by default those of a group with a random name.
     """
 
     def __init__(self, store: Store, keys: Keys | None = None) -> None:
@@ -227,7 +228,7 @@ class Twins:
                 return found
             answers.append(answer)
         self._same(f"answer to {call.kind}", answers[0], found)
-        raise AssertionError("not reached: two answers that are the same were not found to be")
+        raise AssertionError("not reached: the answers are equal, but no moment gave that answer")
 
     def _questions(
         self, call: Call, epoch: EpochId
@@ -541,7 +542,7 @@ SEQUENCES: Mapping[str, tuple[Call, ...]] = {
 
 
 async def run(store: Store, calls: Iterable[Call]) -> list[Any]:
-    """Carry out one history in a group of its own, and take it away again; the answers of the calls.
+    """Carry out one history in a group of its own, and delete the group; return the answers of the calls.
 
     Raises:
         Difference: the store does not do what the reference does.

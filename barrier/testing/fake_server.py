@@ -61,7 +61,7 @@ def _plan(signature: Signature, count: int, version: tuple[int, ...]) -> _Plan:
 
 
 class WatchedDatabase(Database):
-    """Remembers which keys were written, so that a write wakes those who wait for that key, and nobody else."""
+    """Remembers which keys were written: a write wakes only those who wait for that key."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  as fakeredis
         super().__init__(*args, **kwargs)
@@ -204,7 +204,7 @@ class ServerSocket(AsyncFakeSocket):
         return result
 
     def _item(self, name: bytes, key: Key, sig: Any) -> CommandItem:  # noqa: ANN401  as fakeredis
-        """The item of a key, or a new one. Raises fakeredis' error where it is of another type than the command is for."""
+        """The item of a key, or a new one. Raises fakeredis' error if its type is not the command's."""
         item, default = self._db.get(name), None
         if key.type_ is not None:
             if item is not None:

@@ -53,7 +53,8 @@ class StoreSnapshot:
 class FakeStore:
     """A store in this process that runs the real scripts; `client` connects to it.
 
-    What it does **not** do, so that no test may claim it from here: it enforces no ACLs and no passwords, no ``maxmemory`` and no
+    It does **not** do the following, so no test with it can prove
+    anything about this: it enforces no ACLs and no passwords, no ``maxmemory`` and no
     eviction; a command never times out by itself (a cut connection is reported at once, where a real network is silent); it has
     no INFO, so versions, roles and eviction policies stay unchecked, with a warning in the log, and no ROLE, replicas, Sentinel or
     Cluster. Test those against a real server.
@@ -381,7 +382,7 @@ def _joined(command: bytes | str | Iterable[bytes]) -> bytes:
 
 
 def _block_seconds(command: list[bytes]) -> float:
-    """How long a command blocks at the most; 0 where it does not."""
+    """How long a command blocks at the most; 0 if it does not."""
     words = [word.upper() for word in command[:8]]
     if words[0] not in (b"XREAD", b"XREADGROUP") or b"BLOCK" not in words:
         return 0.0

@@ -21,7 +21,7 @@ _NEWS_FROM_OUTSIDE = 2.0
 
 
 class ManualClock:
-    """A `barrier.Clock` that the test moves, so that an hour-long timeout is tested in a millisecond.
+    """A `barrier.Clock` that the test moves: a test of an hour-long timeout takes a millisecond.
 
     Give the same clock to the code under test and to `FakeStore`: leases, BLOCK and the scripts' TIME then follow it too.
 
@@ -64,7 +64,7 @@ class ManualClock:
 
     @property
     def next_deadline(self) -> float | None:
-        """When the next sleeper is due; ``None`` where nobody sleeps."""
+        """When the next sleeper is due; ``None`` if nobody sleeps."""
         while self._sleepers and self._sleepers[0][2].done():
             heapq.heappop(self._sleepers)  # cancelled meanwhile
         return self._sleepers[0][0] if self._sleepers else None

@@ -37,7 +37,7 @@ class ScriptedRank:
         redis: a `FakeStore`, whose clock is then used and whose client is called ``rank <r>``, or a client, or a store.
         group: the group's name.
         rank: which rank.
-        world_size: number of ranks, where this rank is configured with one.
+        world_size: number of ranks, if this rank is configured with one.
         digest: digest of the spec that it is configured for.
         namespace: as the barrier's.
         settings: as the barrier's.
@@ -105,7 +105,7 @@ class ScriptedRank:
         return self
 
     async def promise(self, epoch: EpochId | None = None) -> EpochId:
-        """Promise an epoch, the current one where none is given, and say so with the present status.
+        """Promise an epoch (by default the current one), and report it with the present status.
 
         Raises:
             AssertionError: the promise was refused; use ``member.promise`` to test refusals.

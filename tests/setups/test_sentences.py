@@ -122,7 +122,7 @@ async def test_refusals_of_a_password_end_with_one_full_stop() -> None:
         assert said == f"the store at {place} refused: wrong user or password, or the user is disabled. {ending}"
         assert "has no database of that number" in await refusal(f"redis://:right@{place}/99")
     async with RealServer(transport="tcp") as server:
-        assert "it has no password: leave the one in the URL out" in await refusal(server.url.replace("//", "//:x@"))
+        assert "it has no password: remove the one in the URL" in await refusal(server.url.replace("//", "//:x@"))
 
 
 async def test_nobody_there_and_somebody_else_there_are_told_apart(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ async def test_each_kind_of_store_under_anothers_url_is_told_its_own(kind: str) 
         assert said.endswith(f"is a replica of {LOOPBACK}:{master}; connect to its master")
         said = await refusal(f"redis+sentinel://{LOOPBACK}:{master}/name/0")
         assert said == (
-            f"no sentinel answers at {LOOPBACK}:{master}, but a server; use the URL redis://{LOOPBACK}:{master}/0"
+            f"what answers at {LOOPBACK}:{master} is a server and no sentinel; use the URL redis://{LOOPBACK}:{master}/0"
         )
         assert "is no cluster; use the URL redis://" in await refusal(f"redis+cluster://{LOOPBACK}:{master}")
     async with RealCluster(kind=kind) as cluster:  # pyright: ignore[reportArgumentType]  the same

@@ -41,7 +41,7 @@ async def test_of_16_runners_left_over_for_4_ranks_four_serve_and_twelve_step_ba
             if number not in serving:
                 error = task.exception()
                 assert isinstance(error, RankTaken)
-                assert "Stop one, or start fewer runners than ranks" in str(error)
+                assert "Stop one, or start no more runners than there are ranks" in str(error)
         assert planner.instances["demo"].serving, "and nobody has disturbed the four"
         for runner in runners:
             runner.stop()

@@ -88,9 +88,7 @@ def test_before_the_first_attempt_it_names_the_ranks_that_are_not_here() -> None
 
 def test_a_record_that_cannot_be_read_is_told() -> None:
     said = explain(picture(view(0), opened=False, unreadable="it is damaged (ValueError)"), all_ranks(1, "Connected"))
-    assert (
-        said == "demo: all 1 ranks are here; no attempt that can be read (it is damaged (ValueError)) has been opened"
-    )
+    assert said == "demo: all 1 ranks are here; the record of the attempt cannot be read (it is damaged (ValueError))"
 
 
 def test_the_same_snapshot_gives_the_same_sentence() -> None:

@@ -119,7 +119,7 @@ async def test_a_record_for_another_world_size_says_so(group: Group) -> None:
     async with Barrier(group.store.client(), "demo", world_size=5, clock=group.clock) as other:
         snapshot = await other.inspect()
     assert snapshot.epoch is None
-    assert snapshot.unreadable == "it is for 3 ranks with a roster of 3, 5 were asked for"
+    assert snapshot.unreadable == "it is for 3 ranks, its roster has 3, and the caller asks for 5"
 
 
 async def test_the_world_size_is_taken_from_the_record(group: Group) -> None:

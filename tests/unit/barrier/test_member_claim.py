@@ -57,7 +57,7 @@ async def test_a_held_rank_is_refused_with_its_holder_and_a_way_out(group: Group
         await rival.claim(timeout=0)
     assert str(refusal.value) == (
         f"group demo: held by other processes (rank 1: {group.ranks[1].incarnation}). "
-        "Stop one, or start fewer runners than ranks"
+        "Stop one, or start no more runners than there are ranks"
     )
     found = (await group.inspect()).ranks[1].report
     assert found is not None
