@@ -21,7 +21,7 @@ FUZZ_STAMP := .venv-fuzz/$(notdir $(STAMP))
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: demo
 demo: $(STAMP) ## 4 ranks, a real server, one rank held back: watch the barrier wait for it

@@ -6,7 +6,7 @@ from barrier.protocol.ids import EpochId
 from planner.lifecycle import Step
 from planner.policy import Policy
 from planner.spec import InstanceSpec
-from runner.lifecycle import CONNECT, LOAD
+from runner.lifecycle import CONNECT, LOAD, WARM_UP
 from runner.messages import (
     MAX_DEADLINE_SECONDS,
     ConnectToGroup,
@@ -32,7 +32,11 @@ def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: 
         return ConnectToGroup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, deadline=deadline)
     if step.dispatches == LOAD.task:
         return LoadModel(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term, model=spec.model)
-    return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)
+    if step.dispatches == WARM_UP.task:
+        return StartWarmup(task_id=task_id, instance=spec.name, epoch=str(epoch), term=term)
+    raise ValueError(
+        f"step {step.name} dispatches {step.dispatches}, and this function makes no such task: add it here"
+    )
 
 
 def generation_task(

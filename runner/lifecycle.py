@@ -3,9 +3,17 @@
 All other modules take the order from here: what a runner accepts (`runner.admission`), how its status changes (`runner.session`),
 what a planner dispatches and what a status proves (`planner.lifecycle`), the test kit, and the screen.
 
-To add a step, write: its task and its two statuses in `runner.messages`; a row here; who is told first, and how long a planner waits, in
-`planner.lifecycle`; the fields of its task in `planner.tasks`; the call of the engine in `runner.runner`. `planner.history` has rules of
-its own, and does not import this table. tests/fundamentals/test_add_a_lifecycle_step.py shows what follows from a table with one more row.
+To add a step, write:
+
+1. in `runner.messages` its task, its two statuses, and their names in the unions and literals;
+2. here its row;
+3. in `planner.lifecycle` who is told first, and how long a planner waits (a stall of its own also needs a time in `planner.policy`);
+4. in `planner.tasks` the fields of its task;
+5. in `runner.runner` the call of the engine.
+
+If the engine does it by a new call: also `runner.engine`, the engines, `runner.host` (contract, lives, work, frames) and the scripted engine and host
+of `runner.testing`. `planner.history` does not import this table: add the step to its rules, too, and to the tables in docs/.
+tests/fundamentals/test_add_a_lifecycle_step.py shows what follows from a table with one more row.
 """
 
 from __future__ import annotations
@@ -51,7 +59,7 @@ class Row:
         entry: the status in which it may begin.
         during: the status during the work.
         after: the status after it.
-        call: the call of `runner.Engine` that does it.
+        call: the name of the call of `runner.Engine` that does it, for the test kit. `runner.runner` makes the call.
         meets: whether the ranks first meet in it, at one another's endpoints. A single rank has no such row; its next row begins in
             this row's entry.
         repeats: whether a further task is accepted during the work, and waits for its end. Texts are.

@@ -62,7 +62,11 @@ class TaskOutcome(BaseModel):
 
 
 class _ReportBody(BaseModel):
-    """The part of a report that only people and planners read. Unknown fields are those of a later version."""
+    """The part of a report that planners and people read. Unknown fields are those of a later version.
+
+    One script reads it, too: `dispatch` finds ``"endpoint":"…"`` in it by a pattern (lua/prelude.lua, ``write_endpoints``). No other field may
+    have a name that ends so.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

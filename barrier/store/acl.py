@@ -115,7 +115,7 @@ class AclUser:
         """
         if password_hash is not None and _HASH.fullmatch(password_hash) is None:
             raise InvalidName(
-                "the password's hash is not 64 hexadecimal digits: pass what barrier.acl.hashed() returned"
+                "the password's hash is not 64 hexadecimal digits: pass what barrier.store.acl.hashed() returned"
             )
         words = ["user", self.name, "on", "resetpass"]
         if password_hash is not None:

@@ -57,7 +57,7 @@ _RANKS_OWN = frozenset({"set", "xadd"})
 """A user who may send one of these is no observer."""
 
 _OURS = re.compile(r"[a-z0-9-]+\.(planner|admin|observer|[a-z0-9-]+\.(observer|ranks|rank-\d+))")
-"""Users that `barrier.acl` makes: their rights are known, and asking for more would fill the server's ACL log."""
+"""Users that `barrier.store.acl` makes: their rights are known, and asking for more would fill the server's ACL log."""
 
 _NO_ARGUMENTS = frozenset({"multi", "exec", "discard", "unwatch", "time"})
 _UNKNOWN = re.compile(
@@ -133,7 +133,7 @@ async def check_rights(store: Store, user: str | None, role: Role | None = None)
     A user who may write as only a planner does is checked as a planner.
 
     Every command is queued in a transaction that is then discarded, so nothing is carried out. The server's ACL log gets
-    a line for each refusal, so the users that `barrier.acl` makes are not checked: their rights are known.
+    a line for each refusal, so the users that `barrier.store.acl` makes are not checked: their rights are known.
 
     Raises:
         StoreRefused: with the commands that are missing, and for what.

@@ -1,4 +1,4 @@
-"""``rankgate acl``: the store's users, as lines of an ACL file. The rules are in `barrier.acl`; here are the passwords."""
+"""``rankgate acl``: the store's users, as lines of an ACL file. The rules are in `barrier.store.acl`; here are the passwords."""
 
 from __future__ import annotations
 

@@ -348,10 +348,16 @@ def changes(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
     known = {row.first: row.status for row in before}
     fresh = [row for row in after if row.status != known.get(row.first, "absent")]
     lines: list[str] = []
-    for status in dict.fromkeys(row.status for row in fresh):
+    # In the order of a rank's life: otherwise "rank 2: Loading" may stand before "rank 3: Connected", though both were seen at one look.
+    for status in sorted(dict.fromkeys(row.status for row in fresh), key=_place):
         spans = [replace(row, note="", waited_for=False) for row in fresh if row.status == status]
         lines.append(f"{_spans(spans)}: {status}")
     return lines
+
+
+def _place(status: str) -> int:
+    """Where a status stands in a rank's life; what is none of its statuses comes first."""
+    return LIFECYCLE.order.index(status) if status in LIFECYCLE.order else -1
 
 
 def _spans(few: Sequence[Row]) -> str:

@@ -82,8 +82,10 @@ async def perform(engine: Engine, work: Work) -> AsyncGenerator[Value, None]:
         async with _closing(engine.generate(request)) as pieces:
             async for piece in pieces:
                 yield _checked(piece, str, work)
-    else:
+    elif work.name == "warm_up":
         await engine.warm_up()
+    else:
+        raise ValueError(f"no engine is called for {work.name} here: add it")
 
 
 _CALLS = ("prepare", "connect", "load", "warm_up", "generate", "close")

@@ -13,7 +13,9 @@ from typing import Any, cast
 import pytest
 
 from barrier import EpochId, RankRule
+from planner import InstanceSpec, Policy
 from planner.lifecycle import TURNS, Turn, everyone, proofs_of, steps_of
+from planner.tasks import task_for
 from runner.admission import Accept, Judgement, NotYet, Promise, Stale, Standing, judge
 from runner.lifecycle import CONNECT, GENERATE, LOAD, WARM_UP, Lifecycle, Row
 from runner.messages import LoadModel, ModelSpec, StartWarmup, StatusName, Task
@@ -122,3 +124,10 @@ def test_07_whoever_is_in_a_status_was_told_all_steps_up_to_it(status: str, rank
     proven = next(told for first, end, told in proofs_of(LIFE, steps, status, 3) if first <= rank <= end)
     names = [step.name for step in steps]
     assert proven == tuple(names[: names.index(last) + 1])
+
+
+def test_08_a_step_whose_task_nobody_makes_is_told() -> None:
+    verify = next(step for step in steps_of(LIFE, WAY, 3) if step.name == "verify")
+    spec = InstanceSpec(name="demo", world_size=3)
+    with pytest.raises(ValueError, match="step verify dispatches VerifyModel, and this function makes no such task"):
+        task_for(verify, spec, EPOCH, 1, Policy())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from types import ModuleType
+from typing import Any, get_args
 
 import pytest
 
 from barrier.protocol.report import SCHEMA
-from barrier.store.keys import Keys
+from barrier.store.keys import Keys, NamespaceKeys
 from planner.lifecycle import TABLE
 from runner.admission import ACCEPTS
 from runner.messages import RejectionCode
@@ -112,6 +114,8 @@ def test_every_key_is_listed() -> None:
     made += [keys.rank(0), keys.claim(0), keys.spare(0), keys.out("x"), keys.once("x")]
     names = {one for one in dir(Keys) if not one.startswith("_")} - {field.name for field in fields(Keys)}
     assert len(made) == len(names - {"tag", "spares", "ranks"}), "a new key: list it here and on the page"
+    of_namespace = {one for one in dir(NamespaceKeys) if not one.startswith("_")} - {"namespace"}
+    assert {f"`{{namespace:-}}:{one}`" for one in of_namespace} == set(re.findall(r"`\{namespace:-\}:\w+`", PROTOCOL))
     assert told == {one.removeprefix(keys.tag).split(":")[1] for one in made}
     assert f"\n{SCHEMA}|<epoch number>-" in PROTOCOL
 
@@ -131,3 +135,31 @@ def test_every_script_is_listed_with_its_replies() -> None:
         for row in rows(PROTOCOL, "| verb | what it does | replies |")
     }
     assert told == dict(verbs())
+
+
+NAMED = re.compile(r"`((?:barrier|runner|planner)(?:\.\w+)+)(?:\(\))?`")
+PRODUCT = [file for package in ("barrier", "runner", "planner") for file in sorted((ROOT / package).rglob("*.py"))]
+
+
+def leads_somewhere(name: str) -> bool:
+    """Whether a dotted name is a module's, or that of something in one: a class's field, too."""
+    first, *rest = name.split(".")
+    found: Any = importlib.import_module(first)
+    for place, part in enumerate(rest):
+        if isinstance(found, ModuleType) and not hasattr(found, part):
+            try:
+                found = importlib.import_module(".".join((first, *rest[: place + 1])))
+            except ImportError:
+                return False
+        elif hasattr(found, part):
+            found = getattr(found, part)
+        else:
+            return part in getattr(found, "__annotations__", {}) or part in getattr(found, "model_fields", {})
+    return True
+
+
+@pytest.mark.parametrize("file", [*PRODUCT, *PAGES], ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_every_name_of_ours_that_is_written_out_exists(file: Path) -> None:
+    named = set(NAMED.findall(file.read_text("utf-8")))
+    named = {name for name in named if not name.endswith((".py", ".lua", ".env", ".password"))}
+    assert sorted(name for name in named if not leads_somewhere(name)) == []

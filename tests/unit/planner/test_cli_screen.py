@@ -249,7 +249,7 @@ def test_ages_and_progress_do_not_make_a_sentence_new_but_ranks_and_steps_do() -
 def test_changes_are_told_by_status_and_neighbours_together() -> None:
     before = rows(look("Idle", "Idle", "Idle", "Idle", "-"))
     after = rows(look("Connecting", "Connecting", "Idle", "Connecting", "Idle"))
-    assert changes(before, after) == ["ranks 0-1, 3: Connecting", "rank 4: Idle"]
+    assert changes(before, after) == ["rank 4: Idle", "ranks 0-1, 3: Connecting"]
     assert changes(after, after) == []
     assert changes([], rows(replace(look("-", "Idle"), processes=()))) == ["rank 1: Idle"]
 
@@ -282,8 +282,8 @@ def test_one_plain_line_a_change_however_narrow_the_console() -> None:
     assert paper.lines == [
         "    0.10 s  ranks 0-1: starting",
         "    0.50 s  attempt 1 begins",
-        "    0.50 s  rank 0: Connected",
         "    0.50 s  rank 1: Connecting",
+        "    0.50 s  rank 0: Connected",
         f"    0.90 s  {sentence(waiting)}",
         "    2.00 s  ranks 0-1: Ready",
         "    2.00 s  demo serves",
