@@ -212,7 +212,7 @@ _HOME = {
 }
 
 if "".join(sys.argv[:1]).rpartition("/")[2] != "rankgate":
-    import_module("barrier.log")  # silences this package. The program of that name asks for its log, and begins without
+    import_module("barrier.log")  # silences this package; the program rankgate imports it later
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  as the interpreter calls it

@@ -112,7 +112,7 @@ class Barrier:
         self._owns_wakeups = wakeups is None
         self._wakeups = wakeups or Wakeups(self.store, self.clock)
         self._kept: Subscription | None = None
-        self._gate_reader: Any = None  # made when a dispatch is first left with the store
+        self._gate_reader: Any = None  # made before the first dispatch that waits in the store
         self._world_size = None if world_size is None else valid_world_size(world_size)
         self._floor = 0
         self._term_floor = 0

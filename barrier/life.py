@@ -13,7 +13,7 @@ __all__ = ["Life", "Said"]
 
 
 class Said(NamedTuple):
-    """What a rank says of itself besides its place in the protocol; see `barrier.Report` for each."""
+    """What a rank says of itself besides its state in the protocol; `barrier.Report` describes each field."""
 
     status: str = "Idle"
     endpoint: str = ""
@@ -33,7 +33,7 @@ class Said(NamedTuple):
         outcome: TaskOutcome | None,
         endpoint: str | None,
     ) -> Said:
-        """What it says next; see `barrier.Member.report` for each.
+        """What the rank says next; `barrier.Member.report` describes each argument.
 
         Raises:
             InvalidName: that is no status or no endpoint.

@@ -2,8 +2,8 @@
 -- KEYS: epoch leader tasks signals rank...
 -- ARGV:
 -- Replies: now_ms, record fields, leader fields, newest log id, newest signal id, then for every rank its report and the milliseconds
---          that its lease has left (-2: there is no report; -1: it has no lifetime). A report that is too long is cut one byte above the
--- limit
+--          that its lease has left (-2: there is no report; -1: it has no lifetime). A report that is too long is cut, one byte above the
+--          limit
 
 local wrong = wrong_type({ { KEYS[1], 'hash' }, { KEYS[2], 'hash' }, { KEYS[3], 'stream' } })
 if wrong then

@@ -92,7 +92,7 @@ class EpochRecord:
         roster: the incarnation of every rank that takes part, fixed when it was opened.
         steps: the steps dispatched so far.
         last_n: the highest log position used.
-        digest: digest of the spec; empty where there is none.
+        digest: digest of the spec; empty if there is none.
         notes: a text that one planner leaves for the next; opaque here.
         opened_ms: when it was opened, by the store's clock, in milliseconds.
         verdict: how it ended; ``None`` while it goes on.

@@ -1,4 +1,4 @@
-"""The outcomes of calls to the barrier. They are values, so a caller must match them; it could forget to catch an exception.
+"""The outcomes of calls to the barrier. They are values, which a caller must match, and not exceptions, which it could forget to catch.
 
 End a match with ``assert_never``: then pyright names a case that is left out.
 """

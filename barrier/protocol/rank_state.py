@@ -91,7 +91,7 @@ class RankState(NamedTuple):
         return epoch.number > self.floor
 
     def hear(self, seen: SeenRecord | None) -> News | None:
-        """The news in the record that this rank must act on. So it hears them even if the log was lost or went back."""
+        """The news in the record that this rank must act on. This works even if the log was lost or went back."""
         if seen is None:
             return None
         if seen.verdict is not None:

@@ -62,14 +62,14 @@ def endpoint_fields(world_size: int) -> tuple[str, ...]:
 
 
 def read_look(found: Sequence[bytes | None]) -> SeenRecord | None:
-    """Read the values of `LOOK_FIELDS`; ``None`` where there is no record of ours."""
+    """Read the values of `LOOK_FIELDS`; ``None`` if there is no record of ours."""
     number, nonce, verdict = found
     epoch = _read_epoch(number, nonce)
     return None if epoch is None else SeenRecord(epoch, None if verdict is None else read_verdict(verdict))
 
 
 def read_for_promise(found: Sequence[bytes | None], rank: int) -> SeenRecord | None:
-    """Read the values of `promise_fields`; ``None`` where there is no record of ours."""
+    """Read the values of `promise_fields`; ``None`` if there is no record of ours."""
     *look, world_size, roster, ordinal = found
     seen = read_look(look)
     if seen is None:

@@ -22,8 +22,8 @@ class Hint:
 
     Attributes:
         id: its place in the stream, comparable with other hints of the group.
-        kind: ``report`` (a rank's status changed), ``opened``, ``restored``, ``verdict``, ``request``, or ``lost`` where the
-            connection broke and hints may be missing.
+        kind: ``report`` (a rank's status changed), ``opened``, ``restored``, ``verdict``, ``request``, or ``lost``: the
+        connection broke, and hints may be missing.
         rank: for a report, the rank.
         epoch: for a report, ``<number>-<nonce>``, or ``-``.
         incarnation: for a report, the rank's incarnation.

@@ -37,7 +37,7 @@ def refuse_unusable(client: object) -> None:
     """
     pool: Any = getattr(client, "connection_pool", None)
     usable = isinstance(client, Redis) and not isinstance(client, Pipeline) and isinstance(pool, ConnectionPool)
-    # The test kit's own connections are made of fakeredis', and hand commands over in their own way.
+    # The test kit's connections extend those of fakeredis, but pass commands on in their own way.
     if usable and (not is_fake(pool) or issubclass(pool.connection_class, StoreConnection)):
         return
     kind: Any = client if isinstance(client, type) else type(client)

@@ -76,7 +76,7 @@ class ClusterMap:
     Args:
         seeds: where to ask first.
         node_class: the kind of connection to a node.
-        kwargs: what such a connection is made with, but for host and port.
+        kwargs: the arguments of such a connection, without host and port.
     """
 
     def __init__(self, seeds: Sequence[Address], node_class: type[Connection], kwargs: dict[str, Any]) -> None:

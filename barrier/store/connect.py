@@ -287,7 +287,7 @@ def _arguments(parts: SplitResult, netloc: str, path: str, query: Mapping[str, s
 
 
 def _addresses(hosts: str, port: int) -> list[Address]:
-    """``host:port,host``; empty where one of them is not readable."""
+    """``host:port,host``; empty if one of them is not readable."""
     found: list[Address] = []
     for text in hosts.split(",") if hosts else ():
         try:

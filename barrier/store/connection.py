@@ -91,7 +91,7 @@ def _pack_words(words: Sequence[Any]) -> bytes:
 
 
 def _packed(words: Sequence[Any]) -> bytes:
-    untyped: Any = hiredis  # it leaves the result's type out, and annotates a tuple of one
+    untyped: Any = hiredis  # its annotations lack the result's type, and allow only one word
     try:
         packed: bytes = untyped.pack_command(tuple(words))
     except TypeError as error:

@@ -95,7 +95,7 @@ async def run(
 def call(
     loaded: Script, keys: Mapping[str, str | Arguments], args: Mapping[str, str | int | Sequence[str]]
 ) -> list[str | int | Arguments]:
-    """What follows a script's name: the number of keys, the keys, the arguments."""
+    """The words after a script's name: the number of keys, the keys, the arguments."""
     named = _ordered(loaded.keys, keys)
     count = sum(word.count if isinstance(word, Arguments) else 1 for word in named)
     return [count, *named, *_ordered(loaded.args, args)]

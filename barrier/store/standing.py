@@ -32,7 +32,7 @@ _ORDINARY: tuple[type[driver.ResponseError], ...] = (
     driver.OutOfMemoryError,
     driver.ExecAbortError,  # an earlier reply says why a queued command was refused
     driver.NoPermissionError,
-    driver.AskError,  # MOVED is one too: `barrier.store.cluster` sees to them
+    driver.AskError,  # MOVED is one too: `barrier.store.cluster` handles both
     driver.TryAgainError,
     driver.ClusterCrossSlotError,
 )

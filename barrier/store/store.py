@@ -204,14 +204,16 @@ class Store:
             pool = self.commands.connection_pool
             connection = await pool.get_connection()
             try:
-                # The driver hands out no socket. Where a later version of it names the writer otherwise, a test fails.
+                # The driver hands out no socket. If a later version renames the writer, a test fails.
                 ask: Any = getattr(getattr(connection, "_writer", None), "get_extra_info", None)
                 found: Any = ask("sockname") if ask is not None else None
             finally:
                 await pool.release(connection)
         match found:
             case (str(host), int(), *_):
-                return "127.0.0.1" if host == "::1" else host  # what listens on all IPv4 addresses is there as well
+                return (
+                    "127.0.0.1" if host == "::1" else host
+                )  # an engine that listens on all IPv4 addresses listens there, too
             case _:
                 return "127.0.0.1"
 
@@ -393,7 +395,7 @@ def check_info(info: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
     """Judge what INFO said; raise `StoreUnsuitable` with the value, the limit and what to do.
 
     Returns:
-        ``redis`` or ``valkey``, and major and minor version; empty where INFO did not say.
+        ``redis`` or ``valkey``, and major and minor version; empty if INFO did not say it.
     """
     policy = info.get("maxmemory_policy", _SAFE_POLICY)
     if policy != _SAFE_POLICY:

@@ -51,7 +51,7 @@ __all__ = [
 
 WORLD_SIZE = 2
 _LEASE_SECONDS = 3_600.0
-"""Of reports and leaderships: no history takes so long."""
+"""The lease of reports and leaderships, which is longer than any history takes."""
 
 NONCES = tuple(f"{number:032x}" for number in range(1, 7))
 LIVES = tuple(f"{life:012x}{life:016x}" for life in (1, 2))
@@ -73,8 +73,8 @@ class Call:
     """One call, or one thing that happens to the store.
 
     Attributes:
-        kind: a verb; or ``say`` (a rank reports), ``lapse`` (its lease ends), ``unlead`` (the leader's does), ``flush`` (the group's
-            keys are lost), ``forget`` (the epoch's record alone is).
+        kind: a verb; or ``say`` (a rank reports), ``lapse`` (its lease ends), ``unlead`` (the leader's lease ends),
+        ``flush`` (the group's keys are lost), ``forget`` (only the epoch's record is lost).
         rank: which rank says something or lapses; ``None`` for all.
         status: what it says, or what `restore` claims.
         bound: whether the report is in an epoch: the one that `epoch` chooses.
@@ -83,13 +83,13 @@ class Call:
         term: which leadership is claimed: 0 the newest that was given, 1 the one before, and so on; the oldest was never given.
         epoch: which epoch is meant, counted in the same way.
         n: a log position, or a floor, or an ordinal.
-        nonce: of the epoch to open: which of `NONCES`.
+        nonce: which of `NONCES` the epoch to open gets.
         step: the step to dispatch.
         after: the step that must have been dispatched before it.
-        attempt: of the step.
+        attempt: the attempt of the step.
         repeatable: whether the step comes any number of times.
         needs: what must hold for `check` and `dispatch`.
-        digest: of the spec.
+        digest: the digest of the spec.
     """
 
     kind: Kind
@@ -538,7 +538,7 @@ SEQUENCES: Mapping[str, tuple[Call, ...]] = {
         Call("dispatch"),
     ),
 }
-"""Histories by what they show."""
+"""Histories, by what each of them shows."""
 
 
 async def run(store: Store, calls: Iterable[Call]) -> list[Any]:

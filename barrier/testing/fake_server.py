@@ -120,7 +120,7 @@ class _ServerSide(Protocol):
         """Forget it."""
 
     def wake_readers(self) -> None:
-        """Let those look again whose streams were written to."""
+        """Let the readers of streams that were written to look again."""
 
 
 class ServerSocket(AsyncFakeSocket):
@@ -228,7 +228,7 @@ class ServerSocket(AsyncFakeSocket):
         return server.rankgate_runtime
 
     def _lua_redis_call(self, lua_runtime: Any, expected_globals: set[Any], op: bytes, *args: Any) -> Any:  # noqa: ANN401  as fakeredis
-        """``redis.call``. That a script sets no globals is checked at its end, and not at each call as well."""
+        """``redis.call``. Whether a script sets globals is checked at its end, and not at each call as well."""
         name = op.decode().lower()
         if name in COMMANDS_WITH_SUB or any(type(arg) is not bytes for arg in args):
             return super()._lua_redis_call(lua_runtime, expected_globals, op, *args)

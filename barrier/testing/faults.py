@@ -1,7 +1,7 @@
 """Faults between a client and its server, planned one by one: each fires once, where the test says, and is counted.
 
-The faults are in the connection, outside the code under test: `barrier.store.connect.adopt` builds its clients from the given
-client's pool, so they have the same faults. The idea is from torchft's failure injection, which counts its firings.
+The faults are in the connection, outside the code under test: `barrier.store.connect.adopt` builds its clients from
+the given client's pool, so they have the same faults. The idea is from torchft's failure injection, which counts its firings.
 """
 
 from __future__ import annotations
