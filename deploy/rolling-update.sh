@@ -1,10 +1,10 @@
 #!/bin/sh
-# Move a cluster of docker-compose.yml that runs to another version, one container after another, and wait until the instance serves
-# again before the next. Old and new run side by side meanwhile. Roll back by the same command with the version before.
+# Update a running cluster of docker-compose.yml to another version, one container after the other. After each container the script waits
+# until the instance serves again. Meanwhile both versions run side by side. To roll back, run it with the old version.
 #
-#     deploy/rolling-update.sh VERSION      the image RANKGATE_IMAGE:VERSION must be there; then set RANKGATE_VERSION in .env
+#     deploy/rolling-update.sh VERSION      needs the image RANKGATE_IMAGE:VERSION; afterwards set RANKGATE_VERSION in .env
 #
-# Run it from the project's root, with the options that you give to docker compose in COMPOSE_FILE, COMPOSE_PROJECT_NAME and .env.
+# Run it in the project's root. It takes the options of docker compose from COMPOSE_FILE, COMPOSE_PROJECT_NAME and .env.
 set -eu
 [ $# -eq 1 ] || { echo "usage: deploy/rolling-update.sh VERSION" >&2; exit 2; }
 [ -e docker-compose.yml ] || { echo "run it from the folder of docker-compose.yml" >&2; exit 2; }
@@ -30,8 +30,8 @@ for service in planner runner; do
         echo "$(docker inspect -f '{{.Name}}' "$id" | cut -c 2-): to $image"
         docker stop -t "$([ $service = runner ] && echo 30 || echo 15)" "$id" >/dev/null
         docker rm "$id" >/dev/null
-        # --no-recreate: only what is missing is started, and that with the new image. No service is named: Compose v2 would refuse
-        # to scale the others.
+        # --no-recreate: Compose starts only the missing containers, with the new image. The command names no service, because Compose v2
+        # would refuse to scale the others.
         $COMPOSE up -d --no-build --no-recreate --scale "planner=$planners" --scale "runner=$runners" >/dev/null 2>&1
         planner=$($COMPOSE ps -q planner | tail -n 1)
         docker exec "$planner" rankgate launch --yes --file /etc/rankgate/instance.toml --timeout "$seconds"

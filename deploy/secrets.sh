@@ -1,10 +1,10 @@
 #!/bin/sh
-# Make the store's users and passwords, and a certificate for TLS, in deploy/secrets (or the folder SECRETS). What is there stays, so
-# that it may be run again after a change; delete a file to have it made anew, then restart the store and whoever uses it.
+# Make the store's users and passwords, and a certificate for TLS, in deploy/secrets (or the folder SECRETS). Existing files stay, so you
+# may run it again after a change. To make a file anew, delete it first; afterwards restart the store and all of its clients.
 #
 #     deploy/secrets.sh [--rank-users]     --rank-users: also one user for each rank, for deploy/compose/rank-users.yml
 #
-# Needs rankgate on the PATH, or Docker, which then runs it from the image; and openssl, for TLS only.
+# It needs rankgate on the PATH, or Docker, which runs rankgate from the image. For TLS it also needs openssl.
 set -eu
 umask 077
 here=$(cd "$(dirname "$0")" && pwd)
@@ -18,7 +18,7 @@ name=$(value name)
 world_size=$(value world_size)
 mkdir -p "$secrets"
 chmod 700 "$secrets"  # rankgate acl takes no folder that others may read
-# Docker makes an empty folder of a file that is to be mounted and is not there: somebody was too early.
+# If docker compose ran before this script, Docker made empty folders in the place of the missing files.
 find "$secrets" -mindepth 1 -type d -empty -delete
 
 if command -v rankgate >/dev/null; then
@@ -45,7 +45,7 @@ printf '%s\n' "$users" >"$secrets/store-users"
 
 if [ ! -s "$secrets/store-cert" ]; then
     if command -v openssl >/dev/null; then
-        # An authority of its own, whose key is thrown away: it vouches for this one server.
+        # A certificate authority for this one server. Its key is deleted.
         key=$(mktemp) && request=$(mktemp) && extensions=$(mktemp)
         trap 'rm -f "$key" "$request" "$extensions"' EXIT
         echo 'subjectAltName=DNS:store,DNS:localhost,IP:127.0.0.1' >"$extensions"
@@ -62,8 +62,8 @@ if [ ! -s "$secrets/store-cert" ]; then
     fi
 fi
 
-# Containers run as users of their own, and a mounted file keeps the owner that it has here. So the files are readable, and the
-# folder is closed: other users of this machine do not get as far as the files.
+# Containers run as other users, and a mounted file keeps its owner. So all may read the files, but only the owner may open the folder:
+# other users of this machine cannot reach the files.
 chmod 700 "$secrets"
 find "$secrets" -type f ! -name .gitignore -exec chmod 444 {} +
 echo "users, passwords and certificate are in $secrets"

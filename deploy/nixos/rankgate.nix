@@ -38,7 +38,7 @@ let
     RANKGATE_WAIT_FOR_STORE = toString cfg.waitForStore;
     RANKGATE_STATE_FILE = "/run/${name}/state";
     RANKGATE_REDIS_PASSWORD_FILE = "%d/redis-password";
-    # Where a process hung is then in the journal, as file and line.
+    # After a hang, the journal shows the file and the line.
     PYTHONFAULTHANDLER = "1";
   };
 
@@ -47,11 +47,11 @@ let
     wantedBy = [ "multi-user.target" ];
     wants = [ "network-online.target" ];
     after = [ "network-online.target" ];
-    # A store that is away for an hour must not leave a unit behind that nobody starts again.
+    # Without a limit on restarts: after a long outage of the store, systemd still starts the unit again.
     startLimitIntervalSec = 0;
   };
 
-  # A user of its own that exists while it runs, and nothing that the program does not need. See deploy/systemd for the reasons.
+  # Each service has its own user, which exists while it runs, and gets only the rights that it needs. deploy/systemd gives the reasons.
   serviceOf = name: passwordFile: {
     Type = "notify";
     NotifyAccess = "main";
@@ -158,7 +158,7 @@ let
     })
     list))) == builtins.length list;
 
-  # What is in the Nix store can be read by every user of the machine.
+  # Every user of the machine can read the Nix store.
   secret = path: path != null && builtins.substring 0 1 path == "/" && builtins.match "${builtins.storeDir}/.*" path == null;
 
   secretMessage = who: path:
@@ -169,7 +169,7 @@ in
   options.services.rankgate = {
     package = mkOption {
       type = types.package;
-      description = "The package with bin/rankgate: rankgate with its extra cli, and whatever the engine needs.";
+      description = "The package with bin/rankgate: rankgate with its extra cli, and what the engine needs.";
     };
 
     namespace = mkOption {
@@ -203,14 +203,14 @@ in
         type = types.str;
         default = "";
         example = "?ssl_ca_certs=/etc/ssl/store-ca.pem";
-        description = "What follows in the URL, from the question mark on. No secret belongs in here.";
+        description = "The rest of the URL, beginning with the question mark. Put no secret in here.";
       };
     };
 
     lease = mkOption {
       type = types.numbers.positive;
       default = 6;
-      description = "Seconds; a rank that is silent for so long counts as gone. The same on every machine.";
+      description = "Seconds after which a silent rank counts as gone. The same on every machine.";
     };
 
     heartbeat = mkOption {
@@ -222,13 +222,13 @@ in
     waitForStore = mkOption {
       type = types.ints.unsigned;
       default = 60;
-      description = "Seconds for which a process that starts asks again for a server that is not up yet; at most 100.";
+      description = "Seconds for which a process waits at its start for a server that is not up yet; at most 100.";
     };
 
     watchdogSec = mkOption {
       type = types.ints.positive;
       default = 30;
-      description = "Seconds after which a process whose event loop hangs, or that does not try its work any more, is restarted.";
+      description = "Seconds after which systemd restarts a process whose event loop hangs, or that no longer tries to work.";
     };
 
     instance = mkOption {
@@ -255,11 +255,11 @@ in
         };
       });
       default = null;
-      description = "The instance that this cluster is for: runners run its ranks, and planners launch it unless it was stopped or given up. The same on every machine.";
+      description = "The instance of this cluster. Runners run its ranks. Planners launch it unless it was stopped or given up. The same on every machine.";
     };
 
     planner = {
-      enable = mkEnableOption "a planner; of several on one server one leads, the others stand by";
+      enable = mkEnableOption "a planner; if several planners use one server, one leads and the others stand by";
       user = mkOption {
         type = types.str;
         default = "${cfg.namespace}.planner";
@@ -289,7 +289,7 @@ in
         type = types.listOf types.ints.unsigned;
         default = [ ];
         example = [ 0 1 ];
-        description = "Which ranks run here, a service each. No two machines may run the same one.";
+        description = "The ranks that run on this machine, one service each. No two machines may run the same rank.";
       };
       user = mkOption {
         type = types.str;
@@ -306,7 +306,7 @@ in
         type = types.str;
         default = "";
         example = "node-a.example";
-        description = "Under which name the other ranks reach this machine; by default the address from which it reaches the server.";
+        description = "The name or address at which the other ranks reach this machine; by default the address from which it reaches the server.";
       };
       engine = mkOption {
         type = types.str;
@@ -317,18 +317,18 @@ in
       engineConfig = mkOption {
         type = types.attrs;
         default = { };
-        description = "The engine's configuration. It is in the Nix store: no secret belongs in here.";
+        description = "The engine's configuration. It is in the Nix store: put no secret in here.";
       };
       environment = mkOption {
         type = types.attrsOf types.str;
         default = { };
-        description = "Further variables for the runners and their engines. No secret belongs in here.";
+        description = "Further environment variables for the runners and their engines. Put no secret in here.";
       };
       deviceAllow = mkOption {
         type = types.listOf types.str;
         default = [ ];
         example = [ "char-nvidia rw" "char-nvidia-uvm rw" "char-drm rw" ];
-        description = "The devices that the engine needs. With any, the sandbox is opened as far as GPUs need it.";
+        description = "The devices that the engine needs. If the list is not empty, the sandbox allows what GPUs need.";
       };
     };
   };

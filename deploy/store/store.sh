@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run and check the store, whichever of Redis and Valkey the image holds: store.sh serve|check plain|tls
+# Run or check the store, Redis or Valkey, depending on the image: store.sh serve|check plain|tls
 set -eu
 conf=/etc/store/store.conf
 tls=
@@ -12,7 +12,7 @@ serve)
     exec "$(command -v valkey-server || command -v redis-server)" "$conf"
     ;;
 check)
-    # As the observer, who may look and nothing else. The password is no argument, which everybody on the machine could read.
+    # As the observer, who may only read. The password is not an argument, because all users of the machine could read it.
     REDISCLI_AUTH=$(cat /run/secrets/observer)
     export REDISCLI_AUTH
     # shellcheck disable=SC2086 # several words are meant

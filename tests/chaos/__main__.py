@@ -1,4 +1,4 @@
-"""``python -m tests.chaos --seconds 900 --seed 1``: break real processes and real servers, and see whether the promises hold."""
+"""``python -m tests.chaos --seconds 900 --seed 1``: break real processes and real servers, and check that the guarantees hold."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from tests.chaos.world import SETTINGS
 def main() -> int:
     """Run, print the table, write the summary; the exit code is 1 where a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120.0, help="for how long to inject faults (default 120)")
-    parser.add_argument("--seed", type=int, default=1, help="what the schedule follows from (default 1)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="seconds for which to inject faults (default 120)")
+    parser.add_argument("--seed", type=int, default=1, help="the seed of the schedule (default 1)")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, help="which kinds of stores (default: all)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only faults with this in their names")
-    parser.add_argument("--rounds", type=int, default=None, help="at most so many rounds in each world")
-    parser.add_argument("--json", type=Path, default=Path("bench-results/chaos.json"), help="where the summary goes")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="inject only faults whose names contain PART"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="the most rounds in each world")
+    parser.add_argument("--json", type=Path, default=Path("bench-results/chaos.json"), help="the file for the summary")
     options = parser.parse_args()
     worlds = options.worlds or list(WORLDS)
     if why := missing(worlds):

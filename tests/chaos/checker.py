@@ -1,10 +1,10 @@
-"""Decides whether a run kept its promises, from what processes have noted, what the store's streams said, and what was injected.
+"""Decides whether a run kept the guarantees, from the notes of the processes, the streams of the store, and the injected faults.
 
-It shares no code with the barrier, the runner or the planner, only their words. Three witnesses:
+It shares no code with the barrier, the runner or the planner, only their words. It has three sources:
 
-- the journals, which no fault of a store can erase, for what was done: exactly once, not early, one epoch at a time;
-- the recorded histories, under the rules of `planner.history`;
-- the list of faults, for whether a verdict was true: whom it blames must have been touched.
+- the journals show what was done: exactly once, not early, one epoch at a time. No fault of a store can erase them;
+- the recorded histories, which it checks by the rules of `planner.history`;
+- the list of faults shows whether a verdict was true: a fault must have touched the rank that the verdict blames.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the worlds side by side, a round of faults after the other, and puts together what came of it."""
+"""Runs the worlds side by side, one round of faults after the other, and collects the results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The engine of the chaos runs: the simulated one, which keeps a journal of what it does and obeys the driver's orders to fail.
+"""The engine of the chaos runs: the simulated engine, which also keeps a journal of its work and fails when the driver orders it.
 
-An order is a file that the driver writes; the first engine of that rank that reaches the phase takes it (by renaming it) and obeys.
+An order is a file that the driver writes. The first engine of that rank that reaches the phase takes the file (by renaming it) and obeys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the chaos runs break, and how. Every fault is injected, lasts for a while, is lifted, and says whom it has touched."""
+"""The faults of the chaos runs. The driver injects a fault, lets it last for a while, and lifts it. A fault says which ranks it has touched."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What runners and engines have done, in their own hand: one file of one world that every process appends to.
+"""The journal of a world: one file to which every runner and engine appends what it does.
 
-No fault of a store can erase it, and nobody has to be believed about it afterwards: a line is written in the process that acts, in the
-moment in which it acts. Times are CLOCK_MONOTONIC, which all processes of one machine share. Imports little, because every
-engine's process imports it.
+No fault of a store can erase it. The process that acts writes the line at the moment when it acts, so nothing is reported afterwards.
+Times are CLOCK_MONOTONIC, which all processes of one machine share. This module imports little, because every engine's process
+imports it.
 """
 
 from __future__ import annotations

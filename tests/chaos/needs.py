@@ -1,4 +1,4 @@
-"""What a machine must have before anything is broken on it: what is missing is one sentence, and no breach."""
+"""Checks what a machine must have for the chaos runs. What is missing is told in one sentence, and is no breach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank in a network namespace of its own, cut off from the store in one direction, in both, or by loss. Linux, as root."""
+"""Puts one rank into its own network namespace, and cuts it off from the store: in one direction, in both, or by loss. Linux, as root."""
 
 from __future__ import annotations
 

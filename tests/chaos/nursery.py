@@ -1,7 +1,7 @@
-"""Forks runners and planners for the chaos runs: the product's own command line, in which a runner also notes what it accepts.
+"""Forks runners and planners for the chaos runs. They run the real command line, and a runner also notes what it accepts.
 
-It is `tests.integration.cluster`'s nursery with two additions in the forked process: the note, made in the very call that takes a
-judged task on, and the network namespace that the driver may name.
+It is the nursery of `tests.integration.cluster` with two additions in the forked process: the note, which the call that accepts a
+judged task makes itself, and the network namespace that the driver may name.
 """
 
 from __future__ import annotations

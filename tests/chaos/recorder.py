@@ -1,8 +1,8 @@
-"""Listens to an instance's `events` stream from outside and keeps what it hears, because a store that is flushed does not.
+"""Reads an instance's `events` stream from outside and keeps the events, because a flushed store loses them.
 
-What it hears is cut into segments wherever the store may have forgotten something: a rule that compares two events says nothing
-about events between which the store went back. A store that keeps its data over a restart gives one segment, and so the strictest
-check. The rules are `planner.history.find_breaches`, given each segment as a stream of its own on a server of the driver's.
+It begins a new segment wherever the store may have forgotten something: a rule that compares two events does not hold if the store
+went back between them. A store that keeps its data over a restart gives a single segment, which is the strictest check. The driver
+puts each segment on a server of its own as a stream, and `planner.history.find_breaches` checks it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whoever is told to end while it asks the sentinels for the master does end. Found by make chaos.
+"""A task that is cancelled while it asks the sentinels for the master does end. Found by make chaos.
 
-A runner that had come back after its replacement did not leave: its reader of the task log was told to end in the middle of that
+A runner that had come back after its replacement did not leave. Its reader of the task log was cancelled in the middle of that
 question, redis-py's own connections lost the cancellation (see `barrier.store.connection`), and the reader read on for ever.
 """
 

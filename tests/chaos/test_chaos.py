@@ -1,4 +1,4 @@
-"""A short share of the chaos runs with a fixed schedule; `make chaos` runs longer ones, on every kind of store at once."""
+"""A short chaos run with a fixed schedule. `make chaos` runs longer ones, on every kind of store at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checker of the chaos runs finds what it is there for: each kind of breach, made up by hand."""
+"""The checker of the chaos runs finds each kind of breach. The breaches are made by hand."""
 
 from __future__ import annotations
 

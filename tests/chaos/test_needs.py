@@ -1,4 +1,4 @@
-"""A machine that lacks what a world needs is told so in one sentence, before anything is started, and not as a breach."""
+"""If a machine lacks what a world needs, the run says so in one sentence before it starts anything, and reports no breach."""
 
 from __future__ import annotations
 

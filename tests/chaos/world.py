@@ -1,4 +1,4 @@
-"""One world of the chaos runs: a store, two planners, some instances with a process for every rank, and what listens to them."""
+"""One world of the chaos runs: a store, two planners, some instances with a process for every rank, and their recorders."""
 
 from __future__ import annotations
 

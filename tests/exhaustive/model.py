@@ -1,15 +1,15 @@
-"""Ranks and planners around the reference model, as a graph of states: what can happen next in each of them.
+"""Ranks and planners around the reference model, as a graph of states: which events can follow each state.
 
-The verbs are `barrier.testing.reference`'s, what a rank promises and takes from the log `barrier.protocol.rank_state`'s, what a task and a
-failure make of it `runner.session`'s, and the planners' choices `planner.decide`'s: they are called, not written again. What is modelled here
-is what lies between them (the shell of `runner.Runner`, `barrier.Barrier` and `planner.InstanceLoop`), and what may go wrong.
+The model calls real code where it can: `barrier.testing.reference` for the verbs, `barrier.protocol.rank_state` for what a rank promises and
+takes from the log, `runner.session` for tasks and failures, `planner.decide` for the planners' choices. It models only the code between
+them (`runner.Runner`, `barrier.Barrier` and `planner.InstanceLoop`), and the faults.
 
-Where the real code waits for a time, here anything may happen at any moment: a stall, a lapse and a lost wake-up need no clock.
-A planner may try any gate at any moment, since hints are not the truth; a rank may hear of an epoch from the log or the record.
-A request that was delayed or doubled is one that is made at any later moment with what its sender knew then; where the store
-refuses it nothing changes, so that all of them are tried.
+Where the real code waits for a time, here anything may happen at any moment. So a stall, a lapse and a lost wake-up need no clock.
+A planner may try any gate at any moment, because a wake-up proves nothing. A rank may read of an epoch in the log or in the record.
+A delayed or doubled request is a request at any later moment, with what its sender knew at the first moment. The search tries all
+of them; where the store refuses one, nothing changes.
 
-A state is a tuple of small numbers, each naming a value in a table; what follows from a store and one process is worked out once.
+A state is a tuple of small numbers. Each number names a value in a table. What follows from a store and one process is computed once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What must hold, said again in other words than the code under search says it.
+"""The rules that must hold, written independently of the code under search.
 
-Nothing in here uses the reference model's own judgements: who has arrived is read off the reports, a roster is the one with which
-the epoch was opened, as the history remembers it.
+This module uses no judgement of the reference model. It reads from the reports which ranks have arrived, and it takes the roster from
+the history: the one with which the epoch was opened.
 """
 
 from __future__ import annotations

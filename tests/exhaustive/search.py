@@ -1,4 +1,4 @@
-"""Breadth-first search through all states, so that the first breach found has the shortest history; then the search for dead ends."""
+"""Searches all states breadth-first, so that the first breach found has the shortest history. Then searches for dead ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which searches are run, so that each guard is needed by at least one of them."""
+"""The list of searches. For each guard, at least one search finds a breach if the guard is taken out."""
 
 from __future__ import annotations
 

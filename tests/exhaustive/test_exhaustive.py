@@ -1,4 +1,4 @@
-"""The quick share of ``make exhaustive``: all interleavings within small bounds, and that a missing guard is found."""
+"""The quick part of ``make exhaustive``: it searches all interleavings within small bounds, and it finds a missing guard."""
 
 from __future__ import annotations
 

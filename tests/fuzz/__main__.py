@@ -1,7 +1,7 @@
 """Fuzz for a given time: ``python -m tests.fuzz [--seconds 120] [--guided PYTHON]``, or ``make fuzz SECONDS=120``.
 
-A third of the time goes to hypothesis, with as many examples as fit, over the decoders, the second line and garbage in a live store; the
-rest, where `--guided` names a Python that has atheris, to coverage-guided fuzzing of each decoder in turn. Exit code 1 if anything broke.
+For a third of the time, hypothesis plays as many examples as fit: decoders, the second line, and garbage in a live store. If `--guided`
+names a Python that has atheris, the rest goes to coverage-guided fuzzing of each decoder in turn. Exit code 1 if anything broke.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def by_coverage(python: str, seconds: float) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """Fuzz; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120.0, help="for everything (default: 120)")
-    parser.add_argument("--guided", default="", metavar="PYTHON", help="a Python that has atheris")
+    parser.add_argument("--seconds", type=float, default=120.0, help="seconds for the whole run (default: 120)")
+    parser.add_argument("--guided", default="", metavar="PYTHON", help="the path of a Python that has atheris")
     chosen = parser.parse_args(arguments)
     if not chosen.guided:
         print("atheris is left out: --guided names no Python that has it")

@@ -1,4 +1,4 @@
-"""Time that stands still, and a store in which nobody leaves a key behind."""
+"""Fixtures: a clock that stands still, and a check that no test leaves a key in the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that reads bytes or texts which somebody else may have written, with the one error that each may raise.
+"""All decoders of bytes or texts that somebody else may have written, with the one error that each may raise.
 
 Shared by the tests with hypothesis (`test_decoders`) and by the coverage-guided run with atheris (`tests.fuzz.guided`).
 """

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of one decoder with atheris: ``python -m tests.fuzz.guided NAME CORPUS [libFuzzer options]``.
 
-CORPUS is a folder that is the caller's to remove: libFuzzer ends the process by itself, with exit code 0 when its time is over, and
-otherwise with the input that breaks the decoder, which it writes into the present folder. `tests.fuzz` runs it for every decoder.
+CORPUS is a folder, which the caller removes. libFuzzer ends the process by itself: with exit code 0 when its time is over. If an input
+breaks the decoder, it writes that input into the present folder and ends with another code. `tests.fuzz` runs it for every decoder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whatever bytes stand where ours belong: a value of ours or the one named refusal, in bounded time, and nothing else.
+"""Each decoder, given any bytes, returns a value or raises its one named error, in a limited time.
 
-``make fuzz`` plays many more; ``RANKGATE_FUZZ_EXAMPLES`` says how many examples a decoder gets.
+``make fuzz`` plays many more examples; ``RANKGATE_FUZZ_EXAMPLES`` says how many each decoder gets.
 """
 
 from __future__ import annotations

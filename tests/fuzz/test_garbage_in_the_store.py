@@ -1,7 +1,7 @@
-"""Garbage in live keys while real runners and a real planner work on them: nobody dies, and the instance serves afterwards (F20).
+"""Garbage in live keys while real runners and a real planner work on them: no process dies, and the instance serves afterwards (F20).
 
-What ranks and planners themselves rewrite heals by itself. A key of a wrong type does not: whoever needs it says which key that is,
-and goes on once it is deleted.
+Keys that ranks and planners rewrite heal by themselves. A key of a wrong type does not: the process that needs it names the key,
+and goes on when the key is deleted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A planner that checks nothing, against one real runner: any task, in any state, of any epoch, twice, torn or hostile.
+"""A planner that checks nothing, against one real runner: any task, in any state, of any epoch, twice, cut off or hostile.
 
-What the runner must do with each is said once more by `Oracle`, from the design's section 5 and without the runner's own code: what
-the engine was really asked, and the status after it, are compared after every single task.
+`Oracle` says what the runner must do with each task. It follows section 5 of the design, and uses no code of the runner. After every
+task, the test compares the engine's real calls and the runner's status with it.
 """
 
 from __future__ import annotations

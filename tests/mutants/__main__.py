@@ -1,8 +1,8 @@
 """Take out each guard in turn and search for the breach: ``python -m tests.mutants [NAME…]``, or ``make mutants [MUTANT=NAME]``.
 
-For each guard: a copy of the tree without it, its searches one after the other until one finds a breach, and one row of a table:
-guard, where, found by which search, with which seed, after how long. First of all every search is run on the unchanged source,
-where it must find nothing. Exit code 1 if a guard was missed by no search, or if a search finds something in the unchanged source.
+First the command runs every search on the unchanged source, where it must find nothing. Then, for each guard, it makes a copy of the
+tree without the guard, and runs the guard's searches one after the other until one finds a breach. It prints a table with one row per
+guard: guard, place, search, seed, time. Exit code 1 if no search finds a guard's breach, or if a search finds one in the unchanged source.
 """
 
 from __future__ import annotations
@@ -103,18 +103,18 @@ def _without_mutation(search: Search) -> Finding | str:
 def main(arguments: Sequence[str]) -> int:
     """Search for the mutants that are named, or for all of them."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to search for; all where none is named")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="searches at once (default: 1)")
-    parser.add_argument("--search", default="", metavar="KIND", help="try only searches of this kind")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to search for (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of searches at once (default: 1)")
+    parser.add_argument("--search", default="", metavar="KIND", help="run only searches of this kind")
     parser.add_argument(
         "--seconds",
         type=float,
         default=SEARCH_SECONDS,
-        help=f"the longest that one search may take ({SEARCH_SECONDS:g})",
+        help=f"the most seconds that one search may take (default: {SEARCH_SECONDS:g})",
     )
     parser.add_argument("--list", action="store_true", help="list the mutants and stop")
     parser.add_argument(
-        "--no-control", action="store_true", help="do not try the searches on the unchanged source first"
+        "--no-control", action="store_true", help="do not run the searches on the unchanged source first"
     )
     chosen = parser.parse_args(arguments)
     known = {mutation.name: mutation for mutation in MUTATIONS}

@@ -1,4 +1,4 @@
-"""The guards, each with the text that takes it out, and the searches that must miss it."""
+"""The guards. Each has the text that takes it out, and the searches of which one must find the breach."""
 
 from __future__ import annotations
 

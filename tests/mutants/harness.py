@@ -1,8 +1,8 @@
-"""Mutation of the guards: what a mutation is, the searches that may find its breach, and a copy of the tree to run them in.
+"""Mutation of the guards: the type of a mutation, the searches that may find its breach, and a copy of the tree in which they run.
 
-A mutation is data: a file, the exact text of the guard in it, and the text without the guard. The text must be in the file
-exactly once, so that the list cannot rot. The idea is that of mutation testing (DeMillo, Lipton and Sayward, 1978), with the
-mutations written by hand: one for each guard that the design names.
+A mutation is data: a file, the exact text of the guard in it, and the text without the guard. The text must be in the file exactly
+once, so that an outdated list fails. The idea is mutation testing (DeMillo, Lipton and Sayward, 1978). Here people write the
+mutations, one for each guard that the design names.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A pytest plugin for the property tests of a mutated tree: one breach is enough, so nothing is shrunk, and nothing is remembered.
+"""A pytest plugin for the property tests of a mutated tree. One breach is enough, so hypothesis shrinks nothing and stores nothing.
 
-Used as ``pytest -p tests.mutants.hasty --hypothesis-seed=N``: the seed alone then says which examples are played.
+Use it as ``pytest -p tests.mutants.hasty --hypothesis-seed=N``. Then the examples follow from the seed alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The list of guards fits the source, and a share of them is really missed by the searches; ``make mutants`` tries them all."""
+"""The list of guards fits the source, and the searches find the breaches of some of them; ``make mutants`` tries all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Random histories of the real code under faults.
 
-``python -m tests.simulation 7`` plays one seed and prints its whole history; ``python -m tests.simulation 0 5000`` plays many, on all
-cores, and prints what they came to.
+``python -m tests.simulation 7`` plays one seed and prints its whole history. ``python -m tests.simulation 0 5000`` plays many seeds, on all
+cores, and prints a summary.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("first", type=int, help="the first seed")
     parser.add_argument("end", type=int, nargs="?", help="the seed after the last one; without it, one seed is printed")
-    parser.add_argument("--jobs", type=int, default=None, help="processes (default: one a core)")
-    parser.add_argument("--long", action="store_true", help="long histories: more ranks, more faults, many bring-ups")
+    parser.add_argument("--jobs", type=int, default=None, help="number of processes (default: one per core)")
+    parser.add_argument(
+        "--long", action="store_true", help="play long histories: more ranks, more faults, many bring-ups"
+    )
     parser.add_argument("--print", action="store_true", dest="whole", help="print the whole history of every seed")
     parser.add_argument("--stop-at-first", action="store_true", help="end at the first breach")
     chosen = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Many histories: a few numbers about each, added up, on as many processes as there are cores."""
+"""Plays many histories, on as many processes as there are cores, and adds up a few numbers about each."""
 
 from __future__ import annotations
 

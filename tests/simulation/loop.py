@@ -1,7 +1,7 @@
-"""An event loop whose time is virtual and whose next step is drawn by a seed, with processes that can be stopped or killed.
+"""An event loop with virtual time, in which a seed chooses the next callback, with processes that can be stopped or killed.
 
-Every callback that is ready may run next: what asyncio runs in order of arrival is permuted here, which is a superset of what
-real machines do. A *process* is whatever runs in one context: its callbacks can be held back (SIGSTOP) or dropped (SIGKILL).
+Any callback that is ready may run next. asyncio runs them in order of arrival; this loop permutes them, which includes all orders
+of real machines. A *process* is all code that runs in one context. Its callbacks can be held back (SIGSTOP) or dropped (SIGKILL).
 """
 
 # pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false, reportUnknownMemberType=false

@@ -1,6 +1,6 @@
-"""What a simulation believes: the engines themselves say what they were told to do, and the ranks which verdicts they read.
+"""What a simulation takes as facts: the calls that the engines record, and the verdicts that the ranks record.
 
-Nothing here asks the code under test whether it did right.
+Nothing here asks the code under test whether it was right.
 """
 
 from __future__ import annotations

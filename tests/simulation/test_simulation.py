@@ -1,4 +1,4 @@
-"""Histories of the real code under faults, drawn by a seed: ``make simulate SEED=7`` plays one and prints it."""
+"""Histories of the real code under faults that a seed chooses: ``make simulate SEED=7`` plays one and prints it."""
 
 from __future__ import annotations
 

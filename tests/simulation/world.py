@@ -1,4 +1,4 @@
-"""One history: the real barrier, runner and planner on a fake store, in virtual time, with faults drawn by a seed."""
+"""One history: the real barrier, runner and planner on a fake store, in virtual time, with faults that a seed chooses."""
 
 from __future__ import annotations
 
