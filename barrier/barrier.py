@@ -81,7 +81,7 @@ class Barrier:
         group: the group's name.
         world_size: number of ranks; by default that of the epoch's record.
         namespace: keeps several clusters on one store apart.
-        settings: the times; if `redis` is a store, by default its settings.
+        settings: the times. A store has its own: then these are ignored.
         clock: time, for tests.
         holder: this planner's name, unique for each planner; by default the host name and random digits.
         wakeups: a reader to share with other groups of this process.

@@ -55,7 +55,7 @@ class Member:
         world_size: number of ranks, if this rank was configured with one.
         digest: digest of the spec that this rank was configured for; empty if it has none.
         namespace: keeps several clusters on one store apart.
-        settings: the times; if `redis` is a store, by default its settings.
+        settings: the times. A store has its own: then these are ignored.
         node: name of the machine, for people; by default the host name.
         address: host name or IP address under which the other ranks reach this machine; by default the one from which this
             process reaches the store.

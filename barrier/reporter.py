@@ -79,8 +79,9 @@ class Reporter:
     async def write(self, *, look: bool = True) -> None:
         """Send the report in one MULTI. With a `look`, also renew the claim, and read the epoch's record and the log's end.
 
-        A look happens at every heartbeat, whatever the caller asks for. In between, a report only writes the state and
-        checks that this incarnation still holds the rank, because the dispatch after an arrival waits for it.
+        A look happens at every heartbeat, whatever the caller asks for. In between, a report leaves the look out,
+        because the dispatch after an arrival waits for the report. It still checks that this incarnation holds the
+        rank.
 
         Hints and history that could not be sent go with the next report. After a lost reply they may come twice; events
         have a number, so a reader can tell.

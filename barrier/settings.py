@@ -12,7 +12,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Times in seconds, sizes in entries. Only the CLIs read the environment.
+    """Times in seconds, sizes in entries. An argument replaces the default; only the CLIs read the environment.
 
     Attributes:
         lease: lifetime of a report. A rank that is silent for so long counts as gone. Must exceed the longest healthy
