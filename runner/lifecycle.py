@@ -125,7 +125,7 @@ class Lifecycle:
         return self.alone if world_size == 1 else self.rows
 
     def row(self, task: str, world_size: int) -> Row | None:
-        """The row that a kind of task begins; ``None`` where so many ranks have no such row."""
+        """The row that a kind of task begins; ``None`` if so many ranks have no such row."""
         return self._rows[world_size > 1].get(task)
 
     def accepts(self, status: str, world_size: int) -> frozenset[str]:

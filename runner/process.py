@@ -153,8 +153,8 @@ class RunnerProcess(ABC):
             logger.warning("the engine could not be started yet: {}", failure)
 
     async def _clean_up(self) -> None:
-        """Stop work, end the engine, give the rank back, each whatever fails. It takes a limited time: it kills an engine that does not
-        close, and does not wait for a store that does not answer.
+        """Stop work, end the engine, give the rank back; a failure of one does not stop the others. It takes a limited time: it kills an
+        engine that does not close, and does not wait for a store that does not answer.
         """
         steps = [self._stop_work, self._host.shut_down, self._member.leave]
         if isinstance(self._lost, PartFailed):
@@ -163,7 +163,7 @@ class RunnerProcess(ABC):
             try:
                 await step()
             except StoreError as error:
-                logger.warning("rank was not given back, its lease will lapse: {}", error)
+                logger.warning("the rank was not given back, but its lease will lapse: {}", error)
             except Exception as mistake:  # noqa: BLE001  whatever the mistake is, the engine must go
                 supervise.tell_mistake(f"rank {self._member.report_now.rank}, tidying up", mistake)
 

@@ -48,8 +48,8 @@ _LOOK_SECONDS = 1.0
 """Seconds between two checks whether a load moves that has completed no further layer."""
 
 _HEAD_START_SECONDS = 0.1
-"""Seconds by which the last rank begins later than the others. It calls first, and the others listen first. If it finds nobody who listens,
-MLX tries again only after a second. Only that second depends on this value."""
+"""Seconds by which the last rank begins later than the others. It calls first, and the others listen first. If nobody listens yet, MLX
+tries again only after a second. Only that second depends on this value."""
 
 _HEAD_COUNTS = ("n_heads", "n_kv_heads", "num_heads", "num_kv_heads", "num_attention_heads", "num_key_value_heads")
 
@@ -193,7 +193,7 @@ class MlxEngine:
         self._check_open("load")
         if self._place is None:
             raise EngineFailure(
-                "load is out of order: prepare has not been done, which says whether this engine is alone"
+                "load is out of order: prepare has not been done, and only prepare says whether this engine is alone"
             )
         if self._place[1] > 1 and self._group is None:
             raise EngineFailure(

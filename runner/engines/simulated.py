@@ -259,7 +259,9 @@ class SimulatedEngine:
         """
         self._check_open("load")
         if self._place is None:
-            raise self._out_of_order("load", "prepare has not been done, which says whether this engine is alone")
+            raise self._out_of_order(
+                "load", "prepare has not been done, and only prepare says whether this engine is alone"
+            )
         if self._world_size > 1 and not self._connected:
             raise self._out_of_order("load", "connect has not been done, and a collective load would crash")
         if self._model is not None:

@@ -131,7 +131,7 @@ class _EngineServer:
         except Exception as mistake:  # noqa: BLE001 - whatever it is
             _end_by(mistake)
         finally:
-            # The runner is gone, or sends what is no frame. Nobody waits for a close any more.
+            # The runner is gone, or sends bytes that are no frame. Nobody waits for a close any more.
             os._exit(1)
 
     def _receive_or_end(self, frame: dict[str, Any]) -> None:

@@ -225,7 +225,9 @@ async def test_a_rank_alone_needs_no_port_and_no_ring(mlx: StandIn) -> None:
 
 async def test_an_engine_that_nobody_told_whether_it_is_alone_loads_nothing(mlx: StandIn) -> None:
     async with engine() as made:
-        with pytest.raises(EngineFailure, match="load is out of order: prepare has not been done, which says whether"):
+        with pytest.raises(
+            EngineFailure, match="load is out of order: prepare has not been done, and only prepare says whether"
+        ):
             _ = [layers async for layers in made.load(ModelSpec(model_id="x", total_layers=2))]
         for endpoints in (("",), ("127.0.0.1:1", "127.0.0.1:2")):
             with pytest.raises(EngineFailure, match="connect is out of order: prepare has bound no port"):

@@ -95,7 +95,7 @@ async def test_an_engine_that_nobody_told_whether_it_is_alone_loads_nothing() ->
     """It was made without a rank and a size, and never prepared."""
     one = SimulatedEngine(SimulatedConfig(), sleep=Sleeps())
     with pytest.raises(
-        EngineFailure, match="load is out of order: prepare has not been done, which says whether"
+        EngineFailure, match="load is out of order: prepare has not been done, and only prepare says whether"
     ) as caught:
         await collect(one.load(MODEL))
     assert not caught.value.permanent
