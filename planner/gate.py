@@ -1,7 +1,7 @@
-"""The gate alone, for a planner that already exists.
+"""The gate alone, for a planner that you already have.
 
-Such a planner polls statuses that may be stale, believes that all runners are connected, and sends ``LoadModel``. Keep it, and let
-every step pass the gate first, which asks the store and not the planner's memory::
+Such a planner polls statuses that may be old, believes that all runners are connected, and sends ``LoadModel``. Keep it, and let
+every step pass the gate first. The gate asks the store, and not the planner's memory::
 
     async with LoadGate(redis, "demo", world_size=4) as gate:
         match await gate.open(timeout=60):
@@ -9,11 +9,11 @@ every step pass the gate first, which asks the store and not the planner's memor
                 await gate.pass_step("connect", timeout=60)
                 outcome = await gate.pass_step("load", timeout=120)
 
-Ranks report through `barrier.Member` (or are runners of ours) and read their tasks from the group's log, where a task that passes
-is put at the very instant at which all ranks have arrived. To send tasks in a way of your own, use `LoadGate.arrived`.
+Ranks report through `barrier.Member` (or are runners of ours) and read their tasks from the group's task log. The gate appends a task to
+this log at the instant at which all ranks have arrived. To send tasks in another way, use `LoadGate.arrived`.
 
-Ranks that connect by themselves need no "connect": only "load" is passed then. A rank may report ``Connected``, or
-``RunnerConnected`` as the runners of other systems do, and so for every status.
+Ranks that connect by themselves need no step "connect": pass only "load". A rank may report ``Connected``, or ``RunnerConnected`` as
+the runners of other systems do. The same holds for every status.
 """
 
 from __future__ import annotations
@@ -56,32 +56,32 @@ __all__ = ["LoadGate"]
 
 
 _OTHER_PREFIX = "Runner"
-"""What other systems begin a status with that is one of ours but for that."""
+"""Other systems have our statuses with this prefix."""
 
 _CLOSED = Unknown("no attempt was opened here: call open() first, and go on only if it answers Opened")
 
 
 class LoadGate:
-    """One instance's gate: the steps of `planner.lifecycle`, each behind what it waits for. Use it as an async context manager.
+    """The gate of one instance: it dispatches a step of `planner.lifecycle` when all ranks are ready for it. An async context manager.
 
-    Every method may be called again with the same arguments, by as many callers as like: a step goes out once in an attempt.
-    What to do after anything but ``Released`` is the caller's to decide: conclude the attempt, pause, open the next one.
+    Any caller may call a method again with the same arguments: a step is dispatched once in an attempt. After any outcome but
+    ``Released``, the caller decides what to do: conclude the attempt, pause, open the next one.
 
     Args:
         redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``.
         instance: the instance's name, which is the barrier's group.
         world_size: number of ranks.
-        model: what the gate's own LoadModel says; not needed by those who bring their own tasks.
-        namespace: keeps several clusters on one store apart.
-        settings: the times; those of the store where a store is given.
+        model: the model in the gate's own LoadModel; not needed if you pass your own tasks.
+        namespace: the cluster's name; clusters with different names can share one store.
+        settings: the times; by default those of the store.
         clock: time, for tests.
-        holder: how this planner calls itself; unique per planner.
+        holder: the name of this planner; unique.
 
     Attributes:
         epoch: the attempt that `open` began; ``None`` before.
 
     Raises:
-        ValueError: the name or the world size may not be used.
+        ValueError: the name or the world size is not allowed.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LoadGate:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Give leadership back, so that another planner need not wait for it, and close. The attempt goes on."""
+        """Give leadership back, so that another planner need not wait, and close. The attempt goes on."""
         await self._stop_renewing()
         try:
             await self._barrier.resign()
@@ -124,14 +124,14 @@ class LoadGate:
         await self._barrier.close()
 
     async def open(self, *, timeout: float) -> OpenOutcome:  # noqa: ASYNC109  by the injected clock
-        """Take the lead and begin an attempt, whose roster are the ranks that are live. An attempt that goes on is ended first.
+        """Take the lead and begin an attempt with the live ranks as its roster. If an attempt is under way, end it first.
 
         Args:
             timeout: seconds to wait for ranks that are not here yet.
 
         Returns:
-            ``Opened``; ``NotReady`` with the ranks that did not come; ``Disagree`` where ranks were started for another spec;
-            ``Fenced`` where another planner leads; ``Unconcluded`` where an attempt that goes on could not be ended.
+            ``Opened``; ``NotReady`` with the ranks that did not come; ``Disagree`` if ranks were started for another spec;
+            ``Fenced`` if another planner leads; ``Unconcluded`` if the attempt under way could not be ended.
 
         Raises:
             StoreError: could not find out; call again.
@@ -167,16 +167,16 @@ class LoadGate:
         *,
         timeout: float,  # noqa: ASYNC109  by the injected clock
     ) -> ReleaseOutcome:
-        """Wait until all ranks have arrived for a step, and dispatch its task at that very instant, once in the attempt.
+        """Wait until all ranks have arrived for a step, and dispatch its task at that instant, once in the attempt.
 
         Args:
             step: a row of `planner.lifecycle`.
             task: what to dispatch: a task, any text that your ranks understand, or ``None`` for the row's own task.
-            timeout: seconds without any progress after which to give up: slow is not stalled.
+            timeout: give up after so many seconds without any progress; slow is not stalled.
 
         Returns:
-            ``Released`` with the task's place in the log; ``TimedOut`` with a sentence that names every missing rank; ``Aborted``
-            with the verdict, where a rank failed or the attempt was ended; ``Superseded``; ``Fenced``; ``Unknown``.
+            ``Released`` with the task's position in the log; ``TimedOut`` with a sentence that names every missing rank; ``Aborted``
+            with the verdict if a rank failed or the attempt was ended; ``Superseded``; ``Fenced``; ``Unknown``.
 
         Raises:
             InvalidName: there is no such step for this number of ranks; nothing was sent.
@@ -196,7 +196,7 @@ class LoadGate:
             self._requirement(row),
             timeout=timeout,
             to=row.to(size),
-            after=before if before in self._passed else "",  # ranks may have come there by themselves
+            after=before if before in self._passed else "",  # ranks may do the step before by themselves
             endpoints=row.wants_endpoints,
         )
         if isinstance(outcome, Released):
@@ -206,8 +206,8 @@ class LoadGate:
     async def arrived(self, step: StepName, *, timeout: float) -> WaitOutcome:  # noqa: ASYNC109  by the injected clock
         """Wait as `pass_step` does, and dispatch nothing.
 
-        For those who send tasks in a way of their own: a rank may fail or restart between this answer and what you send then, so
-        the runner must still refuse what comes out of state. Raises as `pass_step` does.
+        Use it if you send tasks in another way. A rank may fail or restart between this answer and your task, so the runner must
+        still refuse a task that comes out of state. Raises as `pass_step` does.
         """
         row = self._row(step)
         if self.epoch is None:
@@ -215,7 +215,7 @@ class LoadGate:
         return await self._barrier.wait(self.epoch, self._requirement(row), timeout=timeout)
 
     async def conclude(self, verdict: Verdict) -> ConcludeOutcome:
-        """End the attempt for all ranks, which tear down. The first verdict wins, and every later call answers with it."""
+        """End the attempt for all ranks; they tear down. The first verdict wins, and every later call returns it."""
         return _CLOSED if self.epoch is None else await self._barrier.conclude(self.epoch, verdict)
 
     def _requirement(self, row: Step) -> Requirement:
@@ -234,7 +234,7 @@ class LoadGate:
         return found
 
     async def _renew(self) -> None:
-        """Keep the lead while steps are waited for. Once another planner has it, only `open` asks for it again."""
+        """Keep the lead while the gate waits. When another planner has it, stop: only `open` takes it again."""
         while True:
             await self._barrier.clock.sleep(self._barrier.settings.lease / 2)
             try:

@@ -1,11 +1,11 @@
-"""Keeps processes of this machine running: starts them, restarts those that die, and leaves none behind.
+"""Keeps processes of this machine running: starts them, restarts those that die, and ends all of them at the end.
 
-`rankgate up` starts its runners with this, and tests may. Every process is known by its own pid, from its start to the moment
-it is reaped, and nothing is ever ended by a name.
+`rankgate up` starts its runners with this, and tests may too. A process is known by its own pid until it is reaped. Nothing is ended by
+a name.
 
-A process that is started here leads a session of its own, so that Ctrl-C in a terminal reaches the parent alone, which then
-ends things in order. Should the parent be killed before it can do so, `leave_with_parent` in the child sees to it: on Linux the
-kernel kills the child (PR_SET_PDEATHSIG), and everywhere the child's stdin ends.
+Each process has a session of its own, so Ctrl-C in a terminal reaches only the parent, which then ends its children in order. If the
+parent is killed before it can do so, `leave_with_parent` ends the child: on Linux the kernel kills it (PR_SET_PDEATHSIG), and
+everywhere the child's stdin ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 
 ProcessPhase: TypeAlias = Literal["running", "pausing", "given up", "ended"]
 
-_DRAIN_SECONDS = 0.5  # a helper that a dead process left behind may hold its pipe open; its last words come at once
+_DRAIN_SECONDS = 0.5  # a helper of a dead process may hold the pipe open; the last output comes at once
 _REAP_SECONDS = 5.0  # after SIGKILL only a process that is stuck inside the kernel takes longer
 _TAIL_LINES = 20
 _LINE_CHARS = 500
@@ -57,10 +57,10 @@ class Program:
     """A process to keep running.
 
     Attributes:
-        name: for people, for example ``rank 3``.
-        command: the program and its arguments. Everybody on the machine can read it.
-        environment: added to this process's own environment; for what others must not read, such as a URL with a password.
-        ranks: the ranks that it runs; empty where it runs none.
+        name: the name for people, for example ``rank 3``.
+        command: the program and its arguments. Everybody on the machine can read them.
+        environment: variables added to this process's own; for values that others must not read, such as a URL with a password.
+        ranks: the ranks that it runs; may be empty.
     """
 
     name: str
@@ -71,13 +71,13 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Restarts:
-    """How patiently a process that died is started again. Times in seconds.
+    """When and how often a process that died is started again. Times are in seconds.
 
     Attributes:
-        first_pause: the pause after the first death; doubled for every further one in a row.
+        first_pause: the pause after the first death; it doubles with each further death in a row.
         longest_pause: the longest pause.
-        stable_after: a process that lived so long begins a new row.
-        most: how many deaths in a row are mended; the next one is final.
+        stable_after: if a process lived so long, its death counts as the first again.
+        most: how many deaths in a row lead to a restart; after the next one the program is given up.
     """
 
     first_pause: float = 0.2
@@ -86,7 +86,7 @@ class Restarts:
     most: int = 5
 
     def __post_init__(self) -> None:
-        """Refuse what could never work."""
+        """Refuse values that could never work."""
         for name in ("first_pause", "longest_pause", "stable_after"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
@@ -96,7 +96,7 @@ class Restarts:
         if self.longest_pause < self.first_pause:
             raise InvalidSettings(
                 f"longest_pause is {number(self.longest_pause)} s and first_pause is {number(self.first_pause)} s; "
-                "the longest must not be below the first"
+                "longest_pause must be at least first_pause"
             )
 
     def pause(self, deaths: int) -> float:
@@ -106,15 +106,15 @@ class Restarts:
 
 @dataclass(frozen=True, slots=True)
 class ProcessState:
-    """What became of one program so far.
+    """The state of one program.
 
     Attributes:
-        program: which.
+        program: the program.
         phase: ``running``; ``pausing`` before a restart; ``given up`` after too many deaths; ``ended`` as asked.
-        pid: the process while it runs.
+        pid: the process id while it runs.
         restarts: how often it was started again.
-        last_exit: how the last life ended, for people; empty while the first one goes on.
-        last_words: the last line that the last life wrote to stdout or stderr.
+        last_exit: how its last process ended, for people; empty while the first one runs.
+        last_words: the last line that its last process wrote to stdout or stderr.
     """
 
     program: Program
@@ -126,7 +126,7 @@ class ProcessState:
 
 
 def exit_sentence(code: int) -> str:
-    """Name an exit code as asyncio and subprocess give it, where signals are negative."""
+    """Name an exit code in words. Negative codes are signals, as in asyncio and subprocess."""
     if code >= 0:
         return f"exit code {code}"
     with suppress(ValueError):
@@ -140,16 +140,16 @@ class Launcher:
         async with Launcher([Program("rank 0", ("rankgate", "runner", …))]) as launcher:
             …
 
-    Leaving ends every process: SIGTERM first, SIGKILL for those that are still there after the grace; both by pid. All are
-    reaped. If leaving is cancelled, they are killed at once.
+    At the end of the block every process gets SIGTERM, and SIGKILL if it still runs after `grace` seconds; both by pid. All are
+    reaped. If the end is cancelled, they are killed at once.
 
     Args:
-        programs: what to run.
-        restarts: how patiently.
+        programs: the programs to run.
+        restarts: when and how often to restart.
         grace: seconds between SIGTERM and SIGKILL.
         clock: time, for tests.
-        on_change: told every change of a state.
-        on_line: told every line that a process writes: its program's name, and the line.
+        on_change: called with every new state.
+        on_line: called with every line that a process writes: its program's name, and the line.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Launcher:
 
     @property
     def states(self) -> tuple[ProcessState, ...]:
-        """What became of every program, in their order."""
+        """The state of every program, in their order."""
         return tuple(self._states)
 
     @property
@@ -187,7 +187,7 @@ class Launcher:
         return tuple(state.pid for state in self._states if state.pid is not None)
 
     async def given_up(self) -> ProcessState:
-        """Wait until a program has died too often in a row; returns it. Only one at a time may wait."""
+        """Wait until a program has died too often in a row; returns its state. Only one caller at a time may wait."""
         if self._failed is None:
             self._failed = asyncio.get_running_loop().create_future()
         for state in self._states:
@@ -224,7 +224,7 @@ class Launcher:
                 await asyncio.wait(self._keeping, timeout=_REAP_SECONDS)
 
     def kill(self) -> None:
-        """SIGKILL for every process, now, and no restarts. `stop` waits for their ends."""
+        """Send SIGKILL to every process now, and restart none. `stop` waits until they have ended."""
         self._stopping.set()
         self._signal_all(signal.SIGKILL)
 
@@ -252,8 +252,8 @@ class Launcher:
         self._change(index, phase="ended", pid=None)
 
     def _keeper_failed(self, index: int, mistake: BaseException) -> None:
-        """A mistake of ours: the program is not looked after any more, and whoever waits for that hears of it."""
-        words = f"what keeps it running failed: {supervise.described(mistake)}"
+        """After a mistake of ours nobody looks after the program any more: give it up, so that `given_up` returns."""
+        words = f"the part of rankgate that keeps it running failed: {supervise.described(mistake)}"
         self._give_up(index, last_exit="a mistake of ours", last_words=words)
 
     def _give_up(self, index: int, *, last_exit: str, last_words: str) -> None:
@@ -262,7 +262,7 @@ class Launcher:
             self._failed.set_result(self._states[index])
 
     async def _live(self, index: int) -> tuple[str, str]:
-        """One life of one process; returns how it ended and its last words."""
+        """Run one process to its end; returns how it ended and its last line."""
         state = self._states[index]
         program = state.program
         life = _Life(lambda line: self._on_line(program.name, line) if self._on_line else None)
@@ -282,10 +282,10 @@ class Launcher:
         try:
             restarts = state.restarts + 1 if state.last_exit else 0
             self._change(index, phase="running", pid=life.pid, restarts=restarts)
-            if self._stopping.is_set():  # asked while it was being started
+            if self._stopping.is_set():  # `stop` was called while the process started
                 life.signal(self._last_signal)
             return await life.end()
-        except BaseException:  # also a cancellation: whatever ends the watching must not leave a process
+        except BaseException:  # also a cancellation: no process may be left
             life.signal(signal.SIGKILL)
             raise
         finally:
@@ -317,8 +317,8 @@ class Launcher:
 class _Life(asyncio.SubprocessProtocol):
     """One process.
 
-    The protocol, not streams: asyncio's own ``Process.wait`` may also wait for the pipes' end, which a helper that the process
-    has left behind can put off for ever.
+    This is a protocol and not a stream: asyncio's own ``Process.wait`` may also wait for the end of the pipes. A helper process that
+    is left behind can hold them open for ever.
     """
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
@@ -334,13 +334,13 @@ class _Life(asyncio.SubprocessProtocol):
         return self._transport.get_pid() if self._transport is not None else None
 
     def signal(self, number: signal.Signals) -> None:
-        # Not the transport's send_signal: that polls, and could take the exit code away from asyncio.
+        # Not the transport's send_signal: it polls, and could take the exit code away from asyncio.
         if self.pid is not None and not self._exited.is_set():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     async def end(self) -> tuple[str, str]:
-        """Wait for it; returns how it ended and its last words."""
+        """Wait for the end of the process; returns how it ended and its last line."""
         try:
             await self._exited.wait()
             with suppress(TimeoutError):
@@ -386,7 +386,7 @@ def own_command(*arguments: str) -> tuple[str, ...]:
 
 
 def own_environment() -> dict[str, str]:
-    """What `own_command` needs in its environment so that it finds the code that runs here."""
+    """The environment variables with which `own_command` finds the code that runs here."""
     root = str(Path(__file__).absolute().parents[1])
     if root in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         return {}
@@ -394,13 +394,13 @@ def own_environment() -> dict[str, str]:
 
 
 def leave_with_parent(parent: int) -> None:
-    """End this process when its parent ends, however that happens. Call it first of all in a process that a `Launcher` started.
+    """End this process when its parent ends for any reason. Call it first in a process that a `Launcher` started.
 
     Args:
-        parent: the pid of the process that must be the parent; if it is not any more, this process ends at once.
+        parent: the pid of the parent; if the parent is another process by now, this process ends at once.
     """
     if sys.platform == "linux":
-        import ctypes  # noqa: PLC0415 - only here, and it is not free
+        import ctypes  # noqa: PLC0415 - slow, and needed only here
 
         pr_set_pdeathsig = 1
         if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL) != 0:
@@ -411,10 +411,10 @@ def leave_with_parent(parent: int) -> None:
 
 
 def _leave_at_the_end_of_stdin() -> NoReturn:
-    # A thread, so that the parent's end is noticed while the event loop is busy.
+    # Runs in a thread, so that a busy event loop does not delay it.
     try:
         with suppress(OSError):
             while os.read(0, 4096):
                 pass
-    finally:  # whatever else ends the watch: without it this process could outlive its parent
+    finally:  # also after any error: without this watch the process could outlive its parent
         os._exit(1)

@@ -1,7 +1,7 @@
-"""The whole life of an attempt as one table: what must hold, what is dispatched then, and to which ranks.
+"""The whole life of an attempt as one table: what a step waits for, what it dispatches, and to which ranks.
 
-Tasks and statuses come from the runners' own table (`runner.lifecycle`). What is the planner's is written here, in `TURNS`: in which
-order the ranks are told, and how long they are waited for.
+Tasks and statuses come from the runners' own table (`runner.lifecycle`). The planner adds `TURNS`: the order in which ranks are told, and
+how long it waits for them.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Turn:
     """What the planner adds to a row of the runners' table.
 
     Attributes:
-        task: which row.
-        steps: the step's name and its ranks; several where some ranks are told first. The later ones wait until the earlier ones have begun.
-        stall: which of `Policy`'s times says how long the ranks may stand still in this work.
+        task: the row.
+        steps: the step's name and its ranks. There are several if some ranks are told first; a later step waits until the ranks of
+            the earlier ones have begun.
+        stall: the time in `Policy` that says how long a rank may show no sign of its own in this work.
     """
 
     task: str
@@ -77,11 +78,11 @@ class Step:
 
     Attributes:
         name: the step.
-        waits_for: what must hold of every rank, given the world size.
-        dispatches: the kind of task that goes out.
-        to: first and last rank that it goes to, given the world size.
-        stall: which of `Policy`'s times says how long nothing may move before the ranks that are missing are at fault.
-        wants_endpoints: whether the ranks need one another's endpoints for its task.
+        waits_for: the status that each rank must have, given the world size.
+        dispatches: the kind of task.
+        to: first and last rank that get the task, given the world size.
+        stall: the time in `Policy` that says how long a missing rank may show no sign of its own.
+        wants_endpoints: whether the ranks need one another's endpoints for the task.
     """
 
     name: str
@@ -97,13 +98,13 @@ TURNS: tuple[Turn, ...] = (
     Turn(LOAD.task, (("load", everyone),), "load_stall"),
     Turn(WARM_UP.task, (("warm up followers", followers), ("warm up leader", leader)), "warmup_stall"),
 )
-"""Who is told when. Texts have no turn: they are dispatched when clients ask for them."""
+"""Which ranks are told first. Texts have no turn: they are dispatched when clients ask for them."""
 
 
 def steps_of(lifecycle: Lifecycle, turns: tuple[Turn, ...], world_size: int) -> tuple[Step, ...]:
-    """The planner's table that follows from the runners' table and the planner's turns; the same for every size above 1.
+    """Make the planner's table from the runners' table and the planner's turns; it is the same for every size above 1.
 
-    A step waits until the ranks that it tells are where its task begins. How long is said by the work that they come from.
+    A step waits until its ranks have the status in which its task begins. Its stall is that of the work before.
     """
     steps: list[Step] = []
     stall = turns[0].stall
@@ -123,7 +124,7 @@ def steps_of(lifecycle: Lifecycle, turns: tuple[Turn, ...], world_size: int) -> 
 
 
 def _requirement(row: Row, told: tuple[Ranks, ...], world_size: int) -> Requirement:
-    """Those that were told have begun; the others are where the task begins."""
+    """The ranks that were told have begun; the others have the status in which the task begins."""
     rules: list[RankRule] = []
     place = 0
     for first, last in sorted(ranks(world_size) for ranks in told):
@@ -139,9 +140,9 @@ def _requirement(row: Row, told: tuple[Ranks, ...], world_size: int) -> Requirem
 def proofs_of(
     lifecycle: Lifecycle, steps: tuple[Step, ...], status: str, world_size: int
 ) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
-    """What a status proves to have been dispatched: first rank, last rank, steps; what says more comes first.
+    """The steps that a status proves: first rank, last rank, steps. Entries that prove more come first.
 
-    To a rank in this status every task up to the last one that the status proves was dispatched, and with it every step before.
+    If a rank has this status, the last step that the status proves was dispatched to it, and so was every step before.
     """
     begun = lifecycle.proves(status, world_size)
     names = [step.name for step in steps]
@@ -153,10 +154,10 @@ def proofs_of(
 
 
 TABLE = steps_of(LIFECYCLE, TURNS, 2)
-"""The table of docs/architecture.md. What follows, serving, waits for all ranks Ready or Running and has no end."""
+"""The table of docs/architecture.md. After it the instance serves: all ranks are Ready or Running, without an end."""
 
 ALONE = steps_of(LIFECYCLE, TURNS, 1)
-"""The same for a single rank, which has nobody to connect to and no followers."""
+"""The table for a single rank: it connects to nobody and has no followers."""
 
 SERVING: tuple[str, ...] = LIFECYCLE.serving
 
@@ -167,7 +168,7 @@ def steps_for(world_size: int) -> tuple[Step, ...]:
 
 
 def next_step(dispatched: object, world_size: int) -> Step | None:
-    """The first row that was not dispatched yet; ``None`` when all were. `dispatched` is a container of step names."""
+    """The first row that was not dispatched yet; ``None`` if all were. `dispatched` is a container of step names."""
     return next((step for step in steps_for(world_size) if step.name not in dispatched), None)  # type: ignore[operator]
 
 
@@ -183,11 +184,11 @@ def proven_steps(status: str, rank: int, world_size: int) -> tuple[str, ...]:
     return next((steps for first, last, steps in _proofs(status, world_size) if first <= rank <= last), ())
 
 
-@lru_cache(maxsize=256)  # a status may be anybody's word
+@lru_cache(maxsize=256)  # bounded: a rank may report any word as its status
 def _proofs(status: str, world_size: int) -> tuple[tuple[int, int, tuple[str, ...]], ...]:
     return proofs_of(LIFECYCLE, steps_for(world_size), status, world_size)
 
 
 def serving_requirement(world_size: int) -> Requirement:
-    """What must hold for text to be generated."""
+    """The statuses in which text can be generated."""
     return (RankRule(0, world_size - 1, SERVING),)

@@ -1,4 +1,4 @@
-"""The shell around `decide`: looks, asks, does, for one instance. All I/O of a planner is here and in `planner.requests`."""
+"""The shell around `decide` for one instance: looks, decides, acts. All I/O of a planner is here and in `planner.requests`."""
 
 from __future__ import annotations
 
@@ -63,26 +63,25 @@ __all__ = ["InstanceLoop", "State"]
 
 _T = TypeVar("_T")
 
-_FIRST_PAUSE = 0.02  # seconds before an outage of the store is looked at again
+_FIRST_PAUSE = 0.02  # seconds before the next look after an outage of the store
 _LOOKS_PER_STALL = 8
-"""How often a planner that waits for somebody looks in the time of the shortest stall: of a move it knows only when it saw it."""
+"""A planner that waits for ranks looks so often within the shortest stall: it learns of a sign only when it looks."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a loop last saw and what it is about to do; for tables, clients and tests.
+    """What a loop last saw and what it does; for tables, clients and tests.
 
     Attributes:
         snapshot: the last picture; ``None`` before the first.
-        reason: why it does what it does, in one sentence.
+        reason: the reason for its last decision, in one sentence.
         leading: whether this planner leads the instance.
         serving: whether all ranks serve.
-        overdue: whether ranks that are waited for have been away for longer than `Policy.assemble_timeout`. They are waited for all the
-            same.
-        failure: why the instance was given up; empty while it was not.
+        overdue: whether ranks have been away for longer than `Policy.assemble_timeout`. The loop still waits for them.
+        failure: why the instance was given up; empty if it was not.
         error: the error that ended the loop, if one did.
         stopped: whether the instance was stopped as asked.
-        left: why this planner does not look after the instance any more; empty while it does. Another planner may.
+        left: why this planner does not look after the instance any more; empty while it does. Another planner may do so.
     """
 
     snapshot: Snapshot | None = None
@@ -107,9 +106,9 @@ class InstanceLoop:
     Args:
         barrier: the instance's barrier.
         record: the desired state.
-        registry: where to say that the instance was given up.
-        policy: how patiently to plan.
-        requests: what clients ask for.
+        registry: takes the note that the instance was given up or stopped.
+        policy: how long to wait.
+        requests: the requests of clients.
         rng: for jitter; seed it in tests.
     """
 
@@ -143,20 +142,20 @@ class InstanceLoop:
         self._decided: object = None
         self._led: object = None
         self.looks: int = 0
-        """How often it has set about looking at its instance, whether or not the store answered."""
+        """How often the loop has begun a look at its instance, whether or not the store answered."""
 
     @property
     def _policy(self) -> Policy:
-        """How patiently to plan this instance, whose spec may have times of its own."""
+        """The policy for this instance, whose spec may have times of its own."""
         return self._planner_policy.for_instance(self._record.spec.patience, self._settings)
 
     def stop(self) -> None:
-        """Ask for a stop; `run` ends once the attempt is concluded."""
+        """Ask to stop the instance; `run` ends when its epoch is concluded."""
         self._memory = replace(self._memory, stopping=True)
         self._poked.set()
 
     def renew(self, record: InstanceRecord) -> None:
-        """Heed what has changed of the same launch: how patiently to wait."""
+        """Take over the times that changed in the same launch."""
         self._record = record
         self._poked.set()
 
@@ -171,18 +170,18 @@ class InstanceLoop:
         return self.state
 
     async def run(self) -> State:
-        """Plan until the end; returns the last state. Never raises a store's error: an outage is waited out."""
+        """Plan until the end; returns the last state. Never raises an error of the store: the loop waits until the store is back."""
         try:
             with self._about.applied():
                 return await self._run()
         except Exception as error:
-            # A mistake of ours; its text may quote what a client sent. Whoever waits for this loop must not wait for ever.
+            # A mistake of ours. Its text may quote a client's prompt. Callers that wait for this loop must not wait for ever.
             supervise.tell_mistake(f"instance {self._record.spec.name}: planning", error)
             self.leave(f"the planner failed ({type(error).__name__}); see its log")
             raise
 
     def leave(self, why: str) -> None:
-        """Say to all who wait that this planner does not look after the instance any more, unless it was over before."""
+        """Tell everybody who waits that this planner does not look after the instance any more, unless it was over before."""
         if not self.state.over:
             self._publish(replace(self.state, left=why))
 
@@ -192,7 +191,7 @@ class InstanceLoop:
             try:
                 await self._tick()
                 backoff.reset()
-            except StoreCorrupt as error:  # the one kind that waiting does not mend
+            except StoreCorrupt as error:  # the only error that waiting does not repair
                 self._publish(replace(self.state, reason=str(error), error=error))
             except StoreError as error:
                 if not backoff.failing:
@@ -215,7 +214,7 @@ class InstanceLoop:
         if snapshot.epoch is not None:
             self._ordinal = max(self._ordinal, snapshot.epoch.ordinal)
             self._about.attempt = snapshot.epoch.ordinal
-        # An attempt of another spec may serve as well; it is about to be ended.
+        # An epoch of another spec may serve too, but this planner is about to end it.
         serving = (
             is_serving(snapshot) and snapshot.epoch is not None and snapshot.epoch.digest == self._record.spec.digest
         )
@@ -237,15 +236,15 @@ class InstanceLoop:
             await self._follow(following, snapshot)
             return
         if snapshot.epoch is None and self._ordinal > 0:
-            # Before any decision: whoever must succeed this planner knows nothing else of the instance.
+            # Before any decision: the next planner knows the instance only from the desired state.
             await self._heal_desired()
         if serving or (snapshot.epoch is not None and snapshot.epoch.verdict is not None):
-            # While ranks are brought up there are no prompts, and no time for it.
+            # Not while ranks come up: there are no prompts then, and every look should be short.
             await self._barrier.forget(snapshot, GENERATE)
         await self._carry_out(action, snapshot)
 
     def _tell_decision(self, action: Action, following: Following | None) -> None:
-        """Once, until it is another one."""
+        """Log the leader and the kind of decision, when they change."""
         leader = self._barrier.holder if following is None else following.leader.holder
         if leader != self._led:
             self._led = leader
@@ -260,7 +259,7 @@ class InstanceLoop:
     async def _lead_if_due(self) -> Following | None:
         if self._barrier.leadership is not None and self._clock.now() < self._lead_at:
             return None
-        self._lead_at = self._clock.now() + self._settings.lease * 2 / 3  # the rest is for trying again
+        self._lead_at = self._clock.now() + self._settings.lease * 2 / 3  # the last third is for trying again
         match await self._barrier.lead():
             case Leading():
                 return None
@@ -268,7 +267,7 @@ class InstanceLoop:
                 return following
 
     def _tell_leases(self, snapshot: Snapshot) -> None:
-        """A rank that has another lease than this planner is told, once until it changes: both work, and each side waits by its own."""
+        """Log, once until it changes, which ranks have another lease than this planner. Both work; each side waits by its own lease."""
         other = {
             rank: lease
             for rank, lease in leases(snapshot).items()
@@ -329,13 +328,13 @@ class InstanceLoop:
                 assert_never(action)
 
     def _heed(self, outcome: object) -> None:
-        """Another planner may lead now, or the store has forgotten who does: find out before the next step."""
+        """After ``Fenced``, ask for the lead before the next step: another planner may have it, or the store forgot who has."""
         if isinstance(outcome, Fenced):
             self._lead_at = float("-inf")
 
     async def _heal_desired(self) -> None:
-        """The store may have forgotten the desired state together with the record."""
-        if not self._memory.stopping:  # what is being stopped must not be asked for again
+        """Write the desired state back: the store may have forgotten it together with the record."""
+        if not self._memory.stopping:  # an instance that is being stopped must not come back
             await self._registry.heal(self._record)
 
     async def _open(self, snapshot: Snapshot) -> None:
@@ -349,10 +348,10 @@ class InstanceLoop:
                 left_over = Verdict.aborted("left over from another spec or world size")
                 concluded = await self._barrier.conclude(epoch, left_over)
                 self._heed(concluded)
-                if isinstance(concluded, Unknown):  # a record that says too little even for that
+                if isinstance(concluded, Unknown):  # the record is too damaged to be concluded
                     await self._watch(snapshot, (), self._clock.now() + self._settings.heartbeat)
             case _:
-                self._heed(outcome)  # the next picture tells the rest
+                self._heed(outcome)  # the next picture shows the rest
 
     async def _restore(self, action: RestoreEpoch, snapshot: Snapshot) -> None:
         spec = self._record.spec
@@ -373,7 +372,7 @@ class InstanceLoop:
                 self._heed(outcome)
 
     async def _pass_gate(self, action: PassGate, snapshot: Snapshot) -> None:
-        """Wait for the last arrival and dispatch at once; only the script's own check counts."""
+        """Wait for the last arrival and dispatch at once. Only the check in the script counts, not this picture."""
         epoch, leadership = snapshot.epoch, self._barrier.leadership
         if epoch is None or leadership is None:
             return
@@ -423,33 +422,33 @@ class InstanceLoop:
     async def _watch(
         self, snapshot: Snapshot, requirement: Requirement, until: float, *, any_change: bool = False
     ) -> Wake:
-        """Wait for hints, but no longer than `_seconds_to_wait`."""
+        """Wait for wake-ups, but no longer than `_seconds_to_wait`."""
         seconds = self._seconds_to_wait(snapshot, until)
         watching = self._barrier.watch(snapshot, requirement, seconds, any_change=any_change)
         return await self._until_poked(watching) or Wake.DISTURBED
 
     def _seconds_to_wait(self, snapshot: Snapshot, until: float) -> float:
-        """Look again when a lease could lapse, leadership must be renewed, or the backstop ticks."""
+        """Seconds until the next look: when a lease may lapse, leadership must be renewed, or the backstop is over."""
         now = self._clock.now()
         due = [until, self._lead_at, now + self._settings.backstop]
         if until < FOREVER:
             due.append(now + self._policy.shortest_stall / _LOOKS_PER_STALL)
         left = [view.lease_left_ms / 1000 for view in snapshot.ranks if view.report is not None]
         if snapshot.epoch is None and self._ordinal > 0:
-            due.append(now + self._settings.heartbeat)  # the store forgot: ranks say it again with their next heartbeat
+            due.append(now + self._settings.heartbeat)  # the store forgot; ranks report again within one heartbeat
         if left:
             due.append(now + min(left) + 0.001)
         return max(min(due) - now, 0.001)
 
     async def _until_poked(self, doing: Coroutine[Any, Any, _T]) -> _T | None:
-        """Do it, unless somebody pokes first."""
+        """Do it, unless somebody calls for a new look first; then return ``None``."""
         name = f"instance {self._record.spec.name}: planning"
         async with supervise.alongside(doing, name) as working, supervise.alongside(self._poked.wait(), name) as poked:
             await asyncio.wait({working, poked}, return_when=asyncio.FIRST_COMPLETED)
             return working.result() if working.done() else None
 
     def _publish(self, state: State, about: object = None) -> None:
-        """Show a state, and log its reason where that is about something new; its own text tells, unless `about` does."""
+        """Set the state, and log its reason if it is about something new. `about` is the key of that; by default the reason's text."""
         if about is None:
             about = self._told if state.reason == self.state.reason else state.reason
         if state.reason and about != self._told:
@@ -461,6 +460,6 @@ class InstanceLoop:
 
 
 def _glance(snapshot: Snapshot) -> str:
-    """A picture in few words, for the log: how many ranks are in which status."""
+    """A picture in a few words, for the log: how many ranks have which status."""
     found = Counter(view.report.status if view.report else "absent" for view in snapshot.ranks)
     return ", ".join(f"{count} × {status}" for status, count in found.items())

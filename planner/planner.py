@@ -1,4 +1,4 @@
-"""The planner as a library: launch instances, generate text, stop them; or serve all that the store's desired state names."""
+"""The planner as a library: launch instances, generate text, stop them; or plan all instances of the store's desired state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class InstanceFailed(RankgateError):
 
 
 _RENEW_DESIRED = 20.0
-"""Seconds after which the desired state is read again, and kept alive, although nothing announced a change."""
+"""Seconds after which the desired state is read again, and its lifetime renewed, without a wake-up."""
 
 
 @dataclass(slots=True)
@@ -66,20 +66,20 @@ class Instance:
 
     @property
     def state(self) -> State:
-        """What the planner last saw, and why it does what it does."""
+        """What the planner last saw, and the reason for its last decision."""
         return self._planned.loop.state
 
     async def ready(self, timeout: float | None = None) -> None:  # noqa: ASYNC109  by the injected clock
         """Wait until all ranks serve.
 
         Args:
-            timeout: seconds to wait; ``None`` waits for the planner's own verdict, which comes after a bounded time, or until
-                ranks have been away for `Policy.assemble_timeout`.
+            timeout: seconds to wait; ``None``: wait until the instance serves or is given up, or ranks have been away for
+                `Policy.assemble_timeout`.
 
         Raises:
-            InstanceFailed: given up, stopped, or not up in time; with the whole explanation. What is not up in time stays
-                launched: it is taken up by itself when the ranks come.
-            StoreError: the store is not fit or not ours to use.
+            InstanceFailed: the instance was given up, was stopped, or is not up in time; with the whole explanation. If it is not up
+                in time it stays launched, and the next attempt begins when the ranks come.
+            StoreError: the store is not suitable, or refuses this user.
         """
         try:
             if timeout is None:
@@ -102,7 +102,7 @@ class Instance:
             raise InstanceFailed(state.reason)
 
     async def _serving_or_overdue(self) -> State:
-        """The state once it serves, is over, or has ranks that did not come, for `Policy.assemble_timeout` from now at least."""
+        """The state when the instance serves, is over, or has been overdue, but then not before `Policy.assemble_timeout` from now."""
         loop, clock = self._planned.loop, self._planner.clock
         deadline = clock.now() + self._planner.policy.assemble_timeout
         while True:
@@ -120,11 +120,11 @@ class Instance:
         max_tokens: int = 64,
         timeout: float = 120.0,  # noqa: ASYNC109  by the injected clock
     ) -> AsyncGenerator[str, None]:
-        """Generate text and yield it piece by piece; leaving the loop early (and closing the iterator) cancels it.
+        """Generate text and yield it piece by piece. To cancel it, leave the loop early and close the iterator.
 
         Raises:
-            GenerationFailed: refused, failed or not complete in time.
-            InvalidName: prompt or max_tokens out of range.
+            GenerationFailed: the generation was refused, failed, or was not complete in time.
+            InvalidName: the prompt or `max_tokens` is out of range.
         """
         if self.state.failure or self.state.error is not None or self.state.stopped:
             why = self.state.failure or (f"{self.name}: {self.state.error}" if self.state.error else "it was stopped")
@@ -134,10 +134,10 @@ class Instance:
                 yield piece
 
     async def stop(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109  by the injected clock
-        """Stop the instance: every rank tears down, the runners stay. Returns once no rank is in the attempt any more.
+        """Stop the instance: every rank tears down, and the runners stay. Returns when no rank is in the attempt any more.
 
         Raises:
-            InstanceFailed: the ranks did not let go in time; the sentence says which.
+            InstanceFailed: ranks did not tear down in time; the sentence says which.
             StoreError: the store could not be reached.
         """
         await self._planner.stop_instance(self._planned, timeout)
@@ -153,7 +153,7 @@ class Instance:
 
 
 def _renew(planned: _Planned, record: InstanceRecord) -> None:
-    """Heed what may change of a launch; see `Registry.launch`."""
+    """Take over what may change in a launch; see `Registry.launch`."""
     if record.desired == "up" and record.spec != planned.record.spec:
         planned.record = record
         planned.loop.renew(record)
@@ -164,12 +164,12 @@ class Planner:
 
     Args:
         redis: a store from `barrier.connect`, or your own ``redis.asyncio.Redis``.
-        namespace: keeps several clusters on one store apart.
-        policy: how patiently to plan.
-        settings: the times; those of the store where a store is given.
+        namespace: the cluster's name; clusters with different names can share one store.
+        policy: how long to wait, and how often to try again.
+        settings: the times; by default those of the store.
         clock: time, for tests.
         rng: for jitter; seed it in tests.
-        holder: how this planner calls itself; unique per planner. Host name, process id and random digits where not given.
+        holder: the name of this planner; unique. By default host name, process id and random digits.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Planner:
         self._wakeups = Wakeups(self._store, self.clock)
         self._rng = rng or random.Random()  # noqa: S311  jitter is no secret
         self.holder: str = holder or f"{socket.gethostname()[:60]}-{os.getpid()}-{new_nonce()[:6]}"
-        """How this planner calls itself, whichever instance it looks after."""
+        """The name of this planner, for all of its instances."""
         self._planned: dict[str, _Planned] = {}
         self._watching: asyncio.Task[None] | None = None
         self._adopting = False
@@ -215,7 +215,7 @@ class Planner:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop planning and give leadership back; instances that are up stay up, for the next planner."""
+        """Stop planning and give leadership back. Instances that are up stay up for the next planner."""
         await supervise.end(self._watching)
         for planned in list(self._planned.values()):
             await self._part_with(planned)
@@ -233,16 +233,16 @@ class Planner:
         wait: bool = True,
         timeout: float | None = None,  # noqa: ASYNC109  by the injected clock
     ) -> Instance:
-        """Bring an instance up, or join it where it is up already with the same spec.
+        """Bring an instance up, or join it if it is up already with the same spec.
 
         Args:
             spec: what to bring up.
-            wait: whether to return only once all ranks serve.
+            wait: whether to return only when all ranks serve.
             timeout: see `Instance.ready`.
 
         Raises:
             InstanceFailed: see `Instance.ready`.
-            StoreError: the store could not be reached, or is not fit.
+            StoreError: the store could not be reached, or is not suitable.
         """
         record = await self._registry.launch(spec)
         instance = Instance(await self._plan(record), self)
@@ -251,7 +251,7 @@ class Planner:
         return instance
 
     async def run(self) -> None:
-        """Plan every instance that the desired state names, until cancelled. Several planners may do so: one leads each."""
+        """Plan every instance of the desired state until cancelled. Several planners may do so: one leads each instance."""
         self._adopting = True
 
         async def follow() -> None:
@@ -269,7 +269,7 @@ class Planner:
 
     @property
     def looks(self) -> dict[str, int]:
-        """How often this planner has set about looking at each instance that it looks after, whether or not the store answered."""
+        """How often this planner has begun a look at each of its instances, whether or not the store answered."""
         return {name: planned.loop.looks for name, planned in self._planned.items() if not planned.loop.state.over}
 
     async def stop_instance(self, planned: _Planned, seconds: float) -> None:
@@ -296,7 +296,7 @@ class Planner:
                 raise InstanceFailed(f"{name}: {ranks} did not tear down within {number(seconds)} s")
             left = min(deadline - self.clock.now(), self._store.settings.heartbeat)
             await planned.barrier.watch(snapshot, (), left, any_change=True)
-        await self._registry.carried_out(planned.record)  # where the loop was over before, nobody has said so
+        await self._registry.carried_out(planned.record)  # if the loop was over before, it has not noted this
         await self._part_with(planned)
 
     # --- the desired state --------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class Planner:
                 look_again = await self._follow_desired()
 
     async def _follow_desired(self) -> float:
-        """Take up what is wanted now; in how many seconds to look again: soon where the store did not say."""
+        """Plan what is wanted now. Returns the seconds until the next look; they are few if the store did not answer."""
         try:
             wanted = await self._registry.all()
         except StoreError as error:
@@ -349,7 +349,7 @@ class Planner:
             planned.loop.stop()
 
     async def _heal(self, planned: _Planned) -> None:
-        """The store forgot an instance that nobody stopped."""
+        """Write an instance back that the store forgot and nobody stopped."""
         if planned.loop.state.over:
             return
         try:
@@ -359,7 +359,7 @@ class Planner:
 
     async def _plan(self, record: InstanceRecord) -> _Planned:
         name = record.spec.name
-        while (known := self._planned.get(name)) is not None:  # another call may plan it while this one waits
+        while (known := self._planned.get(name)) is not None:  # another call may begin to plan it while this one waits
             if known.record.launched_ms == record.launched_ms and not known.loop.state.over:
                 _renew(known, record)
                 return known
@@ -379,7 +379,7 @@ class Planner:
         loop = InstanceLoop(
             barrier, record, registry=self._registry, policy=self.policy, requests=requests, rng=self._rng
         )
-        # A mistake of ours there is said by the loop's own state, to all who wait for it.
+        # After a mistake of ours in there, the loop's own state says so to everybody who waits.
         task = supervise.background(loop.run(), f"plan {name}", on_mistake=lambda _: None)
         planned = self._planned[name] = _Planned(loop, barrier, requests, record, task)
         return planned

@@ -1,4 +1,4 @@
-"""The desired state: which instances shall be up. It lives in the store, so that any planner can take over."""
+"""The desired state: which instances shall be up. It is in the store, so that any planner can take over."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class InstanceRecord(BaseModel):
 
     Attributes:
         spec: what shall be up.
-        desired: ``up``, ``down`` (a stop was asked for), or ``gone`` (it was carried out). What is gone stays on record for
+        desired: ``up``, ``down`` (somebody asked to stop it), or ``gone`` (it was stopped). An instance that is gone stays on record for
             `FORGET_AFTER` seconds, so that a planner can tell "stopped" from "the store forgot".
-        launched_ms: when it was launched, by the store's clock, in milliseconds: which launch this is.
-        failure: why it was given up; empty while it was not.
-        gone_ms: when the stop was carried out, by the store's clock; 0 before.
-        wire: the version in which it is written; see `barrier.protocol.wire`.
+        launched_ms: when it was launched, by the store's clock, in milliseconds. It names this launch.
+        failure: why it was given up; empty if it was not.
+        gone_ms: when it was gone, by the store's clock, in milliseconds; 0 before.
+        wire: the wire version of the record; see `barrier.protocol.wire`.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
@@ -55,10 +55,10 @@ class OtherVersion(RankgateError):
 
 
 class OtherSpec(RankgateError):
-    """An instance is up with another spec than the one that it is launched with, and nobody has agreed to replace that one.
+    """An instance is launched, but it is up with another spec, and nobody has agreed to replace that spec.
 
     Attributes:
-        record: what is up; it stays as it is.
+        record: the record of the instance that is up; it stays unchanged.
     """
 
     def __init__(self, record: InstanceRecord, wanted: InstanceSpec) -> None:
@@ -77,16 +77,16 @@ class Registry:
         self._lifetime_ms = round(store.settings.record_lifetime * 1000)
 
     async def launch(self, spec: InstanceSpec, *, over: Collection[InstanceSpec] | None = None) -> InstanceRecord:
-        """Ask for an instance to be up. An instance that is up with the same spec stays as it is; how long it waits may change.
+        """Ask for an instance to be up. If it is up with the same digest, the attempt goes on, and only its times may change.
 
         Args:
             spec: what to bring up.
-            over: the specs that may be replaced where the instance is up with one; ``None`` replaces any.
+            over: the specs that this launch may replace; ``None``: any.
 
         Raises:
             OtherSpec: the instance is up with a spec that may not be replaced; nothing was written.
-            OtherVersion: another version of rankgate has written what is wanted of the instance; nothing was written.
-            StoreCorrupt: a key of the wrong type where one of ours belongs; nothing was written.
+            OtherVersion: another version of rankgate wrote the record; nothing was written.
+            StoreCorrupt: one of our keys has the wrong type; nothing was written.
             StoreError: unknown; ask again.
         """
         await self._refuse_wrong_types(spec.name)
@@ -98,7 +98,7 @@ class Registry:
                 return current if current.spec == spec else current.model_copy(update={"spec": spec})
             if over is not None and current.desired == "up" and not current.failure and current.spec not in over:
                 raise OtherSpec(current, spec)
-            # Which launch it is must differ from the one before, within a millisecond and after a clock that went back too.
+            # Each launch needs a number of its own, also within one millisecond and after a clock that went back.
             return InstanceRecord(spec=spec, launched_ms=max(now_ms, current.launched_ms + 1))
 
         record = await self._change(spec.name, begin)
@@ -107,10 +107,10 @@ class Registry:
         return record
 
     async def stop(self, record: InstanceRecord) -> bool:
-        """Ask for an instance to be down, unless it was launched anew meanwhile: then nothing of this launch is left to stop.
+        """Ask for an instance to be down, unless it was launched again meanwhile: then nothing of this launch is left to stop.
 
         Returns:
-            Whether this launch is still the one on record.
+            Whether the record is still of this launch.
         """
 
         def take_down(current: InstanceRecord | None, _: int) -> InstanceRecord:
@@ -122,7 +122,7 @@ class Registry:
         return stopped is not None and stopped.launched_ms == record.launched_ms
 
     async def give_up(self, record: InstanceRecord, failure: str) -> None:
-        """Say why an instance was given up, unless it was launched anew meanwhile."""
+        """Note why an instance was given up, unless it was launched again meanwhile."""
 
         def fail(current: InstanceRecord | None, _: int) -> InstanceRecord | None:
             if current is None or current.launched_ms != record.launched_ms:
@@ -132,7 +132,7 @@ class Registry:
         await self._change(record.spec.name, fail)
 
     async def carried_out(self, record: InstanceRecord) -> None:
-        """Say that an instance that was to be down is gone, unless it was launched anew meanwhile."""
+        """Note that an instance is gone that was to be down, unless it was launched again meanwhile."""
 
         def bury(current: InstanceRecord | None, now_ms: int) -> InstanceRecord | None:
             if current is None or current.launched_ms != record.launched_ms or current.desired != "down":
@@ -142,13 +142,13 @@ class Registry:
         await self._change(record.spec.name, bury)
 
     async def heal(self, record: InstanceRecord) -> None:
-        """Write the desired state of an instance back if the store forgot it, and tell the planners; never over what it has."""
+        """If the store forgot an instance's desired state, write it back and tell the planners. Never overwrites a record."""
         with self._store.errors():
             async with self._store.commands.pipeline(transaction=True) as pipe:
                 pipe.hsetnx(self.keys.instances, record.spec.name, record.model_dump_json())
                 pipe.pexpire(self.keys.instances, self._lifetime_ms)
                 written, _ = await pipe.execute()
-            # A planner that began after the store forgot would not know the instance, and could not succeed its leader.
+            # A planner that started after the store forgot does not know the instance, and could not take over.
             if written:
                 async with self._store.commands.pipeline(transaction=True) as pipe:
                     pipe.xadd(self.keys.changes, {"kind": "changed"}, maxlen=_MAX_CHANGES, approximate=True)
@@ -162,7 +162,7 @@ class Registry:
         return None if raw is None else _decode(name, raw)
 
     async def all(self) -> dict[str, InstanceRecord]:
-        """Every instance's desired state; keeps it alive in the store, and forgets what has long been gone."""
+        """Every instance's desired state. Renews its lifetime in the store, and deletes instances that have long been gone."""
         with self._store.errors():
             async with self._store.commands.pipeline(transaction=True) as pipe:
                 pipe.hgetall(self.keys.instances)
@@ -182,7 +182,7 @@ class Registry:
         return {name: record for name, record in records.items() if name not in old}
 
     async def look(self) -> dict[str, InstanceRecord]:
-        """Every instance's desired state; writes nothing, so that somebody who may only read can look."""
+        """Every instance's desired state. Only reads, so that a user without the right to write can look."""
         with self._store.errors():
             found: dict[bytes, bytes] = await self._store.commands.hgetall(self.keys.instances)
         decoded = {raw_name.decode(): _decode(raw_name.decode(), raw) for raw_name, raw in found.items()}
@@ -194,15 +194,15 @@ class Registry:
         return seconds * 1000 + microseconds // 1000
 
     async def changes_end(self) -> str:
-        """Where to wait for changes from."""
+        """The id of the newest change; wait for changes after it."""
         with self._store.errors():
             newest = await self._store.commands.xrevrange(self.keys.changes, count=1)
         return newest[0][0].decode() if newest else "0-0"
 
     async def _refuse_wrong_types(self, name: str) -> None:
-        """Look at every key that a launch leads to, before the first write."""
+        """Look at every key that a launch uses, before the first write."""
         group = Keys(self._namespace, name)
-        for expected in (  # two slots
+        for expected in (  # one transaction for each of the two slots
             {self.keys.instances: "hash", self.keys.changes: "stream"},
             {group.epoch: "hash", group.leader: "hash"} | dict.fromkeys((group.tasks, group.requests), "stream"),
         ):
@@ -220,16 +220,16 @@ class Registry:
     async def _change(
         self, name: str, change: Callable[[InstanceRecord | None, int], InstanceRecord | None]
     ) -> InstanceRecord | None:
-        """Make of an instance's record what `change` says, and wake the planners if that is something else.
+        """Replace an instance's record by the result of `change`, and wake the planners if it differs.
 
-        The record is watched from reading to writing: two who change it at once do not overwrite one another.
+        WATCH covers the time from reading to writing, so two writers do not overwrite one another.
 
         Args:
             name: the instance.
-            change: gets the record on file and the store's time in milliseconds; returns the same one to leave it as it is.
+            change: gets the current record and the store's time in milliseconds; returns the same record to leave it unchanged.
 
         Raises:
-            OtherVersion: the record on file is of another version.
+            OtherVersion: the current record has another version.
         """
         while True:
             now_ms = await self._now_ms()
@@ -249,12 +249,12 @@ class Registry:
                     try:
                         await pipe.execute()
                     except WatchError:
-                        continue  # somebody else was quicker; look again
+                        continue  # somebody else wrote first; look again
             await self._wake_group(name)
             return changed
 
     async def _wake_group(self, name: str) -> None:
-        """The group lies in a slot of its own, so its hint goes apart."""
+        """Send the group's wake-up separately: the group's keys are in another slot."""
         signals = Keys(self._namespace, name).signals
         hint = [
             ("XADD", signals, "MAXLEN", "~", self._store.settings.signal_entries, "*", "kind", "desired"),
@@ -267,7 +267,7 @@ class Registry:
 
 
 def _decode(name: str, raw: bytes, *, change: bool = False) -> InstanceRecord | None:
-    """Read a record; one that cannot be read is told and passed over, unless one of another version is to be changed."""
+    """Read a record. If it cannot be read, log that and return ``None``; raise `OtherVersion` if a record of another version is to change."""
     record: InstanceRecord | None = None
     try:
         version = _WireVersion.model_validate_json(raw).wire

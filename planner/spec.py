@@ -1,4 +1,4 @@
-"""What is to be brought up."""
+"""The specification of an instance."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class InstanceSpec(BaseModel, metaclass=Worded):
         name: the instance's name: 1 to 63 of a-z, 0-9 and ``-``.
         world_size: number of ranks, 1 to 16,384.
         model: what to load.
-        absence_limit: for how many seconds ranks may be away before the instance is given up; ``None`` leaves that to the planner's
-            policy. It is no part of the digest: ranks do not care, and it may be changed while the instance serves.
-        patience: times of `Policy` that are this instance's own, by their names (`PATIENCE`), in seconds. No part of the digest either.
+        absence_limit: seconds that ranks may be away before the instance is given up; ``None``: as the planner's policy says. It is not
+            part of the digest: ranks do not need it, and it may change while the instance serves.
+        patience: the instance's own times of `Policy` by name (`PATIENCE`), in seconds. They are not part of the digest either.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class InstanceSpec(BaseModel, metaclass=Worded):
 
     @model_serializer(mode="wrap")
     def _lean(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what was not set: planners of earlier versions do not know these fields."""
+        """Leave fields out that were not set: planners of earlier versions do not know them."""
         return {
             name: value for name, value in handler(self).items() if name not in _OPTIONAL or value not in (None, {})
         }
@@ -58,12 +58,13 @@ class InstanceSpec(BaseModel, metaclass=Worded):
     def _patience(cls, value: Mapping[str, float]) -> Mapping[str, float]:
         for name, seconds in value.items():
             if name not in PATIENCE:
-                raise InvalidSettings(f"{shown(name)} is no time of an instance; there are {', '.join(PATIENCE)}")
+                raise InvalidSettings(f"an instance has no time named {shown(name)}; it may have {', '.join(PATIENCE)}")
             if not 0 < seconds < float("inf"):
                 raise InvalidSettings(f"{name} is {number(seconds)} s; it must be a finite number of seconds above 0")
         if value.get("backoff_cap", float("inf")) < value.get("backoff_base", 0):
             raise InvalidSettings(
-                f"backoff_cap is {number(value['backoff_cap'])} s and backoff_base is {number(value['backoff_base'])} s; the cap must not be below"
+                f"backoff_cap is {number(value['backoff_cap'])} s and backoff_base is {number(value['backoff_base'])} s; "
+                "backoff_cap must be at least backoff_base"
             )
         return dict(value)
 
@@ -74,12 +75,12 @@ class InstanceSpec(BaseModel, metaclass=Worded):
 
     @property
     def digest(self) -> str:
-        """32 hexadecimal digits that differ for every other spec: ranks that were configured for another are refused."""
+        """32 hexadecimal digits, different for every other spec. A rank that was configured for another spec is refused."""
         said = self.model_dump_json(include={"name", "world_size", "model"})
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def changes_to(self, other: InstanceSpec) -> list[tuple[str, str, str]]:
-        """What is different in another spec: field, value here, value there; fields of the model as ``model.total_layers``."""
+        """The differences to another spec: field, value here, value there. Fields of the model are named ``model.total_layers``."""
         before, after = _flat(self.model_dump()), _flat(other.model_dump())
         names = dict.fromkeys([*before, *after])
         return [
@@ -88,7 +89,7 @@ class InstanceSpec(BaseModel, metaclass=Worded):
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Every value under its dotted name, as a person reads it."""
+    """Every value by its dotted name, as people read it."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -21,11 +21,11 @@ __all__ = ["DEADLINE_SHARE", "generation_task", "task_for"]
 
 
 DEADLINE_SHARE = 0.8
-"""The part of `Policy.connect_stall` in which the ranks must have connected: so the engine says first what it waited for."""
+"""The share of `Policy.connect_stall` that engines have to connect. It is below 1, so that an engine reports first what it waited for."""
 
 
 def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: Policy) -> Task:
-    """The task of a row, for this epoch; its id is derived, so that asking again gives the same one."""
+    """The task of a row for this epoch. Its id is derived, so the same step has the same id again."""
     task_id = derive_task_id(spec.name, str(epoch), step.name)
     if step.dispatches == CONNECT.task:
         deadline = min(policy.connect_stall * DEADLINE_SHARE, MAX_DEADLINE_SECONDS)
@@ -42,7 +42,7 @@ def task_for(step: Step, spec: InstanceSpec, epoch: EpochId, term: int, policy: 
 def generation_task(
     request_id: str, prompt: str, max_tokens: int, *, instance: str, epoch: EpochId, term: int
 ) -> TextGeneration:
-    """The task of one generation; its id is the request's, under which the client waits."""
+    """The task of one generation. Its id is the request's id; the client waits for an answer with this id."""
     return TextGeneration(
         task_id=request_id, instance=instance, epoch=str(epoch), term=term, prompt=prompt, max_tokens=max_tokens
     )

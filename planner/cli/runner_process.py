@@ -96,7 +96,7 @@ class EngineChoice:
             raise _wrong(error) from None
 
 
-def _import_factory(name: str) -> Any:  # noqa: ANN401 - what it returns is checked by whoever calls it
+def _import_factory(name: str) -> Any:  # noqa: ANN401 - the caller checks what it returns
     """Look up ``module:factory``; raises `InvalidSettings` with the reason."""
     module, _, path = name.partition(":")
     try:

@@ -1,12 +1,12 @@
-"""What really happened to an instance: its history, read from the store and judged without trusting anybody's word for it.
+"""Reads the event history of an instance from the store, and checks it against the rules of the design.
 
-The group's `events` stream is one total order, made by the store: the planner's scripts append to it in the very step that
-changes something, and so do the ranks' reports. `find_breaches` holds that order against the rules of the design, written down
-once more in here: it shares no code with the planner or the runner, only the words of `runner.messages`, so that a mistake in
-theirs cannot hide itself. The idea of checking a recorded history instead of the program is Jepsen's (https://jepsen.io).
+The store puts all events of a group into one order, the `events` stream: the planner's scripts and the ranks' reports append to it in
+the same step in which they change something. `find_breaches` checks this order. It has the rules a second time and shares no code with
+planner and runner, only the messages of `runner.messages`. So a mistake in their code cannot hide itself. The idea to check a recorded
+history instead of the program comes from Jepsen (https://jepsen.io).
 
-What is missing is never guessed: where the stream was cut, or events were lost, `History.oddities` says so, and the rules that
-would need what is missing stay silent.
+Missing events are never guessed. If the stream was cut, or events were lost, `History.oddities` says so, and the rules that need them
+report nothing.
 """
 
 from planner.history.events import (

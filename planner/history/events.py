@@ -1,4 +1,4 @@
-"""What a history is made of, and how it is read from the store."""
+"""The events of a history, and how they are read from the store."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _PAGE = 1_000
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """What every line has: its place in the stream, which the store makes of its own clock."""
+    """The part that every line has: its id in the stream. The store makes the id from its clock."""
 
     id: LogId
 
     @property
     def at_ms(self) -> int:
-        """When, by the store's clock, in milliseconds since 1970."""
+        """The time of the line by the store's clock, in milliseconds since 1970."""
         return self.id.number
 
 
@@ -58,8 +58,8 @@ class EpochOpened(_Line):
     """A planner opened an epoch.
 
     Attributes:
-        epoch: which.
-        ordinal: which attempt it is, for people.
+        epoch: the epoch.
+        ordinal: the number of the attempt, for people.
         roster: the incarnation of every rank, in rank order.
     """
 
@@ -79,7 +79,7 @@ class EpochRestored(_Line):
 
 @dataclass(frozen=True, slots=True)
 class StepDispatched(_Line):
-    """A task entered the task log through the gate, at `place`, for the ranks `first` to `last`, for the `attempt`-th time."""
+    """The gate appended a task to the task log, at `place`, for the ranks `first` to `last`. `attempt` counts its dispatches from 1."""
 
     epoch: EpochId
     step: str
@@ -91,7 +91,7 @@ class StepDispatched(_Line):
 
 @dataclass(frozen=True, slots=True)
 class EpochConcluded(_Line):
-    """A planner latched an epoch's verdict."""
+    """A planner set an epoch's verdict."""
 
     epoch: EpochId
     verdict: Verdict
@@ -102,11 +102,11 @@ class RankSaid(_Line):
     """A rank said something.
 
     Attributes:
-        rank: who.
-        incarnation: in which life of its process.
-        seq: its own count of what it has said in that life, from 1.
-        epoch: the epoch that it had promised then; ``None`` where it was in none.
-        event: what it said.
+        rank: the rank.
+        incarnation: its incarnation.
+        seq: the number of this event among those of the incarnation, from 1.
+        epoch: the epoch that it had promised; ``None`` if it had promised none.
+        event: the event.
     """
 
     rank: int
@@ -123,13 +123,13 @@ OddityKind: TypeAlias = Literal["undecodable", "repeated", "trimmed", "gap", "no
 
 @dataclass(frozen=True, slots=True)
 class Oddity:
-    """Something that is no breach, but that limits what can be said, or that a reader should know.
+    """Something that is no breach, but limits what the checks can say, or that a reader should know.
 
     Attributes:
-        kind: ``undecodable`` lines; events ``repeated`` after a reply was lost; a stream that was ``trimmed``; a ``gap`` in what an
-            incarnation said; an epoch with ``no opening`` in the stream; a step ``dispatched anew`` after a lost record was restored.
+        kind: ``undecodable`` lines; events ``repeated`` after a reply was lost; a stream that was ``trimmed``; a ``gap`` in the events of
+            an incarnation; an epoch with ``no opening`` in the stream; a step ``dispatched anew`` after a lost record was restored.
         count: how many lines, events or incarnations.
-        sentence: for people.
+        sentence: the sentence for people.
     """
 
     kind: OddityKind
@@ -142,9 +142,9 @@ class History:
     """A group's history, in the store's order. Make it with `read_history`, or with `History.of` from events.
 
     Attributes:
-        group: whose.
+        group: the group.
         events: every event once.
-        oddities: what is missing or strange.
+        oddities: missing or strange events.
     """
 
     group: str
@@ -153,7 +153,7 @@ class History:
 
     @property
     def rejections(self) -> tuple[tuple[int, Rejection], ...]:
-        """Every refusal, with the rank that refused."""
+        """Every rejection, with the rank that refused."""
         return tuple(
             (event.rank, event.event.rejection)
             for event in self.events
@@ -164,7 +164,7 @@ class History:
 
     @classmethod
     def of(cls, group: str, events: Iterable[HistoryEvent], oddities: Iterable[Oddity] = ()) -> History:
-        """Drop what a rank said twice (its reply was lost after the commit), and look for what is missing."""
+        """Drop events that a rank sent twice (a reply was lost after the commit), and look for missing events."""
         seen: set[tuple[str, int]] = set()
         once: list[HistoryEvent] = []
         repeated = 0
@@ -221,14 +221,14 @@ def _missing(events: Sequence[HistoryEvent]) -> Iterator[Oddity]:
 
 
 async def read_history(store: Store, keys: Keys) -> History:
-    """Read a group's whole history, up to the newest event that there is now.
+    """Read a group's whole history, up to its newest event.
 
     Args:
-        store: where.
-        keys: whose.
+        store: the store.
+        keys: the group's keys.
 
     Raises:
-        StoreError: could not be read.
+        StoreError: the history could not be read.
     """
     events: list[HistoryEvent] = []
     oddities: list[Oddity] = []
@@ -242,7 +242,7 @@ async def read_history(store: Store, keys: Keys) -> History:
             for entry_id, fields in page:
                 try:
                     events.append(_decode(LogId.parse(entry_id.decode()), fields))
-                except (KeyError, ValueError):  # whatever a line of somebody else's may look like
+                except (KeyError, ValueError):  # a foreign line may contain anything
                     undecodable.append(entry_id.decode())
             start = f"({page[-1][0].decode()}"
     if undecodable:
@@ -250,7 +250,7 @@ async def read_history(store: Store, keys: Keys) -> History:
         oddities.append(
             Oddity("undecodable", len(undecodable), f"{len(undecodable)} lines are not readable ({places})")
         )
-    added = info.get("entries-added")  # Redis 6.2 does not count them; there a gap or a missing opening tells
+    added = info.get("entries-added")  # Redis 6.2 has no count; there a gap or a missing opening shows the loss
     if isinstance(added, int) and added > len(events) + len(undecodable):
         gone = added - len(events) - len(undecodable)
         oddities.append(
@@ -260,7 +260,7 @@ async def read_history(store: Store, keys: Keys) -> History:
 
 
 def _decode(place: LogId, raw: Mapping[bytes, bytes]) -> HistoryEvent:
-    """Read one line; raises KeyError or ValueError for anything that is not exactly ours."""
+    """Read one line; raises KeyError or ValueError for a line that is not exactly in our form."""
     line = {name.decode(): value for name, value in raw.items()}
     match line.pop("source"):
         case b"planner":

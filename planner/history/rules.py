@@ -1,6 +1,6 @@
-"""The rules of the design, written down once more, and what in a history breaks them.
+"""The rules of the design, written a second time, and a search for events in a history that break them.
 
-Shares no code with the planner or the runner, only the words of `runner.messages`, so that a mistake in theirs cannot hide itself.
+This module shares no code with planner and runner, only the messages of `runner.messages`. So a mistake in their code cannot hide itself.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ Rule: TypeAlias = Literal[
     "fencing",
     "through the gate",
 ]
-"""Which promise was broken:
+"""The rule that was broken:
 
-- ``gate``: a step was dispatched though not every rank had said what it must have said, in that epoch and as that incarnation;
-- ``once in the log``: a step was dispatched twice in one epoch, and not because a rank had refused it as not yet possible;
+- ``gate``: a step was dispatched although some rank had not said the required status, in that epoch and as that incarnation;
+- ``once in the log``: a step was dispatched twice in one epoch, and no rank had refused it with NotYet;
 - ``once at a rank``: a rank began one task of one epoch twice;
 - ``one epoch at a time``: two ranks were at work in different epochs at one instant;
-- ``rejection``: a refusal that was not exactly one TaskAcknowledged and then exactly one Failed;
-- ``order of events``: an accepted task that was not told in the order of docs/protocol.md, or was begun in the wrong status;
-- ``one verdict``: an epoch with two, or with a dispatch after its verdict;
-- ``roster``: an incarnation in an epoch whose roster does not name it;
-- ``fencing``: an epoch whose number is not above every one before it, or a dispatch in one that was superseded;
-- ``through the gate``: a rank began a step that had not been dispatched to it through the gate.
+- ``rejection``: a refusal was not exactly one TaskAcknowledged and then exactly one Failed;
+- ``order of events``: the events of an accepted task had not the order of docs/protocol.md, or it was begun in the wrong status;
+- ``one verdict``: an epoch had two verdicts, or a dispatch after its verdict;
+- ``roster``: an incarnation took part in an epoch whose roster does not name it;
+- ``fencing``: an epoch's number was not above all numbers before it, or a task was dispatched in a superseded epoch;
+- ``through the gate``: a rank began a step that the gate had not dispatched to it.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    """One broken promise.
+    """One broken rule.
 
     Attributes:
-        rule: which.
+        rule: the rule.
         sentence: what happened, for people.
-        id: the event that breaks it.
-        epoch: in which epoch; ``None`` where the rank was in none.
-        rank: whose it is; ``None`` where it is the planner's.
+        id: the event that breaks the rule.
+        epoch: the epoch of the event; ``None`` if the rank was in none.
+        rank: the rank that broke it; ``None`` for the planner.
     """
 
     rule: Rule
@@ -85,7 +85,7 @@ _BRINGS = {
     "TextGeneration": "Running",
     "Shutdown": "ShuttingDown",
 }
-"""The status that a rank says when it begins."""
+"""The status that a rank says when it begins a task, by the kind of task."""
 _KIND_OF_STATUS = {status: kind for kind, status in _BRINGS.items()}
 
 _BEGINS_IN: dict[str, tuple[str, ...]] = {
@@ -108,7 +108,7 @@ _AT_WORK = frozenset({"Connecting", "Connected", "Loading", "Loaded", "WarmingUp
 
 
 def _required(step: str, rank: int, world_size: int) -> tuple[str, ...]:
-    """The statuses of which a rank must be in one when a step is dispatched (docs/architecture.md)."""
+    """The statuses that a rank may have when a step is dispatched (docs/architecture.md)."""
     if step == _CONNECT or (step == _LOAD and world_size == 1):
         return ("Idle",)
     if step == _LOAD:
@@ -121,7 +121,7 @@ def _required(step: str, rank: int, world_size: int) -> tuple[str, ...]:
 
 
 def kind_of(step: str) -> str:
-    """The kind of task that a step of the lifecycle table dispatches; any other step's own name."""
+    """The kind of task that a step of the lifecycle table dispatches; for any other step, its own name."""
     if step.startswith("generate "):
         return "TextGeneration"
     if step.startswith("cancel "):
@@ -134,10 +134,10 @@ def _known_step(step: str) -> bool:
 
 
 def find_breaches(history: History) -> list[Breach]:
-    """Hold a history against every rule; an empty list where all of them held.
+    """Check a history against every rule. The list is empty if no rule was broken.
 
-    Steps are known by the names of the lifecycle table (``connect``, ``load``, ``warm up followers``, ``warm up leader``,
-    ``generate …``, ``cancel …``); of other steps only the fencing is checked.
+    The rules know steps by their names in the lifecycle table (``connect``, ``load``, ``warm up followers``, ``warm up leader``,
+    ``generate …``, ``cancel …``). For other steps only the fencing is checked.
     """
     by_incarnation: defaultdict[tuple[int, str], list[RankSaid]] = defaultdict(list)
     for event in history.events:
@@ -154,16 +154,16 @@ def find_breaches(history: History) -> list[Breach]:
     return sorted(breaches, key=lambda breach: breach.id)
 
 
-# --- what one incarnation said, in groups that it says in one step --------------------------------------------------------
+# --- the events of one incarnation, in groups that it sends in one step ---------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Told:
     """One group of events: a task begun, ended, refused or answered again, a failure, or a bare status.
 
-    `first` and `last` are its events; `status` is the one it says, if it says one; `before` the status said before it (empty
-    where that is not known); `work` the kind of task that a begin begins; `sure` whether the history holds all that this
-    incarnation said before. `code` is a rejection's code, or the state that is said again.
+    `first` is its first event. `status` is the status that it says, if any. `before` is the status before it, empty if that is not known.
+    `work` is the kind of task that begins. `sure` says whether the history holds everything that this incarnation said before. `code` is
+    the code of a rejection, or the state that is repeated.
     """
 
     what: Literal["begin", "end", "reject", "again", "fail", "status"]
@@ -177,12 +177,12 @@ class _Told:
 
 
 def _group(said: Sequence[RankSaid]) -> tuple[list[_Told], list[Breach]]:
-    """Cut what an incarnation said into groups; what fits into none is a breach, unless its other part is missing."""
+    """Cut the events of an incarnation into groups. An event that fits no group is a breach, unless its other part is missing."""
     told: list[_Told] = []
     breaches: list[Breach] = []
     place, status, sure, torn = 0, "", said[0].seq == 1, said[0].seq != 1
     if sure:
-        status = "Idle"  # what a runner is before it says anything
+        status = "Idle"  # the status of a runner before its first event
     while place < len(said):
         if place and said[place].seq != said[place - 1].seq + 1:
             status, sure, torn = "", False, True
@@ -199,17 +199,17 @@ def _group(said: Sequence[RankSaid]) -> tuple[list[_Told], list[Breach]]:
         told.append(one)
         status = one.status or status
         place += length
-        torn = torn and length == 1  # a bare status may be the rest of something longer
+        torn = torn and length == 1  # a bare status may be the end of a longer group
     return told, breaches
 
 
 def _runs_into_gap(said: Sequence[RankSaid], place: int) -> bool:
-    """Whether something is missing so soon after this event that it may belong to it."""
+    """Whether events are missing right after this one, so that they may belong to its group."""
     return any(following.seq != event.seq + 1 for event, following in pairwise(said[place : place + 3]))
 
 
 def _next_group(said: Sequence[RankSaid], place: int, status: str, sure: bool, torn: bool) -> tuple[int, _Told] | None:
-    """The group that begins here and how many events it has; ``None`` where none does."""
+    """The group that begins here and how many events it has; ``None`` if no group begins here."""
     first = said[place]
     run = [first]
     while len(run) < 3 and place + len(run) < len(said) and said[place + len(run)].seq == run[-1].seq + 1:
@@ -229,7 +229,9 @@ def _next_group(said: Sequence[RankSaid], place: int, status: str, sure: bool, t
         ):
             return 2, _Told("fail", first, failed.task_id, "Failed", status, sure=sure)
         case [TaskAcknowledged() as read, TaskStatusUpdated() as answer, *_] if read.task_id == answer.task_id:
-            if answer.rejection is None and not torn:  # else the acknowledgement may be the rest of a task's begin
+            if (
+                answer.rejection is None and not torn
+            ):  # after a gap, the acknowledgement may be the end of a task's begin
                 return 2, _Told("again", first, read.task_id, before=status, code=answer.state, sure=sure)
             if answer.rejection is not None and answer.state == "Failed":
                 return 2, _Told("reject", first, read.task_id, before=status, code=answer.rejection.code, sure=sure)
@@ -243,14 +245,14 @@ def _next_group(said: Sequence[RankSaid], place: int, status: str, sure: bool, t
 
 
 def _work_of(task_id: str, status: str, before: str) -> str:
-    """What kind of task this is, by its id; where that tells nothing, by the status that it brought. Empty where neither tells."""
+    """The kind of task, by its id, otherwise by the status that it brought; empty if neither says it."""
     if task_id.startswith("cancel."):
         return "CancelTask"
     for step, kind in _KIND_OF_STEP.items():
         if task_id.startswith(f"{step.replace(' ', '-')}."):
             return kind
     if status == before and status != "Running":
-        return "CancelTask"  # which leaves the status as it is
+        return "CancelTask"  # a CancelTask does not change the status
     return _KIND_OF_STATUS.get(status, "")
 
 
@@ -259,10 +261,10 @@ def _misfit(said: Sequence[RankSaid], place: int) -> Breach:
     match one.event:
         case TaskAcknowledged(task_id=task_id):
             rule: Rule = "rejection"
-            what = f"acknowledged {task_id} and did not answer it right after"
+            what = f"acknowledged {task_id} and did not answer it right after that"
         case TaskStatusUpdated(rejection=None) as event:
             rule = "order of events"
-            what = f"said {event.state} of {event.task_id} without what belongs to it"
+            what = f"said {event.state} of {event.task_id} without the other events that belong to it"
         case TaskStatusUpdated() as event:
             rule = "rejection"
             what = f"said {event.state} with a rejection of {event.task_id} that it had not acknowledged just before"
@@ -338,11 +340,11 @@ class _Epoch:
     over: bool = False
     steps: dict[str, list[StepDispatched]] = field(default_factory=dict[str, list[StepDispatched]])
     not_yet: set[str] = field(default_factory=set[str])
-    """Steps that a rank refused as not yet possible, after their last dispatch."""
+    """Steps that a rank refused with NotYet after their last dispatch."""
 
 
 class _Walk:
-    """Goes through the history once and remembers what everybody said last."""
+    """Goes through the history once, and remembers the last status of every incarnation."""
 
     def __init__(
         self, history: History, told: Iterable[_Told], by_incarnation: Mapping[tuple[int, str], Sequence[RankSaid]]
@@ -357,15 +359,15 @@ class _Walk:
         )
         self._epochs: defaultdict[EpochId, _Epoch] = defaultdict(_Epoch)
         self._newest: EpochId | None = None
-        # What each incarnation said last: its epoch and status. None where that is not known: after a gap, or where its
-        # first words are missing.
+        # The last epoch and status of each incarnation. None if they are not known: after a gap, or if its first events are
+        # missing.
         self._last: dict[tuple[int, str], tuple[EpochId | None, str] | None] = {
             who: None for who, said in by_incarnation.items() if said[0].seq != 1
         }
         self._rejections: Counter[tuple[str, str]] = Counter()
 
     def check(self) -> Iterator[Breach]:
-        """Find what breaks a rule."""
+        """Find the events that break a rule."""
         for event in self._history.events:
             match event:
                 case EpochOpened():
@@ -388,7 +390,7 @@ class _Walk:
         self._newest = event.epoch
         epoch = self._epochs[event.epoch]
         epoch.roster, epoch.opened = event.roster, True
-        # A process that is not on the new roster is gone for good: what it said last says nothing any more.
+        # A process that is not on the new roster is gone for good, so its last status does not count any more.
         self._last = {
             (rank, incarnation): last
             for (rank, incarnation), last in self._last.items()
@@ -428,10 +430,10 @@ class _Walk:
         before = epoch.steps.get(event.step, [])
         if not before:
             if event.attempt > 1 and epoch.opened and not epoch.restored:
-                sentence = f"{event.step} was dispatched for the {event.attempt}. time without a first one"
+                sentence = f"{event.step} was dispatched as number {event.attempt}, and there was no number 1"
                 yield Breach("once in the log", sentence, event.id, event.epoch)
             missing = [step for step in _BEFORE.get(event.step, ()) if step not in epoch.steps]
-            # Of a single rank the table has two rows only: load and warm up leader.
+            # For a single rank the table has only two rows: load and warm up leader.
             wanted = [step for step in missing if len(epoch.roster) > 1 or step == _LOAD]
             if wanted and epoch.opened and not epoch.restored:
                 sentence = f"{event.step} was dispatched before {wanted[0]}"
@@ -441,9 +443,7 @@ class _Walk:
             sentence = f"{event.step} was dispatched twice in one epoch, at {before[-1].place} and {event.place}"
             yield Breach("once in the log", sentence, event.id, event.epoch)
         elif event.step not in epoch.not_yet:
-            sentence = (
-                f"{event.step} was dispatched again at {event.place} though no rank had refused it as not yet possible"
-            )
+            sentence = f"{event.step} was dispatched again at {event.place}, and no rank had refused it with NotYet"
             yield Breach("once in the log", sentence, event.id, event.epoch)
 
     def _check_gate(self, event: StepDispatched, epoch: _Epoch) -> Iterator[Breach]:
@@ -453,7 +453,7 @@ class _Walk:
             wanted = _required(event.step, rank, len(epoch.roster))
             last = self._last.get((rank, incarnation), (None, ""))
             if last is None:
-                continue  # it has said something that the history does not hold
+                continue  # some of its events are missing
             said_in, status = last
             if said_in == event.epoch and status in wanted:
                 continue
@@ -475,9 +475,7 @@ class _Walk:
         if said.epoch is not None:
             epoch = self._epochs[said.epoch]
             if epoch.roster and (said.rank >= len(epoch.roster) or epoch.roster[said.rank] != said.incarnation):
-                sentence = (
-                    f"rank {said.rank} spoke in an epoch whose roster does not name its incarnation {said.incarnation}"
-                )
+                sentence = f"rank {said.rank} sent an event in an epoch whose roster does not name its incarnation {said.incarnation}"
                 yield Breach("roster", sentence, said.id, said.epoch, said.rank)
             if one is not None:
                 yield from self._hear_group(one, said.epoch, epoch)
@@ -499,9 +497,7 @@ class _Walk:
             if steps and epoch.opened and not epoch.restored:
                 sent = [sent for step in steps for sent in epoch.steps.get(step, ())]
                 if not any(dispatched.first <= said.rank <= dispatched.last for dispatched in sent):
-                    sentence = (
-                        f"rank {said.rank} began {one.work}, which had not been dispatched to it through the gate"
-                    )
+                    sentence = f"rank {said.rank} began {one.work}, which the gate had not dispatched to it"
                     yield Breach("through the gate", sentence, said.id, epoch_id, said.rank)
         if one.what == "reject":
             yield from self._hear_rejection(one, epoch_id, epoch)
@@ -510,7 +506,7 @@ class _Walk:
         said = one.first
         step = next((step for step in epoch.steps if self._task_id(epoch_id, step) == one.task_id), None)
         if step is None:
-            return  # of another epoch, or not one of the lifecycle's
+            return  # a task of another epoch, or not of the lifecycle
         if one.code == "NotYet":
             epoch.not_yet.add(step)
         self._rejections[said.incarnation, one.task_id] += 1
@@ -520,7 +516,7 @@ class _Walk:
             yield Breach("rejection", sentence, said.id, epoch_id, said.rank)
 
     def _task_id(self, epoch: EpochId, step: str) -> str:
-        """The id of a step's task, derived as docs/protocol.md says: from instance, epoch and step."""
+        """The id of a step's task, made from instance, epoch and step as docs/protocol.md says."""
         digest = blake2b(f"{self._history.group}\0{epoch}\0{step}".encode(), digest_size=12).hexdigest()
         return f"{step.replace(' ', '-')[:80]}.{digest}"
 

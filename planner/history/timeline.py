@@ -1,4 +1,4 @@
-"""Where the time of one attempt went."""
+"""How long each part of one attempt took."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ __all__ = ["NoSuchAttempt", "Timeline", "timeline"]
 
 
 class NoSuchAttempt(RankgateError):
-    """The history knows no attempt, or not the one that was asked for."""
+    """The history has no attempt, or not the one that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Where the time of one attempt went. Everything in milliseconds by the store's clock; ``None`` for what has not happened.
+    """How long each part of one attempt took. All times are milliseconds by the store's clock; ``None``: it has not happened.
 
-    Offsets count from the opening of the epoch (or from its restoration, where the history does not hold the opening).
+    Times count from the opening of the epoch, or from its restoration if the history does not hold the opening.
 
     Attributes:
-        epoch: which attempt.
-        ordinal: its number for people; 0 where the opening is not in the history.
+        epoch: the epoch.
+        ordinal: the number of the attempt, for people; 0 if the history does not hold the opening.
         world_size: number of ranks.
-        began_ms: when it was opened, since 1970.
-        arrivals: when each rank said Connected for the first time (Idle, for a single rank); ranks that never did are not in it.
-        skew: between the first arrival and the last one, once all have arrived.
-        load_dispatched: when LoadModel entered the task log first.
-        release: from the last arrival to that dispatch.
-        loads: how long each rank loaded.
+        began_ms: when the epoch was opened, since 1970.
+        arrivals: when each rank first said Connected (a single rank: Idle), by rank, for the ranks that did.
+        skew: the time from the first arrival to the last one, if all have arrived.
+        load_dispatched: when LoadModel was first appended to the task log.
+        release: the time from the last arrival to that dispatch.
+        loads: how long each rank loaded, by rank.
         loaded: when the last rank was Loaded.
-        warm_up: from the first StartWarmup to the last rank's Ready.
+        warm_up: the time from the first StartWarmup until the last rank was Ready.
         ready: when the last rank was Ready for the first time.
-        ended: when the verdict fell.
-        verdict: how it ended.
-        dispatches: tasks dispatched, by kind.
-        rejections: tasks refused in this epoch, by code.
+        ended: when the verdict was set.
+        verdict: the verdict.
+        dispatches: how many tasks were dispatched, by kind.
+        rejections: how many tasks were refused in this epoch, by code.
     """
 
     epoch: EpochId
@@ -67,17 +67,17 @@ class Timeline:
 
     @property
     def last_arrival(self) -> tuple[int, int] | None:
-        """The rank that arrived last and when, once all have arrived."""
+        """The rank that arrived last, and when; ``None`` until all have arrived."""
         if len(self.arrivals) < self.world_size:
             return None
         return max(self.arrivals.items(), key=lambda item: (item[1], item[0]))
 
 
 def timeline(history: History, epoch: EpochId | None = None) -> Timeline:
-    """Where the time went in one attempt; in the newest one where `epoch` is ``None``.
+    """The timeline of one attempt; of the newest one if `epoch` is ``None``.
 
     Raises:
-        NoSuchAttempt: the history holds no attempt, or not that one.
+        NoSuchAttempt: the history has no attempt, or not that one.
     """
     starts = [e for e in history.events if isinstance(e, EpochOpened | EpochRestored)]
     starts = [start for start in starts if epoch is None or start.epoch == epoch]

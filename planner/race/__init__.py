@@ -1,23 +1,23 @@
-"""``rankgate race``: the race that the barrier ends, three times over, with real processes on a real server.
+"""``rankgate race``: shows the race that the barrier prevents, in three runs with real processes on a real server.
 
 The scenario is the same in every run. Three ranks connect; the last one takes some seconds longer. Rank 1 is killed (SIGKILL) as soon
-as it has said Connected, and its supervisor starts it again a little later. So there is a moment at which the two others are connected
-and rank 1 is not, though its last word, Connected, still stands.
+as it has said Connected, and its supervisor starts it again a little later. So for a moment the two others are connected and rank 1 is
+not, although its last status is still Connected.
 
-1. **A planner that trusts stale statuses, and a runner that does not forgive.** The planner looks at a table of statuses every 100 ms,
-   as exo's does, and sends a rank its next task when the table says that this rank is due and that all others have come as far.
-   Runners write their status into the table every 200 ms. Nobody lies, and nobody is artificially late: the table simply
-   says what every rank said last. The runner raises ``ValueError: Received LoadModel outside of state machine …``, as exo's
-   does, and its process dies of it. Its supervisor, which mends one death in a row and mended the accident, gives it up.
-2. **The same planner, and rankgate's runner.** The runner refuses what it cannot do, and lives. The planner sends LoadModel again
-   every half a second, and after three refusals it begins anew with all ranks. Its tasks go into the task log without asking the gate.
-3. **rankgate's planner and runner.** LoadModel passes the gate, which opens when every rank is connected at one instant. A word of
-   rank 1 counts for one lease after its death, which is over before the late rank arrives. (Had the late rank come within that lease,
-   LoadModel would have gone out, the attempt been ended for all, and the next one begun: a lease cannot know of a death sooner.)
+1. **A planner that trusts old statuses, and a runner that crashes.** The planner reads a table of statuses every 100 ms, as exo's
+   does. It sends a rank its next task when the table says that this rank is due and that all others have come as far. Runners
+   write their status into the table every 200 ms. Nobody lies, and nothing is delayed on purpose: the table holds the last status
+   of every rank. The runner raises ``ValueError: Received LoadModel outside of state machine …``, as exo's does, and its process
+   dies. Its supervisor restarts a process once; it has already done so after the kill, so it gives the process up.
+2. **The same planner, and rankgate's runner.** The runner refuses a task out of state, and lives. The planner sends LoadModel again
+   every half a second. After three refusals it begins again with all ranks. Its tasks enter the task log without the gate.
+3. **rankgate's planner and runner.** LoadModel passes the gate only when every rank is connected at one instant. The report of rank 1
+   counts for one lease after its death. The lease is over before the late rank arrives. (If the late rank came within the lease,
+   LoadModel would be dispatched, the attempt would end for all, and the next one begin: nobody can see the death sooner.)
 
-Nothing is acted: deaths are counted by exit codes, refusals in the history that the store keeps, and if the race does not happen in some
-run, the output says so. The planner of the first two runs is no straw man: it does not send a task again within half a second, it does
-not go on while a rank is missing from the table, and it is told of every refusal. What it lacks is a way to know that a word is old.
+Everything is real: deaths are counted by exit codes, refusals by the history in the store. If the race does not happen in some run, the
+output says so. The planner of the first two runs is a careful one: it does not send a task again within half a second, it waits while a
+rank is missing from the table, and it hears of every refusal. But it cannot know that a status is old.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = ["RaceFigures", "run_race"]
 
 
 async def run_race(console_print: Say) -> RaceFigures:
-    """Run all three on one embedded server, tell what happens line by line, then the table; some 20 seconds.
+    """Do all three runs on one embedded server, print each event, then the table. Takes about 20 seconds.
 
     Args:
-        console_print: prints one line. The table fits into 80 columns; what happens is told in sentences that may be longer.
+        console_print: prints one line. The table fits into 80 columns; other lines may be longer.
 
     Raises:
-        EmbeddedServerError: there is no server to run on.
-        StoreError: it stopped answering.
+        EmbeddedServerError: the server could not be started.
+        StoreError: the server stopped answering.
     """
     say = console_print
     async with EmbeddedServer() as server:

@@ -1,4 +1,4 @@
-"""What a run came to, and how that is told to people."""
+"""The results of the runs, and the table and sentences about them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["RaceFigures", "RunFigures", "conclusions", "table"]
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """What one run came to.
+    """The results of one run.
 
     Attributes:
-        title: which run.
-        load_dispatches: how often LoadModel was sent; to several ranks at once counts once.
-        rejections: tasks that a runner refused; ``None`` where the runner cannot refuse.
-        deaths: processes that ended by themselves with an error; the one that the scenario kills is not among them.
-        ready_after: seconds from the first look of the planner until all ranks were Ready; ``None`` where that never came.
-        last_words: what the first process that died said last; empty where none died.
-        breaches: promises that the independent checker found broken in the history; ``None`` where the run leaves none.
+        title: the name of the run.
+        load_dispatches: how often LoadModel was sent; a send to several ranks at once counts once.
+        rejections: how many tasks runners refused; ``None`` if the runner cannot refuse.
+        deaths: how many processes ended by themselves with an error, without the one that the scenario kills.
+        ready_after: seconds from the planner's first look until all ranks were Ready; ``None`` if they never were.
+        last_words: the last line of the first process that died; empty if none died.
+        breaches: how many broken rules the independent checker found in the history; ``None`` if the run has no history.
     """
 
     title: str
@@ -41,7 +41,7 @@ class RaceFigures:
 
     @property
     def runs(self) -> tuple[RunFigures, RunFigures, RunFigures]:
-        """In their order."""
+        """The runs in their order."""
         return self.stale_and_fragile, self.stale_and_graceful, self.with_barrier
 
 
@@ -69,21 +69,21 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def conclusions(figures: RaceFigures) -> list[str]:
-    """What the figures mean, one sentence a run, and honest where a run did not go as it usually does."""
+    """What the figures mean, in one sentence for each run. It says so if a run did not go as usual."""
     fragile, graceful, barrier = figures.runs
     if fragile.deaths:
-        first = f"1. A process died of it: {fragile.last_words}"
+        first = f"1. A task out of state ended a process: {fragile.last_words}"
     else:
         first = "1. This time the race did not happen: no process died. Run it again."
     if graceful.deaths:
         second = f"2. A process died, which must not happen: {graceful.last_words}"
     elif graceful.rejections:
-        second = f"2. No process died. The planner was refused {graceful.rejections} times and sent LoadModel {graceful.load_dispatches} times."
+        second = f"2. No process died. Runners refused {graceful.rejections} tasks. The planner sent LoadModel {graceful.load_dispatches} times."
     else:
         second = "2. This time the race did not happen: nothing was refused. Run it again."
     if barrier.deaths or barrier.rejections or barrier.ready_after is None:
         third = f"3. This is not what the barrier promises: {barrier.last_words or 'see the table'}"
     else:
         times = "once" if barrier.load_dispatches == 1 else f"{barrier.load_dispatches} times"
-        third = f"3. LoadModel went out {times}, when every rank was connected, and nothing had to be refused."
+        third = f"3. LoadModel was dispatched {times}, when every rank was connected, and no task was refused."
     return [first, second, third]

@@ -1,4 +1,4 @@
-"""Run 3: rankgate's planner and runners, and the gate between them."""
+"""Run 3: rankgate's planner and runners, with the gate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["with_barrier"]
 
 
 async def with_barrier(store: Store, url: str, say: Say) -> RunFigures:
-    """Run 3: bring the instance up as anybody would, and count what happens."""
+    """Run 3: bring the instance up in the usual way, and count what happens."""
     title = "the barrier, refusing runner"
     say(f"3. {title}")
     spec = InstanceSpec(name="race-barrier", world_size=WORLD_SIZE, model=MODEL)
@@ -54,7 +54,9 @@ async def with_barrier(store: Store, url: str, say: Say) -> RunFigures:
             finally:
                 await cancelled(telling)
             history = await read_history(store, keys)
-            with suppress(InstanceFailed, StoreError):  # the figures stand, and the processes end with this block
+            with suppress(
+                InstanceFailed, StoreError
+            ):  # the figures are complete, and the processes end with this block
                 await instance.stop()
     loads = [e for e in history.events if isinstance(e, StepDispatched) and kind_of(e.step) == "LoadModel"]
     return RunFigures(
@@ -69,7 +71,7 @@ async def with_barrier(store: Store, url: str, say: Say) -> RunFigures:
 
 
 def _barrier_program(rank: int, instance: str, url: str) -> Program:
-    """`rankgate runner`, as anybody starts it."""
+    """A usual `rankgate runner`."""
     arguments = [
         *("--instance", instance),
         *("--rank", str(rank)),
@@ -90,7 +92,7 @@ def _barrier_program(rank: int, instance: str, url: str) -> Program:
 
 
 async def _tell_history(store: Store, keys: Keys, run: Run) -> None:
-    """Tell what the planner does, from the history that the store keeps of it."""
+    """Print what the planner does, by the event history in the store."""
     told = 0
     while True:
         events = (await read_history(store, keys)).events

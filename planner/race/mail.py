@@ -1,4 +1,4 @@
-"""How ranks and planner of the first two runs hear of one another: a table of statuses, and an inbox for every rank."""
+"""How ranks and planner of the first two runs communicate: a table of statuses, and an inbox for every rank."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from runner.messages import ConnectToGroup, LoadModel, StartWarmup, Task, decode
 __all__ = ["Kind", "make_task", "post", "publish", "read_table", "status_in_table", "tasks_for", "until_all_are_here"]
 
 
-_LIFETIME = 600  # seconds; what is written beside the barrier's keys goes by itself
+_LIFETIME = 600  # seconds; these keys are not the barrier's, and expire by themselves
 
 Kind: TypeAlias = Literal["ConnectToGroup", "LoadModel", "StartWarmup"]
 
 
 def _table_key(keys: Keys) -> str:
-    """Hash: the table of statuses, one field a rank. A rank's last word stays until the next one, as it does in memory."""
+    """Hash: the table of statuses, one field for each rank. A status stays until the rank writes the next one."""
     return f"{keys.tag}:race-statuses"
 
 
 def _inbox_key(keys: Keys, rank: int) -> str:
-    """List: tasks for a rank; they wait there for a process that is down."""
+    """List: the tasks for a rank. They stay there while its process is down."""
     return f"{keys.tag}:race-inbox:{rank}"
 
 
@@ -42,26 +42,26 @@ async def publish(store: Store, keys: Keys, rank: int, status: Callable[[], str]
 
 
 async def read_table(store: Store, keys: Keys) -> dict[int, str]:
-    """The last word of every rank that has said one."""
+    """The last status of every rank that has written one."""
     with store.errors():
         found: dict[bytes, bytes] = await store.commands.hgetall(_table_key(keys))
     return {int(rank): status.decode() for rank, status in found.items()}
 
 
 async def status_in_table(store: Store, keys: Keys, rank: int) -> str:
-    """The last word of one rank; empty where it has said none."""
+    """The last status of one rank; empty if it has written none."""
     return (await read_table(store, keys)).get(rank, "")
 
 
 async def until_all_are_here(store: Store, keys: Keys) -> None:
-    """Wait until every process has come up, which takes as long as an interpreter does to start and is no part of the race."""
+    """Wait until every process has started. That time is not part of the race."""
     async with asyncio.timeout(LIMIT):
         while len(await read_table(store, keys)) < WORLD_SIZE:
             await asyncio.sleep(0.02)
 
 
 def make_task(kind: Kind, instance: str, epoch: EpochId, term: int) -> Task:
-    """A task with a name of its own, as a planner makes it that does not derive names from steps."""
+    """A task with a random id, as from a planner that does not derive ids from steps."""
     common = {"task_id": f"{kind}-{uuid.uuid4().hex}", "instance": instance, "epoch": str(epoch), "term": term}
     match kind:
         case "ConnectToGroup":
@@ -83,7 +83,7 @@ async def post(store: Store, keys: Keys, kind: Kind, ranks: Sequence[int], epoch
 
 
 async def tasks_for(store: Store, keys: Keys, rank: int) -> AsyncGenerator[Task]:
-    """What comes into a rank's inbox, one after another."""
+    """The tasks from a rank's inbox, one after another."""
     reader = store.reader()
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Runs 1 and 2: a planner that takes the table of statuses for the truth."""
+"""Runs 1 and 2: a planner that believes the table of statuses."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _NEXT: Mapping[Kind, str] = {"ConnectToGroup": "Idle", "LoadModel": "Connected",
 def due_tasks(
     view: Mapping[int, str], sent: Mapping[tuple[Kind, int], float], now: float, world_size: int = WORLD_SIZE
 ) -> list[tuple[Kind, list[int]]]:
-    """What a planner sends that takes the table of statuses for the truth: pure, and as careful as the table allows.
+    """The tasks that a planner sends if it believes the table of statuses: a pure function, as careful as the table allows.
 
     A rank gets its next task when the table says that it is due and that all others have come at least as far (exo's rule for LoadModel,
-    here for every task), and not again within `RESEND` seconds.
+    here for every task). It does not get the task again within `RESEND` seconds.
 
     Args:
         view: the table: the last status that each rank wrote.
         sent: when each task was last sent to each rank, in seconds.
-        now: in seconds.
-        world_size: number of ranks; a rank that is missing from the table holds everything up.
+        now: the time in seconds.
+        world_size: number of ranks. While a rank is missing from the table, nothing is due.
     """
     due: list[tuple[Kind, list[int]]] = []
     for kind, entry in _NEXT.items():
@@ -51,7 +51,7 @@ def due_tasks(
 
 
 class _PollingPlanner:
-    """Polls the table, sends what is due; `send` puts a task on its way, `begin_anew_if_need_be` ends an attempt that was refused too often."""
+    """Polls the table and sends the due tasks by `send`. `begin_anew_if_need_be` ends an attempt after too many refusals."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class _PollingPlanner:
         self.load_dispatches = 0
 
     async def until_ready(self) -> None:
-        """Returns when the table says Ready of all ranks."""
+        """Return when the table says Ready for all ranks."""
         clock = asyncio.get_running_loop().time
         sent: dict[tuple[Kind, int], float] = {}
         while True:
@@ -83,7 +83,7 @@ class _PollingPlanner:
 
 
 async def stale_and_fragile(store: Store, url: str, say: Say) -> RunFigures:
-    """Run 1: with runners that raise."""
+    """Run 1: runners that raise an error."""
     title = "stale statuses, fragile runner"
     say(f"1. {title}")
     keys = Keys("rankgate", "race-fragile")
@@ -105,7 +105,7 @@ async def stale_and_fragile(store: Store, url: str, say: Say) -> RunFigures:
 
 
 async def stale_and_graceful(store: Store, url: str, say: Say) -> RunFigures:
-    """Run 2: with runners that refuse."""
+    """Run 2: runners that refuse."""
     title = "stale statuses, refusing runner"
     say(f"2. {title}")
     keys = Keys("rankgate", "race-graceful")
@@ -130,7 +130,7 @@ async def stale_and_graceful(store: Store, url: str, say: Say) -> RunFigures:
                 return False
             reason = f"refused {seen - forgiven} times"
             forgiven = seen
-            run.tell(f"{reason}; all ranks begin anew")
+            run.tell(f"{reason}; all ranks begin again")
             await barrier.lead()
             await barrier.conclude(current, Verdict.aborted(reason))
             current = await _open(barrier)
@@ -151,7 +151,7 @@ async def stale_and_graceful(store: Store, url: str, say: Say) -> RunFigures:
 
 
 async def _open(barrier: Barrier) -> EpochId:
-    """Open an epoch, which takes a live report of every rank, and waits for it."""
+    """Open an epoch. Wait until every rank has a live report."""
     while True:
         await barrier.lead()
         outcome = await barrier.open(WORLD_SIZE, timeout=LIMIT)
@@ -161,7 +161,7 @@ async def _open(barrier: Barrier) -> EpochId:
 
 
 def _rejections(history: History) -> list[str]:
-    """Every refusal, as a sentence."""
+    """Every rejection as a sentence."""
     return [f"rank {rank} refused {why.task_kind} ({why.code}): {why.hint}" for rank, why in history.rejections]
 
 

@@ -1,4 +1,4 @@
-"""The processes of runs 1 and 2, one a rank: a runner that raises as exo's does, or rankgate's own."""
+"""The processes of runs 1 and 2, one for each rank: a runner that raises as exo's does, or rankgate's own."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ __all__ = ["FragileRunner"]
 
 
 class FragileRunner:
-    """A runner as exo's is: it takes one task after another, and raises when one comes out of state.
+    """A runner like exo's: it takes one task after another, and raises an error if a task comes out of state.
 
     Args:
-        rank: which rank this is.
-        engine: what it drives.
+        rank: its rank.
+        engine: its engine.
     """
 
     def __init__(self, rank: int, engine: Engine) -> None:
@@ -52,10 +52,10 @@ class FragileRunner:
         self._engine = engine
 
     async def handle(self, task: Task) -> None:
-        """Do it.
+        """Do a task.
 
         Raises:
-            ValueError: the task does not fit the status; nobody catches it, and the process dies.
+            ValueError: the task does not fit the status. Nobody catches this, and the process dies.
         """
         match task, self.status:
             case ConnectToGroup(), RunnerIdle():
@@ -84,8 +84,8 @@ async def _serve_fragile(runner: FragileRunner, store: Store, keys: Keys, rank: 
 
 
 async def _forward(store: Store, member: Member, rank: int) -> None:
-    """Put what comes into a rank's inbox into the task log, where rankgate's runner reads: a plain XADD that asks no gate."""
-    while not member.trusted:  # it reads the log from the moment at which it has its rank
+    """Copy the tasks from a rank's inbox into the task log, where rankgate's runner reads: a plain XADD without the gate."""
+    while not member.trusted:  # the runner reads the log from the moment at which it holds its rank
         await asyncio.sleep(0.02)
     keys = member.keys
     async with aclosing(tasks_for(store, keys, rank)) as tasks:
@@ -100,7 +100,7 @@ async def _forward(store: Store, member: Member, rank: int) -> None:
                 "to": f"{rank}-{rank}",
                 "task": encode(task),
             }
-            # The log may have gone on to a later epoch: then this task is too late for it.
+            # The log may be in a later epoch already: then this task is too late.
             with store.errors(), suppress(ResponseError):
                 await store.commands.xadd(keys.tasks, fields, id=f"{epoch.number}-*")
 
@@ -131,7 +131,7 @@ async def _run_process(role: Role, keys: Keys, rank: int, url: str) -> None:
 def _main(role: str, instance: str, rank: str, parent: str) -> None:
     """One runner's process."""
     leave_with_parent(int(parent))
-    logger.remove()  # what has to be told, the race tells
+    logger.remove()  # the race prints everything that people should see
     if role not in ("fragile", "graceful"):
         raise ValueError(f"{role!r} is no runner of the race")
     keys = Keys("rankgate", instance)

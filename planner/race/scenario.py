@@ -1,4 +1,4 @@
-"""What is the same in every run: the times, the processes' supervisor, and the accident that befalls one rank."""
+"""The parts that all runs share: the times, the processes' supervisor, and the accident of one rank."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ WORLD_SIZE = 3
 KILLED = 1
 """The rank whose process is killed once it is connected."""
 _LATE = 2
-"""The rank that is held back."""
+"""The rank that connects late."""
 
 POLL = 0.1
 """Seconds between two looks of the planner that polls."""
 PUBLISH = 0.2
-"""Seconds between two words of a runner into the table of statuses."""
+"""Seconds between two statuses that a runner writes into the table."""
 RESEND = 0.5
-"""Seconds after which the planner that polls sends a task again that has brought no change."""
+"""Seconds after which the planner that polls sends a task again if the status has not changed."""
 _DOWN = 4.0
 """Seconds for which a process that died stays down."""
 _RESTARTS = 1
-"""How many deaths in a row a supervisor mends. With more, the fragile runner dies once for each LoadModel that waits for it."""
+"""After how many deaths in a row a supervisor restarts a process. With more, the fragile runner dies once for each waiting LoadModel."""
 PATIENCE = 3
 """Refusals after which the planner that polls begins anew."""
 CONNECT = 0.2
@@ -68,11 +68,11 @@ SETTINGS = Settings(lease=1.5, heartbeat=0.4)
 Say: TypeAlias = Callable[[str], None]
 """Prints one line."""
 Role: TypeAlias = Literal["fragile", "graceful"]
-"""Which runner a process of the first two runs is."""
+"""The kind of runner in a process of the first two runs."""
 
 
 class Run:
-    """One run: its processes, what became of them, and the accident that befalls rank `KILLED`."""
+    """One run: its processes, their deaths, and the accident of rank `KILLED`."""
 
     def __init__(self, title: str, programs: Sequence[Program], say: Say) -> None:
         self.title = title
@@ -86,14 +86,14 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Since the planner began; 0 before."""
+        """Seconds since the planner began; 0 before."""
         now = asyncio.get_running_loop().time()
         return 0.0 if self._began is None else now - self._began
 
     async def bring_up(
         self, ready: Coroutine[Any, Any, None], status_of_killed: Callable[[], Awaitable[str]]
     ) -> float | None:
-        """Wait for `ready`, while the accident happens; the seconds it took, or ``None`` where it never came."""
+        """Wait for `ready` while the accident happens. Returns the seconds until then, or ``None`` if it never came."""
         self._began = asyncio.get_running_loop().time()
         accident = asyncio.create_task(self._suffer(status_of_killed))
         try:
@@ -102,7 +102,7 @@ class Run:
             await cancelled(accident)
 
     def tell(self, what: str) -> None:
-        """One line of what happens, with the time."""
+        """Print one line with the time."""
         self._say(f"  {self.seconds:5.1f} s  {what}")
 
     async def _suffer(self, status_of: Callable[[], Awaitable[str]]) -> None:
@@ -126,7 +126,9 @@ class Run:
         self.last_words = self.last_words or state.last_words
         self.tell(f"{state.program.name} died ({state.last_exit}): {state.last_words}")
         if state.phase == "given up":
-            self.tell(f"{state.program.name} is not started again: its supervisor mends {_RESTARTS} death in a row")
+            self.tell(
+                f"{state.program.name} is not started again: its supervisor restarts it at most {_RESTARTS} time in a row"
+            )
 
     async def _until(self, ready: Coroutine[Any, Any, None]) -> float | None:
         async with supervise.alongside(ready) as waiting, supervise.alongside(self.launcher.given_up()) as hopeless:
@@ -144,7 +146,7 @@ class Run:
 
 
 def engine_config(rank: int) -> SimulatedConfig:
-    """The same delays in every run."""
+    """The engine's delays, the same in every run."""
     return SimulatedConfig(
         connect_seconds=CONNECT + (_HELD_BACK if rank == _LATE else 0.0),
         layer_seconds=0.05,
@@ -154,7 +156,7 @@ def engine_config(rank: int) -> SimulatedConfig:
 
 
 def ranks_named(ranks: Sequence[int]) -> str:
-    """Some ranks, in words."""
+    """The ranks in words."""
     return "all ranks" if len(ranks) == WORLD_SIZE else ", ".join(f"rank {rank}" for rank in ranks)
 
 

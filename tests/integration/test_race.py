@@ -187,9 +187,9 @@ def test_the_table() -> None:
 
 def test_the_conclusions() -> None:
     assert conclusions(FIGURES) == [
-        "1. A process died of it: ValueError: Received LoadModel outside of state machine",
-        "2. No process died. The planner was refused 5 times and sent LoadModel 6 times.",
-        "3. LoadModel went out once, when every rank was connected, and nothing had to be refused.",
+        "1. A task out of state ended a process: ValueError: Received LoadModel outside of state machine",
+        "2. No process died. Runners refused 5 tasks. The planner sent LoadModel 6 times.",
+        "3. LoadModel was dispatched once, when every rank was connected, and no task was refused.",
     ]
 
 
@@ -215,4 +215,4 @@ def test_the_conclusions_are_honest_where_the_barrier_failed() -> None:
         third = conclusions(replace(FIGURES, with_barrier=broken))[2]
         assert third.startswith("3. This is not what the barrier promises")
     twice = conclusions(replace(FIGURES, with_barrier=replace(FIGURES.with_barrier, load_dispatches=2)))[2]
-    assert "LoadModel went out 2 times" in twice
+    assert "LoadModel was dispatched 2 times" in twice

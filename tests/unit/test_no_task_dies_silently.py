@@ -549,7 +549,7 @@ async def test_a_process_whose_keeper_failed_is_given_up_by_name(heard: Heard, m
     async with Launcher([Program("rank 0", (sys.executable, "-c", "pass"))]) as launcher:
         given_up = await asyncio.wait_for(launcher.given_up(), 30)
     assert given_up.phase == "given up"
-    assert given_up.last_words.startswith("what keeps it running failed: Injected at ")
+    assert given_up.last_words.startswith("the part of rankgate that keeps it running failed: Injected at ")
     heard.check("the keeper of rank 0: ")
 
 

@@ -522,7 +522,7 @@ async def test_a_server_that_never_answers_is_killed_and_named(tmp_path: Path) -
         assert not start.done()
         await asyncio.sleep(0.005)
     pid = int((tmp_path / "pid").read_text())
-    with pytest.raises(EmbeddedServerError, match=r"did not answer within 1 s\. Its last words: still thinking"):
+    with pytest.raises(EmbeddedServerError, match=r"did not answer within 1 s\. Its last output: still thinking"):
         await start
     assert is_gone(pid)
 

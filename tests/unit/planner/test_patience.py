@@ -49,7 +49,7 @@ def test_a_stall_that_no_rank_could_meet_is_not_taken() -> None:
 @pytest.mark.parametrize(
     ("patience", "sentence"),
     [
-        ({"stall": 5.0}, "'stall' is no time of an instance; there are prepare_stall, connect_stall"),
+        ({"stall": 5.0}, "an instance has no time named 'stall'; it may have prepare_stall, connect_stall"),
         ({"load_stall": 0.0}, "load_stall is 0 s; it must be a finite number of seconds above 0"),
         ({"load_stall": float("inf")}, "load_stall is inf s"),
         ({"backoff_base": 5.0, "backoff_cap": 1.0}, "backoff_cap is 1 s and backoff_base is 5 s"),
