@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 
 __all__ = ["Engine", "EngineDied", "EngineFailure", "EngineGroup", "GenerationRequest", "bind_endpoint", "valid_ports"]
 

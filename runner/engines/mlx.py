@@ -38,7 +38,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest, bind_endpoint, valid_ports
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 
 __all__ = ["MlxConfig", "MlxEngine", "T", "listening_address", "mlx_engine", "ring_addresses", "scaled_progress"]
 

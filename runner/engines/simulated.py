@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequest, valid_ports
 from runner.engines.ring import Ring
 from runner.host import EngineSpec
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 from runner.worded import Worded
 
 __all__ = [

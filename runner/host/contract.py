@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from runner.engine import EngineDied, EngineGroup, GenerationRequest
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 from runner.worded import Worded
 
 __all__ = ["CHUNK_WINDOW", "PROGRESS_WINDOW", "EngineHost", "EngineSpec"]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from runner.engine import EngineFailure, EngineGroup, GenerationRequest
 from runner.host.work import CallName, Place, Request
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 
 __all__ = ["MAX_FRAME_BYTES", "FrameBuffer", "decode_request", "encode_frame", "encode_request"]
 

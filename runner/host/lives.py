@@ -14,7 +14,7 @@ from runner.engine import EngineDied, EngineFailure, EngineGroup, GenerationRequ
 from runner.host.contract import PROGRESS_WINDOW
 from runner.host.failures import MAX_FAILURE_CHARS, UNFIT, engine_log, is_permanent, sentence_of
 from runner.host.work import Place, Value, Work
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 
 __all__ = ["BaseHost", "Call", "Life"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 from runner.engine import Engine, EngineFailure, EngineGroup, GenerationRequest
-from runner.messages import ModelSpec
+from runner.model import ModelSpec
 
 __all__ = ["CallName", "Place", "Request", "Value", "Work", "perform"]
 
