@@ -364,7 +364,7 @@ class Planner:
                 _renew(known, record)
                 return known
             if known.record.launched_ms > record.launched_ms:
-                raise InstanceFailed(f"{name} was launched anew while this launch began")
+                raise InstanceFailed(f"{name} was launched again while this launch began")
             await self._part_with(known)
         barrier = Barrier(
             self._store,

@@ -142,7 +142,7 @@ async def launch_agreed(observer: Observer, spec: InstanceSpec, *, yes: bool) ->
         width = max(len(changed) for changed, _, _ in changes)
         for changed, old, new in changes:
             print(f"  {changed:<{width}}  {printable(f'{old} -> {new}')}", file=sys.stderr)
-        if begun and not yes and not await agrees(f"End {ends} for all ranks, and load anew?"):
+        if begun and not yes and not await agrees(f"End {ends} for all ranks, and load again?"):
             raise ChangeRefused(f"{spec.name} stays as it is: nothing was changed")
         agreed.append(before)
 

@@ -350,7 +350,7 @@ class Observer:
         if found is None:
             known = ", ".join(sorted(await self.registry.look())) or "no others"
             raise UnknownInstance(
-                f"there is no instance {name} in namespace {self._namespace}, where there are {known}. "
+                f"there is no instance {name} in namespace {self._namespace}; it has {known}. "
                 + (advice or f"Launch it with rankgate launch {name} --world-size N")
             )
         return int(found)

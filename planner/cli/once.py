@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 class _OnceCommand(TyperCommand):
     """A command whose options may be given once each, except those that count or collect values."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  click's, and where that lives differs between typer's versions
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  click's type; its module differs between typer's versions
         """Refuse options that are given several times, then parse. Raises typer.BadParameter with the option."""
         untyped: Any = self
         order: list[Any] = untyped.make_parser(ctx).parse_args(args=list(args))[2]

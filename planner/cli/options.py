@@ -257,7 +257,7 @@ AbsenceLimit: TypeAlias = Annotated[
 
 
 def _address(value: str) -> str:
-    """A host that the other ranks can connect to; empty where none is given."""
+    """A host that the other ranks can connect to; empty if none is given."""
     if not value:
         return value
     if value.count(":") == 1 or value.endswith("]"):

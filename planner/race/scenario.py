@@ -50,15 +50,15 @@ PUBLISH = 0.2
 RESEND = 0.5
 """Seconds after which the planner that polls sends a task again if the status has not changed."""
 _DOWN = 4.0
-"""Seconds for which a process that died stays down."""
+"""Seconds until a process that died is started again."""
 _RESTARTS = 1
 """After how many deaths in a row a supervisor restarts a process. With more, the fragile runner dies once for each waiting LoadModel."""
 PATIENCE = 3
-"""Refusals after which the planner that polls begins anew."""
+"""After how many refusals the planner that polls begins again."""
 CONNECT = 0.2
 """Seconds that a rank takes to connect."""
 _HELD_BACK = 2.5
-"""Seconds that the late rank takes longer."""
+"""How many seconds longer the late rank takes to connect."""
 LIMIT = 40.0
 """Seconds after which a run is over, ready or not."""
 

@@ -582,7 +582,7 @@ async def test_on_a_terminal_a_changed_launch_is_asked_about(tmp_path: Path, sto
             place.mkdir()
             line = ("launch", "blue", "--world-size", "2", "--layers", "3")
             async with Command(place, *line, url=store.url, terminal=True) as asking:
-                await asking.says("End attempt 1 for all ranks, and load anew? [y/N]")
+                await asking.says("End attempt 1 for all ranks, and load again? [y/N]")
                 assert asking.process.stdin is not None
                 asking.process.stdin.write(typed)
                 await asking.says(said)
@@ -640,9 +640,7 @@ async def test_an_instance_that_nobody_launched(store: RealServer, command: list
     advice = "Launch it with rankgate launch nobody --world-size N"
     if command == ["stop"]:
         advice = "Nothing is stopped: check the name and --namespace"
-    assert err == (
-        f"rankgate: there is no instance nobody in namespace rankgate, where there are no others. {advice}\n"
-    )
+    assert err == (f"rankgate: there is no instance nobody in namespace rankgate; it has no others. {advice}\n")
 
 
 @pytest.mark.slow

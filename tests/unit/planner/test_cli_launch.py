@@ -131,7 +131,7 @@ async def test_on_a_terminal_it_asks(
     else:
         with pytest.raises(ChangeRefused, match="demo stays as it is: nothing was changed"):
             await launch_agreed(observer, BIGGER, yes=False)
-    assert questions == ["End attempt 1 for all ranks, and load anew?"]
+    assert questions == ["End attempt 1 for all ranks, and load again?"]
     assert (await on_record(observer)).spec == (BIGGER if answer else SPEC)
 
 

@@ -955,7 +955,7 @@ async def test_a_launch_that_is_overtaken_by_a_later_one_does_not_replace_it(
             later.append(await planner.launch(with_layers(made, 3)))
 
         faults.before("xadd", overtake, touching=":signals")  # it is on record, and the planner does not plan it yet
-        with pytest.raises(InstanceFailed, match="demo was launched anew while this launch began"):
+        with pytest.raises(InstanceFailed, match="demo was launched again while this launch began"):
             await made.run(planner.launch(with_layers(made, 2)))
         faults.assert_fired()
         await serves(made, later[0])
