@@ -40,6 +40,15 @@ test-depth: $(STAMP) ## the tests that draw random examples, with all of their e
 	$(PY) -m pytest -n $(or $(WORKERS),auto) -m "not redis and not slow and not bench and not mlx and not compose" $(ARGS) \
 	    tests/property tests/fuzz tests/unit/runner/test_runner_endurance.py
 
+.PHONY: coverage
+coverage: $(STAMP) ## the quick tests, and how much of the code they reach, branches included; fails below the floor in pyproject.toml
+	RANKGATE_DEPTH=quick $(PY) -m pytest -n $(or $(WORKERS),auto) \
+	    -m "not redis and not slow and not bench and not mlx and not compose" --cov --cov-report=term $(ARGS)
+
+.PHONY: matrix
+matrix: $(STAMP) ## the unit tests on the newest Python that is here, and on the oldest packages that pyproject.toml allows
+	$(PY) -m tests.matrix
+
 .PHONY: simulate
 simulate: $(STAMP) ## random histories of the real code under faults (SEED=7 replays and prints one, SEED="0 5000" plays many)
 	$(PY) -m tests.simulation $(or $(SEED),0 500) $(ARGS)
@@ -169,5 +178,5 @@ lock: ## renew constraints.txt and the image's lock files with the newest versio
 
 .PHONY: clean
 clean: ## remove what these targets made, .venv included
-	rm -rf .venv .venv-mlx .venv-fuzz dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results
+	rm -rf .venv .venv-mlx .venv-fuzz dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache bench-results .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
