@@ -35,7 +35,7 @@ def _observe_what_runners_accept() -> None:
         write(
             Path(os.environ[DIRECTORY]) / "journal",
             "accept",
-            self._instance,
+            self._session.instance,
             self._member.rank,
             os.getpid(),
             epoch=work.task.epoch,
