@@ -36,6 +36,7 @@ CONTEXT = (
     "barrier",
     "deploy",
     "docker-compose.yml",
+    "docs",
     "planner",
     "pyproject.toml",
     "runner",
