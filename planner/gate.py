@@ -50,6 +50,7 @@ from planner.lifecycle import Step, StepName, predecessor, steps_for
 from planner.policy import Policy
 from planner.spec import InstanceSpec
 from planner.tasks import task_for
+from runner.lifecycle import FAILED
 from runner.messages import ModelSpec, Task, encode
 
 __all__ = ["LoadGate"]
@@ -57,6 +58,8 @@ __all__ = ["LoadGate"]
 
 _OTHER_PREFIX = "Runner"
 """Other systems have our statuses with this prefix."""
+
+_FAILED = (FAILED, f"{_OTHER_PREFIX}{FAILED}")
 
 _CLOSED = Unknown("no attempt was opened here: call open() first, and go on only if it answers Opened")
 
@@ -198,6 +201,7 @@ class LoadGate:
             to=row.to(size),
             after=before if before in self._passed else "",  # ranks may do the step before by themselves
             endpoints=row.wants_endpoints,
+            failed_statuses=_FAILED,
         )
         if isinstance(outcome, Released):
             self._passed.add(row.name)
@@ -212,7 +216,7 @@ class LoadGate:
         row = self._row(step)
         if self.epoch is None:
             return _CLOSED
-        return await self._barrier.wait(self.epoch, self._requirement(row), timeout=timeout)
+        return await self._barrier.wait(self.epoch, self._requirement(row), timeout=timeout, failed_statuses=_FAILED)
 
     async def conclude(self, verdict: Verdict) -> ConcludeOutcome:
         """End the attempt for all ranks; they tear down. The first verdict wins, and every later call returns it."""

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -280,6 +280,49 @@ async def test_ranks_that_connect_by_themselves_need_only_the_load_gated(
         assert dispatched(store, "load") == 1
     for member in ranks:
         await member.close()
+
+
+async def test_what_the_gate_passed_in_one_attempt_is_not_asked_for_in_the_next(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    member = Member(store.client("rank 0"), "demo", rank=0, clock=clock)
+    other = Member(store.client("rank 1"), "demo", rank=1, clock=clock)
+    ranks = (member, other)
+    for one in ranks:
+        await one.claim()
+    async with opened(store, clock, 2) as gate:
+        for step, status in (("connect", "Idle"), ("load", "Connected")):
+            if step == "load":  # they connect by themselves in the second attempt
+                assert isinstance(await clock.run(gate.open(timeout=10)), Opened)
+            assert gate.epoch is not None
+            for one in ranks:
+                one.retire()
+                assert isinstance(await one.promise(gate.epoch), Promised)
+                await one.report(status)
+            await passed(clock, gate, cast("StepName", step))
+        assert dispatched(store, "load") == 1
+    for one in ranks:
+        await one.close()
+
+
+@pytest.mark.parametrize("method", ["pass_step", "arrived"])
+@pytest.mark.parametrize("failed", ["Failed", "RunnerFailed"])
+async def test_a_rank_that_says_that_it_failed_ends_the_attempt_under_either_name(
+    store: FakeStore, clock: ManualClock, method: str, failed: str
+) -> None:
+    """Regression: RunnerFailed was one more status that is not Connected, and the gate waited on."""
+    member = Member(store.client("rank 0"), "demo", rank=0, clock=clock)
+    await member.claim()
+    async with opened(store, clock, 1) as gate:
+        assert gate.epoch is not None
+        assert isinstance(await member.promise(gate.epoch), Promised)
+        await member.report(failed, error="boom")
+        outcome = await clock.run(getattr(gate, method)("load", timeout=5))
+        assert isinstance(outcome, Aborted), outcome
+        assert outcome.verdict.culprit == 0
+        assert "boom" in outcome.verdict.reason
+        assert dispatched(store, "load") == 0
+    await member.close()
 
 
 async def test_once_the_gate_has_passed_connect_the_record_must_say_so(store: FakeStore, clock: ManualClock) -> None:
