@@ -26,7 +26,7 @@ from barrier.life import Life
 from barrier.log import LogContext, logger
 from barrier.protocol.ids import EpochId, new_incarnation
 from barrier.protocol.log import LogEntry, TaskEntry, describe
-from barrier.protocol.names import valid_digest, valid_status, valid_world_size
+from barrier.protocol.names import MAX_WORLD_SIZE, valid_digest, valid_status, valid_world_size
 from barrier.protocol.rank_state import Promised, PromiseOutcome
 from barrier.protocol.record import endpoint_fields, promise_fields, read_endpoints, read_for_promise, read_number
 from barrier.protocol.report import Report, TaskOutcome
@@ -87,8 +87,8 @@ class Member:
             raise InvalidName(
                 "neither rank nor world_size is given: pass this process's rank, or a world_size to claim a free rank"
             )
-        if rank is not None and not 0 <= rank < (world_size or 16_384):
-            raise InvalidName(f"rank is {rank}; it must be from 0 to {(world_size or 16_384) - 1}")
+        if rank is not None and not 0 <= rank < (world_size or MAX_WORLD_SIZE):
+            raise InvalidName(f"rank is {rank}; it must be from 0 to {(world_size or MAX_WORLD_SIZE) - 1}")
         self.store: Store = adopt(redis, settings=settings)
         self.settings: Settings = self.store.settings
         self.clock: Clock = clock or SystemClock()

@@ -50,7 +50,7 @@ class _WireVersion(BaseModel):
     wire: int = WIRE_VERSION
 
 
-class OtherVersion(RankgateError):
+class OtherVersion(StoreCorrupt):
     """An instance's desired state was written by another version of rankgate. It stays as it is."""
 
 
@@ -268,15 +268,14 @@ class Registry:
 
 def _decode(name: str, raw: bytes, *, change: bool = False) -> InstanceRecord | None:
     """Read a record. If it cannot be read, log that and return ``None``; raise `OtherVersion` if a record of another version is to change."""
-    record: InstanceRecord | None = None
     try:
-        version = _WireVersion.model_validate_json(raw).wire
-        refusal = refusal_of(version)
-        record = None if refusal else InstanceRecord.model_validate_json(raw)
+        refusal = refusal_of(_WireVersion.model_validate_json(raw).wire)
+        if not refusal:
+            return InstanceRecord.model_validate_json(raw)
     except ValidationError:
-        refusal = "is not readable"
-    if record is None:
-        if change and refusal != "is not readable":
-            raise OtherVersion(f"the desired state of instance {shown(name[:63])} {refusal}. It stays as it is")
-        logger.error("the desired state of instance {!r} {}; it is ignored", name[:63], refusal)
-    return record
+        logger.error("the desired state of instance {} is not readable; it is ignored", shown(name))
+        return None
+    if change:
+        raise OtherVersion(f"the desired state of instance {shown(name)} {refusal}. It stays as it is")
+    logger.error("the desired state of instance {} {}; it is ignored", shown(name), refusal)
+    return None

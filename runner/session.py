@@ -143,7 +143,7 @@ class Session:
 
     def stopped(self) -> Session:
         """All work was stopped; the clients of the texts that were not finished have been told."""
-        return replace(self, unfinished=())
+        return replace(self, unfinished=(), cancelled=frozenset())
 
     def now(self) -> Say:
         """Report the present status."""

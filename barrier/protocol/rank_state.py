@@ -122,6 +122,8 @@ class RankState(NamedTuple):
         number, roster = epoch.number, f"the roster of epoch {epoch.number}"
         if seen is None or seen.epoch != epoch:
             return NotPromised(f"epoch {number} is not current any more")
+        if seen.refusal:
+            return NotPromised(f"the record of epoch {number} {seen.refusal}")
         if seen.verdict is not None:
             return NotPromised(f"epoch {number} is concluded")
         if not self.is_above(epoch):

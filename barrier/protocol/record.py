@@ -8,6 +8,7 @@ from typing import NamedTuple
 from barrier.errors import InvalidName
 from barrier.protocol.ids import INCARNATION_WIDTH, EpochId
 from barrier.protocol.model import Verdict, read_verdict
+from barrier.protocol.wire import refusal_in_record
 
 __all__ = [
     "ENDPOINTS_CHUNK",
@@ -41,6 +42,7 @@ class SeenRecord(NamedTuple):
         world_size: how many ranks it has; ``None`` if this was not read or is not readable.
         named: the incarnation that the roster names for this rank; empty if it names nobody, or was not read.
         ordinal: which attempt of the group it is, for people.
+        refusal: why its wire version is refused (`barrier.protocol.wire`); empty if it can be read, or was not looked at.
     """
 
     epoch: EpochId
@@ -48,11 +50,12 @@ class SeenRecord(NamedTuple):
     world_size: int | None = None
     named: str = ""
     ordinal: int | None = None
+    refusal: str = ""
 
 
 def promise_fields(rank: int) -> tuple[str, ...]:
     """What a promise reads; see `read_for_promise`."""
-    return (*LOOK_FIELDS, "world_size", f"roster:{rank // ROSTER_CHUNK}", "ordinal")
+    return (*LOOK_FIELDS, "world_size", f"roster:{rank // ROSTER_CHUNK}", "ordinal", "wire")
 
 
 def endpoint_fields(world_size: int) -> tuple[str, ...]:
@@ -70,13 +73,15 @@ def read_look(found: Sequence[bytes | None]) -> SeenRecord | None:
 
 def read_for_promise(found: Sequence[bytes | None], rank: int) -> SeenRecord | None:
     """Read the values of `promise_fields`; ``None`` if there is no record of ours."""
-    *look, world_size, roster, ordinal = found
+    *look, world_size, roster, ordinal, wire = found
     seen = read_look(look)
     if seen is None:
         return None
     first = rank % ROSTER_CHUNK * INCARNATION_WIDTH
     named = (roster or b"").decode("utf-8", "replace")[first : first + INCARNATION_WIDTH]
-    return seen._replace(world_size=read_number(world_size), named=named, ordinal=read_number(ordinal))
+    return seen._replace(
+        world_size=read_number(world_size), named=named, ordinal=read_number(ordinal), refusal=refusal_in_record(wire)
+    )
 
 
 def read_endpoints(found: Sequence[bytes | None], promised: EpochId | None, world_size: int) -> tuple[str, ...] | None:

@@ -1,21 +1,22 @@
-"""The wire version of messages and records: which versions this one reads, and how it refuses the others.
+"""The wire version of messages and records: what this version of rankgate writes, which ones it reads, and how it refuses the others.
 
-A change that only adds an optional part keeps the version: readers ignore parts that they do not know, or writers leave
-the part out. A change that an older reader would misunderstand gets the next version. Each version reads its own and
-the one before. So a cluster can be updated one process after another.
+Readers refuse what they do not know, a new field included. So every change gets the next wire version, in two releases: the first one reads
+the new version and still writes the old one; the next one writes it. Then each release and the one before understand one another, and a
+cluster can be updated one process after another.
 """
 
 from __future__ import annotations
 
-__all__ = ["READS", "WIRE_VERSION", "refusal_of"]
+__all__ = ["READS", "WIRE_VERSION", "refusal_in_record", "refusal_of"]
 
 WIRE_VERSION = 1
 """What this version writes."""
 
 _LARGEST_SAID = 1_000_000_000
+_LONGEST_READ = 10
 
-READS = tuple(range(max(1, WIRE_VERSION - 1), WIRE_VERSION + 1))
-"""What this version reads."""
+READS = (1,)
+"""What this version reads. lua/prelude.lua has the same for the epoch's record."""
 
 
 def refusal_of(version: object) -> str:
@@ -32,3 +33,14 @@ def refusal_of(version: object) -> str:
         said = "a wire version that is not a number"
     known = " and ".join(map(str, READS))
     return f"has {said}, and this version of rankgate reads {known}: run the same version everywhere"
+
+
+def refusal_in_record(raw: bytes | str | None) -> str:
+    """As `refusal_of`, for the field ``wire`` of an epoch's record; a record without it has version 1.
+
+    Args:
+        raw: the field; foreign.
+    """
+    if raw is None:
+        return refusal_of(1)
+    return refusal_of(int(raw) if raw.isascii() and raw.isdigit() and len(raw) < _LONGEST_READ else None)

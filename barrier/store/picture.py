@@ -15,12 +15,11 @@ from barrier.plain import number
 from barrier.protocol.ids import INCARNATION_WIDTH, EpochId, LogId
 from barrier.protocol.model import EpochRecord, Leadership, RankView, Snapshot, StepRecord, Verdict
 from barrier.protocol.report import MAX_REPORT_BYTES, Report, UndecodableReport
-from barrier.protocol.wire import refusal_of
+from barrier.protocol.wire import refusal_in_record
 
 __all__ = ["DAY_MS", "as_fields", "as_words", "read_record", "read_snapshot"]
 
 
-_LONGEST_VERSION = 10
 DAY_MS = 86_400_000
 """How far an epoch's number may be above the store's clock, unless a planner is known to have given it; as in lua/prelude.lua."""
 
@@ -105,8 +104,7 @@ def read_record(fields: Mapping[str, str], world_size: int) -> tuple[EpochRecord
     """Read the record, or say why it cannot be read: it then counts as missing (fail closed)."""
     if not fields:
         return None, ""
-    version = fields.get("wire", "1")
-    refusal = refusal_of(int(version) if version.isdecimal() and len(version) < _LONGEST_VERSION else None)
+    refusal = refusal_in_record(fields.get("wire"))
     if refusal:
         return None, f"it {refusal}"
     try:

@@ -122,6 +122,12 @@ REFUSED = {
     "another nonce": (FRESH, SEEN._replace(epoch=EpochId(5, TWIN)), 0, "epoch 5 is not current any more"),
     "a higher one": (FRESH, SEEN._replace(epoch=EpochId(6, NONCE)), 0, "epoch 5 is not current any more"),
     "over": (FRESH, SEEN._replace(verdict=VERDICT), 0, "epoch 5 is concluded"),
+    "another version": (
+        FRESH,
+        SEEN._replace(refusal="has wire version 7"),
+        0,
+        "the record of epoch 5 has wire version 7",
+    ),
     "spent": (SPENT, SEEN, 0, "epoch 5 is not above 5, which was promised before"),
     "lower": (SPENT._replace(floor=9), SEEN, 0, "epoch 5 is not above 9, which was promised before"),
     "no size": (

@@ -34,7 +34,7 @@ NO_RECORDS = {
 @pytest.mark.parametrize(("number", "nonce"), NO_RECORDS.values(), ids=NO_RECORDS)
 def test_what_is_no_record_of_ours_counts_as_missing(number: bytes | None, nonce: bytes | None) -> None:
     assert read_look((number, nonce, None)) is None
-    assert read_for_promise((number, nonce, None, b"3", MINE.encode(), b"1"), 0) is None
+    assert read_for_promise((number, nonce, None, b"3", MINE.encode(), b"1", None), 0) is None
     assert read_endpoints((number, nonce, b"a:1"), EPOCH, 1) is None
 
 
@@ -68,13 +68,13 @@ READ = {
 def test_a_promise_reads_who_is_on_the_roster(
     rank: int, size: bytes | None, roster: bytes | None, ordinal: bytes | None, read: tuple[int | None, str, int | None]
 ) -> None:
-    seen = read_for_promise((b"5", NONCE.encode(), None, size, roster, ordinal), rank)
+    seen = read_for_promise((b"5", NONCE.encode(), None, size, roster, ordinal, None), rank)
     assert seen == SeenRecord(EPOCH, None, *read)
 
 
 @pytest.mark.parametrize(("rank", "piece"), [(0, 0), (63, 0), (64, 1), (4_095, 63)])
 def test_a_promise_reads_one_piece_of_the_roster(rank: int, piece: int) -> None:
-    assert promise_fields(rank) == ("number", "nonce", "verdict", "world_size", f"roster:{piece}", "ordinal")
+    assert promise_fields(rank) == ("number", "nonce", "verdict", "world_size", f"roster:{piece}", "ordinal", "wire")
 
 
 @pytest.mark.parametrize(("size", "pieces"), [(1, 1), (64, 1), (65, 2)])
@@ -97,3 +97,21 @@ def test_the_endpoints_of_the_promised_epoch(
     found: tuple[bytes | None, ...], promised: EpochId | None, size: int, endpoints: tuple[str, ...] | None
 ) -> None:
     assert read_endpoints(found, promised, size) == endpoints
+
+
+@pytest.mark.parametrize(
+    ("wire", "refusal"),
+    [
+        (None, ""),
+        (b"1", ""),
+        (b"7", "has wire version 7, and this version of rankgate reads 1"),
+        (b"-1", "has a wire version that is not a number"),
+        (b"9" * 5_000, "has a wire version that is not a number"),
+        ("²".encode(), "has a wire version that is not a number"),
+    ],
+)
+def test_the_records_version_is_read_for_a_promise(wire: bytes | None, refusal: str) -> None:
+    seen = read_for_promise((b"5", NONCE.encode(), None, b"1", MINE.encode(), b"1", wire), 0)
+    assert seen is not None
+    assert seen.refusal.startswith(refusal)
+    assert bool(seen.refusal) == bool(refusal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 from collections.abc import Generator
@@ -14,9 +15,10 @@ from loguru import logger
 from redis.asyncio import Redis
 
 from barrier import InvalidName, InvalidSettings, Settings, StoreCorrupt, StoreUnavailable
-from barrier.store.keys import Keys
+from barrier.store.keys import Keys, NamespaceKeys
 from barrier.testing import FakeStore, FaultPlan, ManualClock
 from planner import GenerationFailed, Instance, InstanceFailed, InstanceSpec, ModelSpec, Planner, Policy
+from planner.registry import OtherVersion
 from runner.admission import Invalid, Stale
 from tests.unit.planner.cluster import WORDS, cluster, text_of, write_request
 
@@ -653,6 +655,27 @@ async def test_a_key_that_turns_wrong_later_ends_the_instance_with_one_clear_err
             await made.run(text_of(instance.generate("Why?")))
         await other.delete(made.keys.leader)
         await other.aclose()
+
+
+async def test_a_desired_state_of_another_version_ends_the_planning_in_words_and_stays(
+    store: FakeStore, clock: ManualClock
+) -> None:
+    """Not as a mistake of ours: the planner of another version goes on."""
+    other = store.client("somebody else")
+    async with cluster(store, clock, 2) as made, made.planner() as planner:
+        instance = await made.run(planner.launch(made.spec))
+        instances = NamespaceKeys("rankgate").instances
+        theirs = json.dumps(json.loads(await other.hget(instances, "demo") or "") | {"wire": 7})
+        await other.hset(instances, "demo", theirs)
+        made.scripts[1].fail("load", "no such model", permanent=True)
+        await made.kill(1)
+        await made.until(lambda: not instance.state.serving, "the death to be noticed")
+        made.start(1)
+        await made.until(lambda: instance.state.over, "the planner to notice", limit=60)
+        assert isinstance(instance.state.error, OtherVersion)
+        assert "instance 'demo' has wire version 7, and this version of rankgate reads 1" in str(instance.state.error)
+        assert await other.hget(instances, "demo") == theirs.encode()
+    await other.aclose()
 
 
 async def test_ranks_that_never_come_end_the_launch_and_are_named(store: FakeStore, clock: ManualClock) -> None:

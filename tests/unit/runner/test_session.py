@@ -101,7 +101,8 @@ def test_nothing_is_carried_from_one_attempt_into_the_next() -> None:
 
 
 def test_stopped_work_leaves_no_text_unfinished() -> None:
-    assert texts("a", "b").stopped().unfinished == ()
+    stopped = texts("a", "b").cancel("b").stopped()
+    assert (stopped.unfinished, stopped.cancelled) == ((), frozenset())
 
 
 def test_the_status_is_said_as_it_is() -> None:
