@@ -414,11 +414,12 @@ class _Share:
         names = ("MLX_HOSTFILE", "MLX_RANK")
         before = {name: os.environ.get(name) for name in names}
         own = listening_address(addresses[rank])
-        with tempfile.TemporaryDirectory(prefix="rankgate-ring-") as folder:
-            hosts = Path(folder) / "hosts.json"
-            listed = [[own if place == rank else address] for place, address in enumerate(addresses)]
-            hosts.write_text(json.dumps(listed), encoding="utf-8")
-            os.environ.update(MLX_HOSTFILE=str(hosts), MLX_RANK=str(rank))
+        with tempfile.TemporaryFile(
+            "w+", encoding="utf-8"
+        ) as hosts:  # it has no name, so nothing is left when this process is killed
+            json.dump([[own if place == rank else address] for place, address in enumerate(addresses)], hosts)
+            hosts.seek(0)
+            os.environ.update(MLX_HOSTFILE=f"/dev/fd/{hosts.fileno()}", MLX_RANK=str(rank))
             try:
                 group = self._mx.distributed.init(strict=True, backend="ring")
             except (RuntimeError, ValueError) as error:

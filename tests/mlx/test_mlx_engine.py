@@ -210,6 +210,25 @@ async def test_killed_while_loading_it_is_gone_and_a_fresh_one_loads(folder: Pat
         assert await load_alone(host, model(folder)) == [1, 2, 3, 4]
 
 
+async def test_killed_while_it_enters_the_ring_it_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the folder of the ring's hosts was left whenever an attempt ended while its engines connected."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    async with hosts(2) as ranks:
+        endpoints = await prepare(ranks)
+        connecting = asyncio.create_task(ranks[0].connect(group(endpoints, 0)))  # rank 1 never comes
+        assert ranks[0].pid is not None
+        process = psutil.Process(ranks[0].pid)
+        await wait_until(
+            lambda: any(one.status == psutil.CONN_LISTEN for one in process.net_connections()), "the ring to listen", 60
+        )
+        await ranks[0].kill()
+        with pytest.raises(EngineDied):
+            await connecting
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_a_model_that_does_not_exist_is_a_permanent_failure(tmp_path: Path) -> None:
     async with hosts() as [host]:
         with pytest.raises(EngineFailure, match="there is no such model|there is no model directory") as failed:
